@@ -1,0 +1,1 @@
+"""Reading checkpoints: safetensors with checks, on-disk key names, the embedded tiny model."""

@@ -1,0 +1,101 @@
+"""From what a user calls a model to a folder on this machine: a folder, a cached or a hub model."""
+
+import re
+from pathlib import Path
+
+from engine.errors import CheckpointError
+from weights.folder import INDEX, SINGLE
+from weights.header import read_json
+
+TINY = Path(__file__).parent / "tiny"
+
+# Everything the engine reads; weights in other formats stay where they are.
+FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(
+    name_or_folder: str | Path | None = None, revision: str | None = None, offline: bool = False
+) -> Path:
+    """Finds the folder of a model.
+
+    Args:
+        name_or_folder: a folder; or a hub name such as "llava-hf/llava-1.5-7b-hf", taken from the
+            local hub cache if it is complete there, else downloaded. None is the embedded model.
+        revision: branch, tag or commit of a hub model.
+        offline: never download; the environment variable HF_HUB_OFFLINE says the same.
+
+    Raises:
+        CheckpointError: saying where it was looked for.
+    """
+    if name_or_folder is None:
+        return TINY
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(
+            f"{folder} is a file, a model is a folder", hint=f"try {folder.parent}"
+        )
+    name = str(name_or_folder)
+    if not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"folder {folder} does not exist",
+            hint="give a model's folder, or its hub name such as llava-hf/llava-1.5-7b-hf (14 GB)",
+        )
+    return _from_hub(name, revision, offline)
+
+
+def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
+    # Imported here: a folder does not need it.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        cached = None
+    if cached is not None and is_complete(cached):
+        return cached
+    if offline or constants.HF_HUB_OFFLINE:
+        state = "is not" if cached is None else "is only partly"
+        raise CheckpointError(
+            f"{name} is not a folder, and {state} in the hub cache {constants.HF_HUB_CACHE}",
+            hint="download it first, or allow downloads (no --offline, no HF_HUB_OFFLINE)",
+        )
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+        if has_weights := any(file.endswith(".safetensors") for file in files):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except Exception as error:  # the client's errors have no common base below Exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{name} is not a folder, and could not be downloaded: {reason}",
+            hint="check the name and the network",
+        ) from error
+    if not has_weights:
+        command = f"--model {name} --convert {name.split('/')[1]}-safetensors"
+        raise CheckpointError(
+            f"{name} has no .safetensors weights",
+            hint=f"convert them once: python main.py {command}",
+        )
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Tells whether a folder has its config and all weight files it speaks of, unread."""
+    if not (folder / "config.json").exists():
+        return False
+    if (folder / SINGLE).exists() or not (folder / INDEX).exists():
+        return any(folder.glob("*.safetensors"))
+    shards = read_json(folder / INDEX).get("weight_map")
+    return isinstance(shards, dict) and all(
+        (folder / str(shard)).exists() for shard in set(map(str, shards.values()))
+    )

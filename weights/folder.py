@@ -95,21 +95,30 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
 
 def _shard_names(path: Path, listed: Mapping[str, object]) -> list[str]:
     """The distinct shards of an index: plain .safetensors names that exist beside it."""
-    shards = list(dict.fromkeys(listed.values()))
-    for shard in shards:
-        # An index comes from strangers; it must not lead out of its folder.
-        plain = isinstance(shard, str) and PurePosixPath(shard).name == shard
-        if not plain or "\\" in str(shard) or not str(shard).endswith(".safetensors"):
+    for shard in listed.values():
+        if not _is_plain_name(shard):
             raise CheckpointError(
                 f"{path} names {show(str(shard))}, which is not a plain file name"
             )
-    names = [str(shard) for shard in shards]
-    missing = [name for name in names if not (path.parent / name).exists()]
+    names = list(dict.fromkeys(map(str, listed.values())))
+    missing = [name for name in names if not os.path.exists(path.parent / name)]
     if missing:
         count = f"{len(missing)} of {len(names)} shards"
         message = f"{path.parent} lacks {count} of {INDEX}: {first_five(missing)}"
         raise CheckpointError(message, hint=f"download {first_five(missing)}")
     return names
+
+
+def _is_plain_name(shard: object) -> bool:
+    """Tells whether an index, which comes from strangers, stays in its folder with this name."""
+    return (
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and PurePosixPath(shard).name == shard
+        and "\\" not in shard
+        and shard.isprintable()
+        and len(shard) < 256
+    )
 
 
 def _check_total(path: Path, index: Mapping[str, object], total: int) -> None:

@@ -1,0 +1,99 @@
+"""How each family of checkpoints writes a conversation: one small function per style, one table.
+
+A template renders messages into pieces: text, special tokens, and places for pictures. Special
+tokens and pictures come from this structure alone, so nothing a user types can become one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.errors import OptionError
+from engine.messages import ImagePlace, Message
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special token that a template places, by its spelling."""
+
+    token: str
+
+
+Piece = str | Special | ImagePlace
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family of checkpoints writes a conversation.
+
+    `opening` renders a conversation from its start, `turns` further messages after an answer; both
+    end where the next answer begins. `closing` is the special token behind every answer, "" if
+    there is none.
+    """
+
+    opening: Callable[[Sequence[Message]], list[Piece]]
+    turns: Callable[[Sequence[Message]], list[Piece]]
+    closing: str = ""
+
+
+def _llava_hf(messages: Sequence[Message]) -> list[Piece]:
+    """Transformers' template: `USER: <image>\\nWhat? ASSISTANT: A cat. USER: Sure? ASSISTANT:`."""
+    pieces: list[Piece] = []
+    for message in messages:
+        if message.role != "system":
+            pieces.append(f"{message.role.upper()}: ")
+        pieces += _pictures_first(message)
+        pieces += [f"{text} " for text in message.texts]
+    return [*pieces, "ASSISTANT:"]
+
+
+# The system sentence of the original repository's `llava_v1` conversation.
+_LLAVA_V1_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+
+
+def _llava_v1(messages: Sequence[Message]) -> list[Piece]:
+    """The original repository's conversation: a system sentence, and </s> behind every answer."""
+    given = [text for message in messages if message.role == "system" for text in message.texts]
+    system = " ".join(given) if given else _LLAVA_V1_SYSTEM
+    turns = [message for message in messages if message.role != "system"]
+    return [f"{system} ", *_llava_v1_turns(turns)]
+
+
+def _llava_v1_turns(messages: Sequence[Message]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for message in messages:
+        words = " ".join(message.texts)
+        if message.role == "assistant":
+            pieces += [f"ASSISTANT: {words}", Special("</s>")]
+        elif message.role == "user":
+            pieces += ["USER: ", *_pictures_first(message), f"{words} "]
+        else:
+            raise OptionError(
+                "a system message must stand at the start of the conversation",
+                hint="start a new conversation to change it",
+            )
+    return [*pieces, "ASSISTANT:"]
+
+
+def _pictures_first(message: Message) -> Iterator[Piece]:
+    """Both templates put a message's pictures in front of its texts, each with a new line."""
+    for place in message.places:
+        yield place
+        yield "\n"
+
+
+STYLES = {
+    "llava-hf": Style(_llava_hf, _llava_hf),
+    "llava-v1": Style(_llava_v1, _llava_v1_turns, closing="</s>"),
+}
+
+
+def find_style(name: str) -> Style:
+    """Return a style by its name; an unknown one is an `OptionError` that lists the known."""
+    try:
+        return STYLES[name]
+    except KeyError:
+        known = f"known styles: {', '.join(STYLES)}"
+        raise OptionError(f"unknown prompt style {name!r}", hint=known) from None

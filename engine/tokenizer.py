@@ -1,0 +1,267 @@
+"""Text to token ids and back, around the `tokenizers` library.
+
+Two encoders come from one file. What a user types goes through one that knows no special tokens,
+so that "</s>" or "<image>" in it stays text; only templates and raw prompts place special tokens.
+Streaming releases text as soon as later tokens can no longer change it, and no sooner.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from engine.errors import CheckpointError
+from engine.sentencepiece import read_model
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.
+
+    `bos_id` is the token that belongs in front of a prompt (None: the model has none), `eos_id`
+    the end-of-text token of its tokenizer, `vocab_size` the highest id plus one.
+    """
+
+    def __init__(self, description: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Build from what tokenizer.json and tokenizer_config.json hold; see `from_folder`."""
+        added = [dict(token) for token in description.get("added_tokens") or ()]
+        self._special_ids = {token["id"] for token in added if token.get("special")}
+        self._full = _build({**description, "added_tokens": added})
+        _check_ids(self._full, added)
+        self._plain = _build(_without_specials(description, {token["content"] for token in added}))
+        vocabulary = self._full.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.eos_id = self.token_id(_token_name(config, "eos_token") or "</s>")
+        self.bos_id = self._find_bos(config)
+        self._byte_level = '"ByteLevel"' in json.dumps(description.get("decoder"))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read tokenizer.json, or tokenizer.model where there is none, with the files beside it.
+
+        Special tokens named only in tokenizer_config.json or added_tokens.json are added. Raises
+        `CheckpointError` naming the file that is missing or damaged.
+        """
+        config = _read_json(folder / "tokenizer_config.json", optional=True)
+        path = folder / "tokenizer.json"
+        if path.exists():
+            description = _read_json(path)
+        elif (path := folder / "tokenizer.model").exists():
+            description = read_model(path)
+        else:
+            raise CheckpointError(
+                f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model",
+                hint="download one of these files into the folder",
+            )
+        named = _read_json(folder / "added_tokens.json", optional=True)
+        try:
+            _add_named_tokens(description, config, named)
+            return cls(description, config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}", hint=error.hint) from None
+        except Exception as error:  # the library raises plain Exception for a bad description
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{path} is not a usable tokenizer: {reason}", hint="download the file again"
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ordinary text: no token in it is special, and no BOS is added."""
+        return list(self._plain.encode(_valid_unicode(text), add_special_tokens=False).ids)
+
+    def encode_with_specials(self, text: str, bos: bool = True) -> list[int]:
+        """Return the ids of text whose special tokens are meant, with BOS as the tokenizer adds it.
+
+        `bos` False leaves out what the tokenizer adds around a text.
+        """
+        ids = list(self._full.encode(_valid_unicode(text), add_special_tokens=False).ids)
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special tokens and ids without a token are left out."""
+        return str(self._full.decode(list(ids), skip_special_tokens=True))
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token as it is spelled in the vocabulary, or None."""
+        found: int | None = self._full.token_to_id(token)
+        return found
+
+    def piece(self, token_id: int) -> str | None:
+        """Return the vocabulary's spelling of a token; None for special or unknown ids."""
+        if token_id in self._special_ids:
+            return None
+        found: str | None = self._full.id_to_token(token_id)
+        return found
+
+    @property
+    def is_byte_level(self) -> bool:
+        """True if every piece stands for raw bytes (GPT-2's alphabet), as in Qwen and Llama 3."""
+        return self._byte_level
+
+    def _find_bos(self, config: Mapping[str, Any]) -> int | None:
+        """Take BOS from what the tokenizer really adds, then from its configuration."""
+        if config.get("add_bos_token") is False:
+            return None
+        added = self._full.encode("", add_special_tokens=True).ids
+        if added:
+            return int(added[0])
+        bos = _token_name(config, "bos_token")
+        return self.token_id(bos) if bos and config.get("add_bos_token") else None
+
+
+class StreamDecoder:
+    """Decodes token by token; the pieces joined are exactly `tokenizer.decode` of all the ids.
+
+    Each token is decoded once or twice, whatever came before it.
+
+    >>> decoder = StreamDecoder(tokenizer)                          # doctest: +SKIP
+    >>> [decoder.push(token) for token in (15043, 240, 155, 148)]   # doctest: +SKIP
+    ['Hello', '', '', '']
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held: list[int] = []  # tokens whose text the next one may still change
+        self._last: int | None = None  # an earlier token, so that the first space is not cut again
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text that is now certain (often its own, sometimes "")."""
+        piece = self._tokenizer.piece(token_id)
+        if piece is None:
+            return ""
+        if self._tokenizer.is_byte_level:
+            return self._bytes.decode(_bytes_of(piece))
+        self._held.append(token_id)
+        # Bytes in a row are one unit: a single invalid one makes all of them U+FFFD.
+        return "" if _is_byte_piece(piece) else self._release()
+
+    def flush(self) -> str:
+        """Return the text still held back, once no token follows."""
+        return self._bytes.decode(b"", final=True) + self._release()
+
+    def _release(self) -> str:
+        held, self._held = self._held, []
+        if not held:
+            return ""
+        if self._last is None:
+            text = self._tokenizer.decode(held)
+        else:
+            before = self._tokenizer.decode([self._last])
+            text = self._tokenizer.decode([self._last, *held])[len(before) :]
+        self._last = held[-1]
+        return text
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    built = tokenizers.Tokenizer.from_str(json.dumps(description))
+    built.no_truncation()
+    built.no_padding()
+    return built
+
+
+def _without_specials(description: Mapping[str, Any], specials: set[str]) -> dict[str, Any]:
+    """Drop the added tokens, and any merge that would spell one of them from ordinary text."""
+    model = dict(description["model"])
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if _union(pair) not in specials]
+    return {**description, "added_tokens": [], "post_processor": None, "model": model}
+
+
+def _union(pair: str | Sequence[str]) -> str:
+    return pair.replace(" ", "") if isinstance(pair, str) else "".join(pair)
+
+
+def _add_named_tokens(
+    description: dict[str, Any], config: Mapping[str, Any], named: Mapping[str, Any]
+) -> None:
+    """Register special tokens that only the files beside the tokenizer name."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    wanted = [
+        {"id": int(index), "content": token["content"], **flags, "special": True}
+        for index, token in (config.get("added_tokens_decoder") or {}).items()
+    ]
+    wanted += [
+        {"id": index, "content": content, **flags, "special": True}
+        for content, index in named.items()
+    ]
+    present = list(description.get("added_tokens") or ())
+    known = {token["content"] for token in present}
+    for token in wanted:
+        if token["content"] not in known:
+            known.add(token["content"])
+            present.append(token)
+    description["added_tokens"] = sorted(present, key=lambda token: token["id"])
+
+
+def _check_ids(built: tokenizers.Tokenizer, added: Iterable[Mapping[str, Any]]) -> None:
+    for token in added:
+        found = built.token_to_id(token["content"])
+        if found != token["id"]:
+            raise CheckpointError(
+                f"special token {token['content']!r} should be {token['id']} but is {found}",
+                hint="the tokenizer's files belong to different checkpoints",
+            )
+
+
+def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        pointer = path.read_bytes()[:24] == b"version https://git-lfs."
+        what, hint = "not valid JSON", "download the file again"
+        if pointer:
+            what, hint = "a Git LFS pointer", "run 'git lfs pull' in its folder"
+        raise CheckpointError(f"{path} is {what}", hint=hint) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object", hint="download it again")
+    return content
+
+
+def _token_name(config: Mapping[str, Any], key: str) -> str | None:
+    """Return a token of tokenizer_config.json, spelled there as text or as an object."""
+    token = config.get(key)
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+# --- characters and bytes ------------------------------------------------------------------------
+
+
+def _valid_unicode(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates by U+FFFD: UTF-8 has neither."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _is_byte_piece(piece: str) -> bool:
+    """Recognise SentencePiece's single bytes, spelled <0x00> to <0xFF>."""
+    return piece.startswith("<0x") and piece.endswith(">") and len(piece.encode()) == 6
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return GPT-2's spelling of bytes: printable Latin-1 as itself, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | shifted
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _bytes_of(piece: str) -> bytes:
+    """Return the bytes of a byte-level piece; an added token outside that alphabet is UTF-8."""
+    try:
+        return bytes(_BYTE_OF[char] for char in piece)
+    except KeyError:
+        return piece.encode("utf-8")

@@ -18,13 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine import native
+from engine.native import AttentionPlan, AttentionResult, describe
 
-class AttentionResult(NamedTuple):
-    """What one attention call returns: out, and logits and lse when asked for."""
-
-    out: Tensor  # [rows, heads, head_dim], dtype of q
-    logits: Tensor | None = None  # [rows, heads, max] fp32, scaled q.k; -inf beyond count
-    lse: Tensor | None = None  # [rows, heads] fp32, log(sum(exp(logits))); -inf for an empty list
+__all__ = [
+    "AttentionPlan",
+    "AttentionResult",
+    "selective_attention",
+    "selective_pv",
+    "selective_qk",
+]
 
 
 def selective_attention(
@@ -49,7 +52,13 @@ def selective_attention(
     >>> selective_attention(one, pool, pool, pick).out.tolist()
     [[[7.0, 7.0]]]
     """
-    return selective_attention_torch(q, k, v, slots, count, scale=scale, want_logits=want_logits)
+    if not native.usable(q, k):
+        return selective_attention_torch(
+            q, k, v, slots, count, scale=scale, want_logits=want_logits
+        )
+    plan = AttentionPlan(q, k, v, slots, count, scale=scale, want_logits=want_logits)
+    _run(plan, q)
+    return plan.result()
 
 
 def selective_qk(
@@ -59,7 +68,12 @@ def selective_qk(
 
     The first of A-VL's two operators (arXiv 2409.14846). Entries beyond count are -inf.
     """
-    return selective_qk_torch(q, k, slots, count)
+    if not native.usable(q, k):
+        return selective_qk_torch(q, k, slots, count)
+    plan = AttentionPlan(q, k, None, slots, count, op="qk")
+    _run(plan, q)
+    assert plan.logits is not None
+    return plan.logits
 
 
 def selective_pv(
@@ -69,7 +83,19 @@ def selective_pv(
 
     The second of A-VL's two operators. Weights beyond count are not read.
     """
-    return selective_pv_torch(p, v, slots, count)
+    if not native.usable(p, v):
+        return selective_pv_torch(p, v, slots, count)
+    plan = AttentionPlan(None, None, v, slots, count, op="pv", p=p)
+    _run(plan, p)
+    assert plan.out is not None
+    return plan.out
+
+
+def _run(plan: AttentionPlan, q: Tensor) -> None:
+    """Run a plan used once; a plain call reports a wrong slot at once, also on a GPU."""
+    plan.run()
+    if q.is_cuda:
+        plan.check()
 
 
 # -- the torch twins ------------------------------------------------------------------------------
@@ -87,7 +113,7 @@ def selective_attention_torch(
 ) -> AttentionResult:
     """Define ``selective_attention``: the two products with a softmax between them."""
     if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"v is {_describe(v)} but k is {_describe(k)}")
+        raise ValueError(f"v is {describe(v)} but k is {describe(k)}")
     used = _select("q", q, k, slots, count)
     logits = _qk(q, k, used).mul_(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     lse = logits.logsumexp(-1)
@@ -129,12 +155,14 @@ def _select(
     name: str, q: Tensor, pool: Tensor, slots: Tensor | None, count: Tensor | None
 ) -> _Selection:
     """Check the arguments against each other; find which entries of the lists are used."""
-    check_lists(name, q, pool, slots, count)
+    native.check_shapes(name, q, pool, slots, count)
     width = pool.shape[0] if slots is None else slots.shape[-1]
     longest, valid = width, None
     if count is not None:
-        longest = int(count.max()) if count.numel() else 0
-        if int(count.min()) < longest:
+        least, longest = (int(x) for x in count.aminmax()) if count.numel() else (0, 0)
+        if least < 0 or longest > width:
+            raise ValueError(f"count must be within 0..{width}, got {least}..{longest}")
+        if least < longest:
             valid = torch.arange(longest, device=pool.device) < count[..., None]
     if slots is None:
         return _Selection(None, valid, longest, width)
@@ -181,29 +209,3 @@ def _gather(pool: Tensor, used: _Selection) -> Tensor:
 def _widen(scores: Tensor, used: _Selection) -> Tensor:
     """Give scores the width of the lists as they were passed."""
     return torch.nn.functional.pad(scores, (0, used.width - used.longest), value=-math.inf)
-
-
-def check_lists(
-    name: str, q: Tensor, pool: Tensor, slots: Tensor | None, count: Tensor | None
-) -> None:
-    """Raise ValueError where shapes, types or counts do not fit together (slots: see _select)."""
-    rows, heads = q.shape[:2]
-    kv_heads = pool.shape[1] if pool.ndim == 3 else 0
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{name} has {heads} heads, the pool is {_describe(pool)}")
-    for label, lists, ndim in (("slots", slots, 3), ("count", count, 2)):
-        if lists is None:
-            continue
-        if lists.dtype != torch.int32 or lists.ndim != ndim or lists.shape[0] != rows:
-            raise ValueError(f"{label} must be int32 with {rows} rows, got {_describe(lists)}")
-        if lists.shape[1] not in (1, kv_heads):
-            raise ValueError(f"{label} must have 1 or {kv_heads} lists, got {_describe(lists)}")
-    width = pool.shape[0] if slots is None else slots.shape[-1]
-    if count is not None and count.numel():
-        low, high = (int(x) for x in count.aminmax())
-        if low < 0 or high > width:
-            raise ValueError(f"count must be within 0..{width}, got {low}..{high}")
-
-
-def _describe(t: Tensor) -> str:
-    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"

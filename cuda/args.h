@@ -1,0 +1,53 @@
+// What a kernel is told: plain structs of pointers, sizes and strides, the same for CPU and CUDA.
+#pragma once
+
+#include <cstdint>
+
+namespace avl {
+
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+
+// How a launch ended. Every launcher returns one of these; bind.cpp turns it into an exception.
+enum Status : int { ok = 0, bad_slot = 1, unsupported = 2, cuda_error = 3 };
+
+// Attention of `rows` queries over lists of slots of one pool; also its two halves, qk and pv.
+//
+// Strides count elements; the last dimension is contiguous. Lists: entry i of (row, list) is
+// slots[row * slots_row + list * slots_list + i], list = 0 or the kv head (slots_list = 0: shared).
+// slots null: the pool in its own order; count null: `width` entries each.
+struct AttentionArgs {
+  DType dtype;  // of q, k, v and out
+  int32_t rows, heads, kv_heads, head_dim;
+  int32_t width;  // entries in each list = width of logits
+  int64_t pool_slots;
+  float scale;
+  const void *q, *k, *v;
+  int64_t q_row, q_head, k_slot, k_head, v_slot, v_head;
+  const int32_t *slots, *count;
+  int64_t slots_row, slots_list, count_row, count_list;
+  void* out;         // [rows, heads, head_dim] contiguous
+  float* logits;     // [rows, heads, width] or null
+  float* lse;        // [rows, heads] or null
+  const float* p;    // pv only: [rows, heads, width]
+  int32_t* error;    // set to 1 where a slot or a count is out of range; never reset by a kernel
+  int32_t threads;   // CPU
+  int32_t splits;    // CUDA: thread blocks along one list
+  float* partials;   // CUDA: [rows, heads, splits, head_dim + 2] when splits > 1
+  int32_t* tickets;  // CUDA: [rows, heads], zero before and after every run
+};
+
+// y = x * weight^T + bias for a few rows: the decoder's linear layers.
+struct GemvArgs {
+  DType dtype;   // of every tensor
+  int32_t rows;  // 1 to 4
+  int64_t in, out;
+  const void* x;  // [rows, in]
+  int64_t x_row;
+  const void* weight;  // [out, in] contiguous
+  const void* bias;    // [out] or null
+  void* y;             // [rows, out] contiguous
+  float* x32;          // scratch, [rows, in]
+  int32_t threads;
+};
+
+}  // namespace avl

@@ -1,0 +1,215 @@
+// The Python module engine._native: everything it exports is listed at the end of this file.
+//
+// It knows no tensors, only addresses and sizes, so it fits every release of torch. The one caller
+// is engine/native.py, which checks tensors; what can be checked from numbers is checked here
+// again, so that no mistake in Python reaches a kernel.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace avl {
+namespace {
+
+int64_t number(const py::dict& fields, const char* name) {
+  if (!fields.contains(name)) throw py::key_error(name);
+  return fields[name].cast<int64_t>();
+}
+
+template <class T>
+T* address(const py::dict& fields, const char* name) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(number(fields, name)));
+}
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw py::value_error(message);
+}
+
+int32_t size(const py::dict& fields, const char* name, int64_t least, int64_t most) {
+  const int64_t value = number(fields, name);
+  require(value >= least && value <= most, std::string(name) + " must be within " +
+                                               std::to_string(least) + ".." + std::to_string(most) +
+                                               ", got " + std::to_string(value));
+  return static_cast<int32_t>(value);
+}
+
+const CpuKernels& kernels(const std::string& isa) {
+  const CpuKernels* table = cpu_kernels(isa.empty() ? nullptr : isa.c_str());
+  require(table != nullptr, "this processor has no " + isa);
+  return *table;
+}
+
+// Turn a kernel's status into a Python exception that names the operator.
+void raise_for(int status, const std::string& op) {
+  if (status == ok) return;
+  if (status == bad_slot) throw py::value_error(op + ": a slot or a count is out of range");
+  if (status == unsupported) throw py::value_error(op + ": no kernel for this head size or dtype");
+#if AVL_WITH_CUDA
+  throw std::runtime_error(op + ": " + cuda_error_text());
+#else
+  throw std::runtime_error(op + ": built without CUDA");
+#endif
+}
+
+// One attention call, checked once and run many times. Python keeps the tensors alive.
+class AttentionPlan {
+ public:
+  AttentionPlan(const std::string& op, bool cuda, const std::string& isa, const py::dict& f)
+      : op_(op), cuda_(cuda), table_(kernels(isa)) {
+    read_sizes(f);
+    read_addresses(f);
+    if (cuda_) {
+      check_alignment();
+    } else {
+      a_.error = &error_;
+      a_.splits = op == "attention" ? cpu_splits(a_) : 1;
+      partials_.resize(size_t(a_.rows) * a_.heads * a_.splits * (a_.head_dim + 2));
+      a_.partials = partials_.data();
+    }
+  }
+
+  void run(uintptr_t stream) {
+    int status;
+    {
+      py::gil_scoped_release unlocked;
+      status = cuda_ ? run_cuda(reinterpret_cast<void*>(stream)) : run_cpu();
+    }
+    raise_for(status, op_);
+  }
+
+ private:
+  void read_sizes(const py::dict& f) {
+    constexpr int64_t most = INT32_MAX;
+    a_.dtype = static_cast<DType>(size(f, "dtype", 0, 2));
+    a_.rows = size(f, "rows", 0, most);
+    a_.heads = size(f, "heads", 1, 1 << 16);
+    a_.kv_heads = size(f, "kv_heads", 1, a_.heads);
+    require(a_.heads % a_.kv_heads == 0, "heads must be a multiple of kv_heads");
+    require(a_.heads / a_.kv_heads <= 64, "at most 64 heads may share a kv head");
+    a_.head_dim = size(f, "head_dim", 1, 1024);
+    a_.width = size(f, "width", 0, most);
+    a_.pool_slots = size(f, "pool_slots", 0, most);
+    a_.threads = size(f, "threads", 1, 1024);
+    a_.splits = size(f, "splits", 1, 65535);
+    a_.scale = f["scale"].cast<float>();
+    a_.slots_list = size(f, "slots_list", 0, most);
+    a_.count_list = size(f, "count_list", 0, most);
+    for (auto [name, to] : {std::pair{"q_row", &a_.q_row},
+                            {"q_head", &a_.q_head},
+                            {"k_slot", &a_.k_slot},
+                            {"k_head", &a_.k_head},
+                            {"v_slot", &a_.v_slot},
+                            {"v_head", &a_.v_head},
+                            {"slots_row", &a_.slots_row},
+                            {"count_row", &a_.count_row}}) {
+      *to = number(f, name);
+      require(*to >= 0, std::string(name) + " is a stride and must not be negative");
+    }
+  }
+
+  void read_addresses(const py::dict& f) {
+    a_.q = address<void>(f, "q");
+    a_.k = address<void>(f, "k");
+    a_.v = address<void>(f, "v");
+    a_.slots = address<int32_t>(f, "slots");
+    a_.count = address<int32_t>(f, "count");
+    a_.out = address<void>(f, "out");
+    a_.logits = address<float>(f, "logits");
+    a_.lse = address<float>(f, "lse");
+    a_.p = address<float>(f, "p");
+    a_.error = address<int32_t>(f, "error");
+    a_.partials = address<float>(f, "partials");
+    a_.tickets = address<int32_t>(f, "tickets");
+    const bool empty = a_.rows == 0 || a_.width == 0;
+    require(empty || op_ == "pv" || (a_.q && a_.k), "q and k must not be null");
+    require(empty || op_ == "qk" || (a_.v && a_.out), "v and out must not be null");
+    require(empty || op_ != "qk" || a_.logits, "logits must not be null");
+    require(empty || op_ != "pv" || a_.p, "p must not be null");
+    require(op_ != "attention" || (a_.head_dim <= 128 && a_.out), "no kernel for this head size");
+  }
+
+  // The CUDA kernels load 16 bytes at a time.
+  void check_alignment() const {
+    const int64_t bytes = a_.dtype == DType::f32 ? 4 : 2;
+    uintptr_t all = 0;
+    for (const void* p : {a_.q, a_.k, a_.v, static_cast<const void*>(a_.out)})
+      all |= reinterpret_cast<uintptr_t>(p);
+    for (int64_t stride : {a_.q_row, a_.q_head, a_.k_slot, a_.k_head, a_.v_slot, a_.v_head})
+      all |= static_cast<uintptr_t>(stride * bytes);
+    require(all % 16 == 0, "q, k and v must lie on 16-byte boundaries");
+  }
+
+  int run_cpu() {
+    error_ = 0;
+    const int status = op_ == "attention" ? table_.attention(a_)
+                       : op_ == "qk"      ? table_.qk(a_)
+                                          : table_.pv(a_);
+    return error_ ? bad_slot : status;
+  }
+
+  int run_cuda(void* stream) {
+#if AVL_WITH_CUDA
+    return op_ == "attention" ? cuda_attention(a_, stream)
+           : op_ == "qk"      ? cuda_qk(a_, stream)
+                              : cuda_pv(a_, stream);
+#else
+    (void)stream;
+    return cuda_error;
+#endif
+  }
+
+  AttentionArgs a_{};
+  std::string op_;
+  bool cuda_;
+  const CpuKernels& table_;
+  int32_t error_ = 0;
+  std::vector<float> partials_;
+};
+
+void gemv(const std::string& isa, const py::dict& f) {
+  GemvArgs a{};
+  a.dtype = static_cast<DType>(size(f, "dtype", 0, 2));
+  a.rows = size(f, "rows", 1, 4);
+  a.in = size(f, "in", 1, INT32_MAX);
+  a.out = size(f, "out", 1, INT32_MAX);
+  a.x = address<void>(f, "x");
+  a.x_row = number(f, "x_row");
+  a.weight = address<void>(f, "weight");
+  a.bias = address<void>(f, "bias");
+  a.y = address<void>(f, "y");
+  a.threads = size(f, "threads", 1, 1024);
+  require(a.x && a.weight && a.y && a.x_row >= 0, "x, weight and y must not be null");
+  const CpuKernels& table = kernels(isa);
+  py::gil_scoped_release unlocked;
+  thread_local std::vector<float> scratch;
+  scratch.resize(size_t(a.rows) * a.in);
+  a.x32 = scratch.data();
+  table.gemv(a);
+}
+
+double read(uintptr_t data, int64_t count, int32_t threads) {
+  py::gil_scoped_release unlocked;
+  return kernels("").read(reinterpret_cast<const float*>(data), count, threads);
+}
+
+}  // namespace
+}  // namespace avl
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Kernels of the engine on raw addresses; call them through engine.native.";
+  m.attr("with_cuda") = bool(AVL_WITH_CUDA);
+  m.def("cpu_isa", [] { return std::string(avl::cpu_kernels()->name); });
+  m.def("has_isa", [](const std::string& isa) { return avl::cpu_kernels(isa.c_str()) != nullptr; });
+  py::class_<avl::AttentionPlan>(m, "AttentionPlan")
+      .def(py::init<const std::string&, bool, const std::string&, const py::dict&>(), py::arg("op"),
+           py::arg("cuda"), py::arg("isa"), py::arg("fields"))
+      .def("run", &avl::AttentionPlan::run, py::arg("stream"));
+  m.def("gemv", &avl::gemv, py::arg("isa"), py::arg("fields"));
+  m.def("read", &avl::read, py::arg("data"), py::arg("count"), py::arg("threads"));
+}

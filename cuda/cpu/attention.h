@@ -1,0 +1,274 @@
+// Attention of one query per row over listed slots, on the CPU, rows read where they lie.
+//
+// A task is (row, a few kv heads, a part of the list). A token's heads are one run of memory, so a
+// task walks tokens outside and heads inside; 32 tokens at a time, so that their V rows, requested
+// while K is read, are still in the cache when the weights are known. Softmax is online (Milakov
+// and Gimelshein 2018): m, l and acc are rescaled whenever a larger logit appears. Parts of a list
+// meet in `partials` and are merged at the end.
+#pragma once
+
+#include "vec.h"
+
+namespace avl {
+namespace AVL_ISA {
+
+constexpr int BLOCK = 32;      // tokens between two updates of the running maximum
+constexpr int MAX_CHUNK = 8;   // kv heads of one task
+constexpr int MAX_HEADS = 64;  // query heads of one task
+constexpr int AHEAD = 2;       // tokens to prefetch
+constexpr float LOWEST = -__builtin_inff();
+
+// One query head's running softmax over its part of the list, in `partials`.
+template <int D>
+struct Running {
+  float m, l, acc[D];
+};
+
+// Which tokens of which heads a task handles.
+struct Part {
+  int row, kv_head, kv_heads, begin, end;
+  const int32_t* slots;  // null: identity
+};
+
+static inline int list_count(const AttentionArgs& a, int row, int kv_head) {
+  if (!a.count) return a.width;
+  int n = a.count[row * a.count_row + kv_head * a.count_list];
+  if (n < 0 || n > a.width) {
+    *a.error = 1;
+    return 0;
+  }
+  return n;
+}
+
+static inline const int32_t* list_slots(const AttentionArgs& a, int row, int kv_head) {
+  return a.slots ? a.slots + row * a.slots_row + kv_head * a.slots_list : nullptr;
+}
+
+// The slots of tokens begin.. of a list, `n` of them checked; false (and error set) if one is out.
+static inline bool read_slots(const AttentionArgs& a, const Part& part, int begin, int n,
+                              int64_t* slot) {
+  for (int t = 0; t < n; ++t) {
+    slot[t] = part.slots ? part.slots[begin + t] : begin + t;
+    if (slot[t] < 0 || slot[t] >= a.pool_slots) {
+      *a.error = 1;
+      return false;
+    }
+  }
+  return true;
+}
+
+template <class T, int D>
+static inline void prefetch_row(const T* row) {
+  for (int byte = 0; byte < int(D * sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
+}
+
+template <class T, int D>
+static inline float dot(const float* q, const T* row) {
+  vf even = {}, odd = {};
+  for (int d = 0; d + W < D; d += 2 * W) {
+    even += load(q + d) * load(row + d);
+    odd += load(q + d + W) * load(row + d + W);
+  }
+  if constexpr (D / W % 2) even += load(q + D - W) * load(row + D - W);
+  return sum(even + odd);
+}
+
+// logits[head * BLOCK + t] = q . k for n tokens and the part's query heads (q already float).
+template <class T, int D>
+static void score_block(const AttentionArgs& a, const Part& part, const int64_t* slot, int n,
+                        const float* q, float* logits) {
+  const int group = a.heads / a.kv_heads;
+  const T* k = static_cast<const T*>(a.k) + part.kv_head * a.k_head;
+  const T* v = static_cast<const T*>(a.v) + part.kv_head * a.v_head;
+  for (int t = 0; t < n; ++t) {
+    const T* next = k + slot[t + AHEAD < n ? t + AHEAD : n - 1] * a.k_slot;
+    for (int h = 0; h < part.kv_heads; ++h) {
+      const T* row = k + slot[t] * a.k_slot + h * a.k_head;
+      prefetch_row<T, D>(next + h * a.k_head);
+      if (a.v) prefetch_row<T, D>(v + slot[t] * a.v_slot + h * a.v_head);
+      for (int g = 0; g < group; ++g) {
+        const int head = h * group + g;
+        logits[head * BLOCK + t] = dot<T, D>(q + head * D, row);
+      }
+    }
+  }
+}
+
+// acc = acc * keep + sum of weight[t] * v[t] over n tokens, for one query head.
+template <class T, int D>
+static void weigh_block(const T* v, int64_t v_slot, const int64_t* slot, int n, const float* weight,
+                        float keep, float* acc) {
+  vf x[D / W];
+  for (int i = 0; i < D / W; ++i) x[i] = load(acc + i * W) * keep;
+  for (int t = 0; t < n; ++t) {
+    const T* row = v + slot[t] * v_slot;
+    for (int i = 0; i < D / W; ++i) x[i] += load(row + i * W) * weight[t];
+  }
+  for (int i = 0; i < D / W; ++i) store(acc + i * W, x[i]);
+}
+
+// Turn n logits into weights exp(logit - m) with a new running maximum; gives the factor for what
+// was accumulated under the old one.
+static inline float soften(float* logits, int n, float& m, float& l) {
+  for (int t = n; t < BLOCK; ++t) logits[t] = LOWEST;
+  vf top = load(logits);
+  for (int t = W; t < BLOCK; t += W) top = larger(top, load(logits + t));
+  float now = m;
+  for (int i = 0; i < W; ++i) now = top[i] > now ? top[i] : now;
+  vf total = {};
+  for (int t = 0; t < BLOCK; t += W) {
+    vf weight = exp(load(logits + t) - now);
+    store(logits + t, weight);
+    total += weight;
+  }
+  float keep = m == LOWEST ? 0.0f : exp(vf{} + (m - now))[0];
+  m = now;
+  l = l * keep + sum(total);
+  return keep;
+}
+
+template <class T, int D>
+static void attend_part(const AttentionArgs& a, const Part& part, float* q, float* logits,
+                        Running<D>* run, int splits) {
+  const int group = a.heads / a.kv_heads, heads = part.kv_heads * group;
+  const int first = part.kv_head * group;
+  const T* query = static_cast<const T*>(a.q) + part.row * a.q_row + first * a.q_head;
+  for (int h = 0; h < heads; ++h) {
+    for (int d = 0; d < D; d += W) store(q + h * D + d, load(query + h * a.q_head + d));
+    run[h * splits] = Running<D>{LOWEST, 0.0f, {}};
+  }
+  int64_t slot[BLOCK];
+  for (int begin = part.begin; begin < part.end; begin += BLOCK) {
+    const int n = part.end - begin < BLOCK ? part.end - begin : BLOCK;
+    if (!read_slots(a, part, begin, n, slot)) return;
+    score_block<T, D>(a, part, slot, n, q, logits);
+    for (int h = 0; h < heads; ++h) {
+      float* mine = logits + h * BLOCK;
+      for (int t = 0; t < n; ++t) mine[t] *= a.scale;
+      if (a.logits) {
+        float* kept = a.logits + (int64_t(part.row) * a.heads + first + h) * a.width + begin;
+        __builtin_memcpy(kept, mine, n * sizeof(float));
+      }
+      Running<D>& r = run[h * splits];
+      const float keep = soften(mine, n, r.m, r.l);
+      const T* v = static_cast<const T*>(a.v) + (part.kv_head + h / group) * a.v_head;
+      weigh_block<T, D>(v, a.v_slot, slot, n, mine, keep, r.acc);
+    }
+  }
+}
+
+// Join the parts of one query head's list, write out, lse and the unused end of its logits.
+template <class T, int D>
+static void merge_head(const AttentionArgs& a, int row, int head, const Running<D>* parts) {
+  float m = LOWEST, l = 0;
+  for (int s = 0; s < a.splits; ++s) m = parts[s].m > m ? parts[s].m : m;
+  vf acc[D / W] = {};
+  for (int s = 0; s < a.splits; ++s) {
+    if (parts[s].m == LOWEST) continue;
+    const float share = exp(vf{} + (parts[s].m - m))[0];
+    l += share * parts[s].l;
+    for (int i = 0; i < D / W; ++i) acc[i] += load(parts[s].acc + i * W) * share;
+  }
+  const int64_t at = int64_t(row) * a.heads + head;
+  T* out = static_cast<T*>(a.out) + at * D;
+  const float inverse = l == 0 ? 0 : 1 / l;
+  for (int d = 0; d < D; ++d) out[d] = from_float<T>(acc[d / W][d % W] * inverse);
+  if (a.lse) a.lse[at] = l == 0 ? LOWEST : m + __builtin_logf(l);
+  if (!a.logits) return;
+  const int used = list_count(a, row, head / (a.heads / a.kv_heads));
+  for (int t = used; t < a.width; ++t) a.logits[at * a.width + t] = LOWEST;
+}
+
+// kv heads per task: many, for long runs of memory, but at least four tasks for each thread.
+static inline int heads_per_task(const AttentionArgs& a) {
+  if (a.slots_list || a.count_list) return 1;
+  int64_t chunk = MAX_CHUNK;
+  if (a.threads > 1) chunk = int64_t(a.rows) * a.kv_heads / (4 * a.threads);
+  const int most = MAX_HEADS / (a.heads / a.kv_heads);
+  if (chunk > most) chunk = most;
+  return chunk < 1 ? 1 : chunk > MAX_CHUNK ? MAX_CHUNK : chunk;
+}
+
+template <class T, int D>
+static int attention(const AttentionArgs& a) {
+  static_assert(D % W == 0);
+  const int group = a.heads / a.kv_heads, chunk = heads_per_task(a);
+  const int chunks = (a.kv_heads + chunk - 1) / chunk;
+  const int64_t tasks = int64_t(a.rows) * chunks * a.splits;
+  Running<D>* partials = reinterpret_cast<Running<D>*>(a.partials);
+#pragma omp parallel num_threads(a.threads)
+  {
+    alignas(64) float q[MAX_HEADS * D], logits[MAX_HEADS * BLOCK];
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int split = task % a.splits, first = task / a.splits % chunks * chunk;
+      const int row = task / a.splits / chunks;
+      const int heads = a.kv_heads - first < chunk ? a.kv_heads - first : chunk;
+      const int64_t n = list_count(a, row, first);
+      const int begin = n * split / a.splits, end = n * (split + 1) / a.splits;
+      const Part part{row, first, heads, begin, end, list_slots(a, row, first)};
+      Running<D>* run = partials + (int64_t(row) * a.heads + first * group) * a.splits + split;
+      attend_part<T, D>(a, part, q, logits, run, a.splits);
+    }
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < int64_t(a.rows) * a.heads; ++at)
+      merge_head<T, D>(a, at / a.heads, at % a.heads, partials + at * a.splits);
+  }
+  return ok;
+}
+
+// The two products alone, one task for each (row, kv head): for reading and for scoring policies.
+template <class T, int D>
+static int qk(const AttentionArgs& a) {
+  const int group = a.heads / a.kv_heads;
+#pragma omp parallel for schedule(dynamic) num_threads(a.threads)
+  for (int64_t task = 0; task < int64_t(a.rows) * a.kv_heads; ++task) {
+    const int row = task / a.kv_heads, kv_head = task % a.kv_heads, first = kv_head * group;
+    alignas(64) float q[MAX_HEADS * D], scores[MAX_HEADS * BLOCK];
+    for (int i = 0; i < group * D; ++i)
+      q[i] =
+          to_float(static_cast<const T*>(a.q)[row * a.q_row + (first + i / D) * a.q_head + i % D]);
+    float* out = a.logits + (int64_t(row) * a.heads + first) * a.width;
+    const int used = list_count(a, row, kv_head);
+    const Part part{row, kv_head, 1, 0, used, list_slots(a, row, kv_head)};
+    int64_t slot[BLOCK];
+    for (int begin = 0; begin < used; begin += BLOCK) {
+      const int n = used - begin < BLOCK ? used - begin : BLOCK;
+      if (!read_slots(a, part, begin, n, slot)) break;
+      score_block<T, D>(a, part, slot, n, q, scores);
+      for (int g = 0; g < group; ++g)
+        __builtin_memcpy(out + int64_t(g) * a.width + begin, scores + g * BLOCK, n * sizeof(float));
+    }
+    for (int g = 0; g < group; ++g)
+      for (int t = used; t < a.width; ++t) out[int64_t(g) * a.width + t] = LOWEST;
+  }
+  return ok;
+}
+
+template <class T, int D>
+static int pv(const AttentionArgs& a) {
+  const int group = a.heads / a.kv_heads;
+#pragma omp parallel for schedule(dynamic) num_threads(a.threads)
+  for (int64_t task = 0; task < int64_t(a.rows) * a.kv_heads; ++task) {
+    const int row = task / a.kv_heads, kv_head = task % a.kv_heads;
+    const T* v = static_cast<const T*>(a.v) + kv_head * a.v_head;
+    const int64_t first = int64_t(row) * a.heads + kv_head * group;
+    float* out = static_cast<float*>(a.out) + first * D;
+    for (int i = 0; i < group * D; ++i) out[i] = 0;
+    const int used = list_count(a, row, kv_head);
+    const Part part{row, kv_head, 1, 0, used, list_slots(a, row, kv_head)};
+    int64_t slot[BLOCK];
+    for (int begin = 0; begin < used; begin += BLOCK) {
+      const int n = used - begin < BLOCK ? used - begin : BLOCK;
+      if (!read_slots(a, part, begin, n, slot)) break;
+      for (int g = 0; g < group; ++g)
+        weigh_block<T, D>(v, a.v_slot, slot, n, a.p + (first + g) * a.width + begin, 1,
+                          out + g * D);
+    }
+  }
+  return ok;
+}
+
+}  // namespace AVL_ISA
+}  // namespace avl

@@ -1,0 +1,111 @@
+// y = x W^T + bias for 1 to 4 rows of x: decoding reads every weight once and computes little, so
+// all that matters is to keep memory busy. Four rows of W are read side by side, each by one long
+// run, and meet all rows of x in registers. With AVX512-BF16 two products fit one instruction.
+#pragma once
+
+#include "vec.h"
+
+namespace avl {
+namespace AVL_ISA {
+
+constexpr int OUTS = 4;  // rows of W read side by side
+
+// What one step along the inner dimension loads and how it multiplies: W floats, or 2 W bf16 pairs.
+template <class T>
+struct Lane {
+  static constexpr int width = W;
+  using X = float;
+  vf value;
+  static Lane weight(const T* p) { return {load(p)}; }
+  static Lane input(const float* p) { return {load(p)}; }
+  static vf multiply_add(vf acc, Lane w, Lane x) { return acc + w.value * x.value; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Lane<bf16> {
+  static constexpr int width = 2 * W;
+  using X = bf16;
+  __m512bh value;
+  static Lane weight(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+  static Lane input(const bf16* p) { return weight(p); }
+  static vf multiply_add(vf acc, Lane w, Lane x) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, w.value, x.value);
+  }
+};
+#endif
+
+template <class T>
+static inline const typename Lane<T>::X* input_row(const GemvArgs& a, int row) {
+  if constexpr (sizeof(typename Lane<T>::X) == sizeof(T))
+    return static_cast<const typename Lane<T>::X*>(a.x) + row * a.x_row;
+  else
+    return reinterpret_cast<const typename Lane<T>::X*>(a.x32 + row * a.in);
+}
+
+// OUTS outputs from `first` for R rows of x.
+template <class T, int R>
+static void gemv_block(const GemvArgs& a, int64_t first) {
+  using L = Lane<T>;
+  const T* w[OUTS];
+  for (int o = 0; o < OUTS; ++o) {  // past the end: repeat the last row, drop its result below
+    const int64_t out = first + o < a.out ? first + o : a.out - 1;
+    w[o] = static_cast<const T*>(a.weight) + out * a.in;
+  }
+  vf acc[OUTS][R] = {};
+  int64_t i = 0;
+  for (; i + L::width <= a.in; i += L::width) {
+    L x[R];
+    for (int r = 0; r < R; ++r) x[r] = L::input(input_row<T>(a, r) + i);
+    for (int o = 0; o < OUTS; ++o) {
+      const L weight = L::weight(w[o] + i);
+      for (int r = 0; r < R; ++r) acc[o][r] = L::multiply_add(acc[o][r], weight, x[r]);
+    }
+  }
+  for (int o = 0; o < OUTS && first + o < a.out; ++o)
+    for (int r = 0; r < R; ++r) {
+      float y = sum(acc[o][r]);
+      for (int64_t j = i; j < a.in; ++j) y += to_float(w[o][j]) * to_float(input_row<T>(a, r)[j]);
+      if (a.bias) y += to_float(static_cast<const T*>(a.bias)[first + o]);
+      static_cast<T*>(a.y)[r * a.out + first + o] = from_float<T>(y);
+    }
+}
+
+template <class T, int R>
+static void gemv_rows(const GemvArgs& a) {
+  const int64_t blocks = (a.out + OUTS - 1) / OUTS;
+  int64_t run = (1 << 18) / (a.in * OUTS * int64_t(sizeof(T))) + 1;  // about 256 KB for each grab
+#pragma omp parallel for schedule(dynamic, run) num_threads(a.threads)
+  for (int64_t b = 0; b < blocks; ++b) gemv_block<T, R>(a, b * OUTS);
+}
+
+template <class T>
+static int gemv(const GemvArgs& a) {
+  if constexpr (sizeof(typename Lane<T>::X) != sizeof(T))
+    for (int64_t i = 0; i < a.rows * a.in; ++i)
+      a.x32[i] = to_float(static_cast<const T*>(a.x)[i / a.in * a.x_row + i % a.in]);
+  switch (a.rows) {
+    case 1: gemv_rows<T, 1>(a); return ok;
+    case 2: gemv_rows<T, 2>(a); return ok;
+    case 3: gemv_rows<T, 3>(a); return ok;
+    case 4: gemv_rows<T, 4>(a); return ok;
+  }
+  return unsupported;
+}
+
+// Read memory and do next to nothing else: the peak that efficiency is quoted against.
+static double read(const float* data, int64_t count, int32_t threads) {
+  double total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total) num_threads(threads)
+  for (int64_t block = 0; block < count / 4096; ++block) {
+    vf x[4] = {};
+    const float* p = data + block * 4096;
+    for (int i = 0; i < 4096; i += 4 * W)
+      for (int j = 0; j < 4; ++j) x[j] += load(p + i + j * W);
+    total += sum(x[0] + x[1] + x[2] + x[3]);
+  }
+  return total;
+}
+
+}  // namespace AVL_ISA
+}  // namespace avl

@@ -1,0 +1,54 @@
+// Compiled once for each instruction set: picks the kernel for a dtype and a head size.
+#include "kernels.h"
+
+#include "attention.h"
+#include "gemv.h"
+
+namespace avl {
+namespace AVL_ISA {
+
+// Calls op<T, D>(a) for the T and D that the arguments name.
+#define AVL_FOR_SIZE(op, T)         \
+  switch (a.head_dim) {             \
+    case 16: return op<T, 16>(a);   \
+    case 32: return op<T, 32>(a);   \
+    case 64: return op<T, 64>(a);   \
+    case 80: return op<T, 80>(a);   \
+    case 96: return op<T, 96>(a);   \
+    case 128: return op<T, 128>(a); \
+    default: return unsupported;    \
+  }
+#define AVL_FOR_TYPE(op)                     \
+  switch (a.dtype) {                         \
+    case DType::f32: AVL_FOR_SIZE(op, float) \
+    case DType::f16: AVL_FOR_SIZE(op, fp16)  \
+    case DType::bf16: AVL_FOR_SIZE(op, bf16) \
+  }                                          \
+  return unsupported;
+
+static int run_attention(const AttentionArgs& a) {
+  AVL_FOR_TYPE(attention)
+}
+static int run_qk(const AttentionArgs& a) {
+  AVL_FOR_TYPE(qk)
+}
+static int run_pv(const AttentionArgs& a) {
+  AVL_FOR_TYPE(pv)
+}
+
+static int run_gemv(const GemvArgs& a) {
+  switch (a.dtype) {
+    case DType::f32: return gemv<float>(a);
+    case DType::f16: return gemv<fp16>(a);
+    case DType::bf16: return gemv<bf16>(a);
+  }
+  return unsupported;
+}
+
+#define AVL_TEXT(x) AVL_TEXT_(x)
+#define AVL_TEXT_(x) #x
+extern const CpuKernels table;
+const CpuKernels table = {AVL_TEXT(AVL_ISA), run_attention, run_qk, run_pv, run_gemv, read};
+
+}  // namespace AVL_ISA
+}  // namespace avl

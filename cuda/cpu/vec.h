@@ -1,0 +1,97 @@
+// One vector of floats, as wide as the instruction set this file is compiled for (AVL_ISA).
+//
+// GCC's vector types give + - * and comparisons; only loads of 16-bit numbers and the sum of the
+// lanes need instructions by name. Everything is static or in a namespace named after the
+// instruction set: a function shared between differently compiled objects would be chosen by the
+// linker, and an AVX-512 one could then run on a machine without AVX-512.
+#pragma once
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#include "../numeric.h"
+
+namespace avl {
+namespace AVL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+static inline vf load(const float* p) {
+  vf x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+static inline vf load(const bf16* p) {
+  vh half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+
+static inline vf load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+static inline void store(float* p, vf x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+static inline float sum(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
+// Where either is NaN: b.
+static inline vf larger(vf a, vf b) {
+  return a > b ? a : b;
+}
+
+// e^x for x <= 0, relative error below 2e-7: 2^n by its exponent bits times a polynomial on
+// |r| <= ln(2)/2. Below -87 the result stays at e^-87 = 1.6e-38.
+static inline vf exp(vf x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vf given = x;
+  x = larger(vf{} - 87.0f, x);
+  vf shifted = x * 1.44269504088896f + magic;
+  vf n = shifted - magic;
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = r * 1.9841270e-4f + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  vi exponent = (vi)shifted - (vi)(vf{} + magic);
+  return given == given ? (vf)((vi)p + (exponent << 23)) : given;  // NaN stays NaN
+}
+
+}  // namespace AVL_ISA
+}  // namespace avl

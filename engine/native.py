@@ -1,0 +1,336 @@
+"""The one door to the compiled kernels in ``engine._native``: checks tensors, passes addresses.
+
+The module is optional. ``backend()`` says which of three is active and why: ``cuda`` (kernels for
+the GPU and the CPU), ``cpu`` (for the CPU alone) or ``torch`` (none: the twins in
+``engine.attention`` serve). Setting the environment variable ``AVL_NATIVE=0`` selects ``torch``.
+
+An operator is checked once, when its plan is made, and then runs many times on the same tensors;
+the plan holds them, so that an address can never outlive its tensor.
+"""
+
+import functools
+import importlib
+import math
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+_MAX_GROUP = 64  # query heads that may share a kv head
+_GEMV_ROWS = 4
+
+
+class Backend(NamedTuple):
+    """Which kernels serve: ``cuda``, ``cpu`` or ``torch``, and why in one line."""
+
+    name: str
+    reason: str
+
+
+class AttentionResult(NamedTuple):
+    """What one attention call returns: out, and logits and lse when asked for."""
+
+    out: Tensor  # [rows, heads, head_dim], dtype of q
+    logits: Tensor | None = None  # [rows, heads, max] fp32, scaled q.k; -inf beyond count
+    lse: Tensor | None = None  # [rows, heads] fp32, log(sum(exp(logits))); -inf for an empty list
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("AVL_NATIVE") == "0":
+        return None, "AVL_NATIVE=0 in the environment"
+    try:
+        return importlib.import_module("engine._native"), ""
+    except ImportError as error:
+        return None, f"engine._native cannot be imported ({error})"
+
+
+def backend() -> Backend:
+    """Say which kernels are active on this machine and why."""
+    module, problem = _load()
+    if module is None:
+        return Backend("torch", f"{problem}; plain torch computes attention")
+    cpu = f"CPU kernels for {module.cpu_isa()}"
+    if not module.with_cuda:
+        return Backend("cpu", f"{cpu}; built without a CUDA compiler")
+    if not torch.cuda.is_available():
+        return Backend("cpu", f"{cpu}; CUDA kernels are built in, but no CUDA device was found")
+    return Backend("cuda", f"{cpu}; CUDA kernels for {torch.cuda.get_device_name()}")
+
+
+def usable(q: Tensor, pool: Tensor) -> bool:
+    """Whether a native attention kernel exists for these tensors' device, dtype and sizes."""
+    module, _ = _load()
+    if module is None or (q.requires_grad and torch.is_grad_enabled()):
+        return False
+    if q.device.type == "cuda" and not module.with_cuda:
+        return False
+    group = q.shape[1] // max(1, pool.shape[1])
+    known = pool.dtype in _DTYPES and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
+    return known and q.device.type in ("cpu", "cuda")
+
+
+class AttentionPlan:
+    """One native attention call, validated once; ``run`` may be repeated as the tensors change.
+
+    Arguments as in ``engine.attention.selective_attention``; out, logits and lse are allocated
+    unless given. ``op`` is ``attention``, ``qk`` (writes logits, unscaled) or ``pv`` (p in place of
+    q and k; writes a float32 out). Raises ValueError naming the argument that is wrong. Slots and
+    counts are read anew by every run: on a CPU one that is out of range raises ValueError there;
+    on a GPU it sets a flag that ``check`` reads, since reading it waits for the device.
+    """
+
+    def __init__(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
+        slots: Tensor | None = None,
+        count: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        want_logits: bool = False,
+        out: Tensor | None = None,
+        logits: Tensor | None = None,
+        lse: Tensor | None = None,
+        op: str = "attention",
+        p: Tensor | None = None,
+        isa: str = "",
+    ) -> None:
+        module, problem = _load()
+        if module is None:
+            raise RuntimeError(problem)
+        lead = q if q is not None else p
+        pool = k if k is not None else v
+        assert lead is not None
+        assert pool is not None
+        _check_inputs(lead, q, k, v, pool, slots, count)
+        width = pool.shape[0] if slots is None else slots.shape[-1]
+        rows, heads = lead.shape[:2]
+        made = functools.partial(_output, device=lead.device)
+        if op != "qk":
+            size = (rows, heads, pool.shape[2])
+            out = made("out", out, size, pool.dtype if op == "attention" else torch.float32)
+        if want_logits or op == "qk":
+            logits = made("logits", logits, (rows, heads, width), torch.float32)
+        if want_logits:
+            lse = made("lse", lse, (rows, heads), torch.float32)
+        if p is not None:
+            p = _weights(p, width)
+        self.out, self.logits, self.lse = out, logits, lse
+        self._cuda = lead.is_cuda
+        self._device = lead.device
+        splits, scratch = _scratch(lead, pool, width) if lead.is_cuda else (1, {})
+        tensors = {"q": q, "k": k, "v": v, "slots": slots, "count": count, "out": out}
+        tensors |= {"logits": logits, "lse": lse, "p": p, "error": None, "partials": None}
+        tensors |= {"tickets": None, **scratch}
+        self._error = tensors["error"]
+        self._alive = tensors  # the addresses below stay valid as long as this plan lives
+        fields: dict[str, Any] = {name: _address(t) for name, t in tensors.items()}
+        fields |= _sizes(q, k, v, slots, count, pool)
+        fields |= {"rows": rows, "heads": heads, "width": width, "splits": splits}
+        fields["scale"] = 1 / math.sqrt(pool.shape[2]) if scale is None else scale
+        self._plan = module.AttentionPlan(op, self._cuda, isa, fields)
+
+    def run(self, stream: int | None = None) -> None:
+        """Start the operator on a stream's handle (CUDA; None: torch's current) or do it (CPU)."""
+        if stream is None:
+            stream = torch.cuda.current_stream(self._device).cuda_stream if self._cuda else 0
+        self._plan.run(stream)
+
+    def check(self) -> None:
+        """Raise ValueError if a run on a GPU met a slot or count out of range; waits for it."""
+        if self._error is not None and int(self._error.item()):
+            raise ValueError("attention: a slot or a count is out of range")
+
+    def result(self) -> AttentionResult:
+        """Give the tensors that run writes."""
+        assert self.out is not None
+        return AttentionResult(self.out, self.logits, self.lse)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` like torch's, through ``gemv`` where that is faster.
+
+    That is: on a CPU, in bfloat16, for at most 4 rows of x ``[..., in]``; else torch computes it.
+    """
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if weight.dtype is not torch.bfloat16 or weight.is_cuda or not 1 <= rows <= _GEMV_ROWS:
+        return F.linear(x, weight, bias)
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if training or not _gemv_pays():
+        return F.linear(x, weight, bias)
+    return gemv(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+@functools.cache
+def _gemv_pays() -> bool:
+    """Whether this processor multiplies bfloat16 itself; elsewhere torch is as fast."""
+    module, _ = _load()
+    return module is not None and module.cpu_isa() == "avx512"
+
+
+def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = "") -> Tensor:
+    """``x @ weight.T + bias`` on the CPU for 1 to 4 rows, sums in fp32: ``[rows, out]``.
+
+    x ``[rows, in]`` (rows may be strided), weight ``[out, in]`` contiguous, bias ``[out]``; one
+    dtype of float32, float16, bfloat16. Reads the weights once, at the speed of memory. Raises
+    ValueError for other arguments.
+    """
+    module, problem = _load()
+    if module is None:
+        raise RuntimeError(problem)
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x is {describe(x)}, which does not fit weight {describe(weight)}")
+    if not 1 <= x.shape[0] <= _GEMV_ROWS:
+        raise ValueError(f"x must have 1 to {_GEMV_ROWS} rows, got {describe(x)}")
+    if x.dtype != weight.dtype or x.dtype not in _DTYPES or x.is_cuda or weight.is_cuda:
+        raise ValueError(f"x is {describe(x)} but weight is {describe(weight)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        raise ValueError(f"bias is {describe(bias)} but weight is {describe(weight)}")
+    if not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        raise ValueError("weight and bias must be contiguous")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    fields = {"dtype": _DTYPES[x.dtype], "rows": x.shape[0], "in": x.shape[1], "out": y.shape[1]}
+    fields |= {"x": x.data_ptr(), "x_row": x.stride(0), "weight": weight.data_ptr()}
+    fields |= {"bias": _address(bias), "y": y.data_ptr(), "threads": torch.get_num_threads()}
+    module.gemv(isa, fields)
+    return y
+
+
+def read_all(data: Tensor) -> float:
+    """Sum a contiguous float32 CPU tensor: times what reading memory costs and nothing else."""
+    module, problem = _load()
+    if module is None:
+        raise RuntimeError(problem)
+    if data.dtype != torch.float32 or data.is_cuda or not data.is_contiguous():
+        raise ValueError(f"data must be contiguous float32 on the CPU, got {describe(data)}")
+    return float(module.read(data.data_ptr(), data.numel(), torch.get_num_threads()))
+
+
+def check_shapes(
+    name: str, q: Tensor, pool: Tensor, slots: Tensor | None, count: Tensor | None
+) -> None:
+    """Raise ValueError where shapes, dtypes or devices do not fit; ``name`` is what q is called."""
+    if q.ndim != 3 or pool.ndim != 3:
+        raise ValueError(f"{name} and the pool need 3 dimensions: {describe(q)}, {describe(pool)}")
+    if not pool.shape[1] or q.shape[1] % pool.shape[1]:
+        raise ValueError(f"{name} has {q.shape[1]} heads, the pool {pool.shape[1]} kv heads")
+    if q.device != pool.device:
+        raise ValueError(f"{name} is on {q.device}, the pool on {pool.device}")
+    for label, lists, ndim in (("slots", slots, 3), ("count", count, 2)):
+        if lists is None:
+            continue
+        if lists.dtype != torch.int32 or lists.ndim != ndim or lists.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{label} must be int32 with {ndim} dimensions and {q.shape[0]} rows,"
+                f" got {describe(lists)}"
+            )
+        if lists.shape[1] not in (1, pool.shape[1]):
+            raise ValueError(f"{label} must have 1 or {pool.shape[1]} lists: {describe(lists)}")
+        if lists.device != pool.device:
+            raise ValueError(f"{label} is on {lists.device}, the pool on {pool.device}")
+
+
+def describe(t: Tensor) -> str:
+    """Name a tensor's shape, dtype and device for an error message.
+
+    >>> describe(torch.zeros(2, 3))
+    '[2, 3] float32 on cpu'
+    """
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+
+
+def _check_inputs(
+    lead: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    pool: Tensor,
+    slots: Tensor | None,
+    count: Tensor | None,
+) -> None:
+    check_shapes("q" if q is not None else "p", lead, pool, slots, count)
+    if pool.dtype not in _DTYPES or pool.shape[2] not in _HEAD_DIMS:
+        raise ValueError(f"no native kernel for a pool of {describe(pool)}")
+    if q is not None and (q.dtype != pool.dtype or q.shape[2] != pool.shape[2]):
+        raise ValueError(f"q is {describe(q)} but k is {describe(pool)}")
+    if k is not None and v is not None and (k.shape != v.shape or k.dtype != v.dtype):
+        raise ValueError(f"v is {describe(v)} but k is {describe(k)}")
+    for label, t in (("q", q), ("k", k), ("v", v), ("slots", slots)):
+        if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
+            raise ValueError(f"the last dimension of {label} must be contiguous")
+
+
+def _weights(p: Tensor, width: int) -> Tensor:
+    if p.shape[-1] != width:
+        raise ValueError(f"p has {p.shape[-1]} weights for each head, the lists {width}")
+    return p.float().contiguous()
+
+
+def _output(
+    name: str, given: Tensor | None, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if given is None:
+        return torch.empty(size, dtype=dtype, device=device)
+    if given.shape != size or given.dtype != dtype or given.device != device:
+        raise ValueError(f"{name} must be {list(size)} {dtype} on {device}, got {describe(given)}")
+    if not given.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    return given
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _sizes(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    slots: Tensor | None,
+    count: Tensor | None,
+    pool: Tensor,
+) -> dict[str, int]:
+    """Sizes and strides, in elements, as cuda/args.h names them; 0 where a tensor is absent."""
+    strides = {
+        "q_row": 0 if q is None else q.stride(0),
+        "q_head": 0 if q is None else q.stride(1),
+        "k_slot": 0 if k is None else k.stride(0),
+        "k_head": 0 if k is None else k.stride(1),
+        "v_slot": 0 if v is None else v.stride(0),
+        "v_head": 0 if v is None else v.stride(1),
+        "slots_row": 0 if slots is None else slots.stride(0),
+        "slots_list": 0 if slots is None or slots.shape[1] == 1 else slots.stride(1),
+        "count_row": 0 if count is None else count.stride(0),
+        "count_list": 0 if count is None or count.shape[1] == 1 else count.stride(1),
+    }
+    pool_slots, kv_heads, head_dim = pool.shape
+    return strides | {
+        "dtype": _DTYPES[pool.dtype],
+        "pool_slots": pool_slots,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _scratch(lead: Tensor, pool: Tensor, width: int) -> tuple[int, dict[str, Tensor | None]]:
+    """Choose thread blocks per list so that the GPU is full, and allocate what they meet in."""
+    blocks = lead.shape[0] * pool.shape[1]
+    full = 3 * torch.cuda.get_device_properties(lead.device).multi_processor_count
+    splits = max(1, min(-(-full // max(1, blocks)), width // 64))
+    size = (lead.shape[0], lead.shape[1], splits, pool.shape[2] + 2)
+    device = lead.device
+    return splits, {
+        "error": torch.zeros(1, dtype=torch.int32, device=device),
+        "partials": torch.empty(size, dtype=torch.float32, device=device),
+        "tickets": torch.zeros(lead.shape[:2], dtype=torch.int32, device=device),
+    }

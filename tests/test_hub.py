@@ -1,0 +1,144 @@
+"""Finding a model: a folder, the hub cache, a download; the network is never used here."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from engine.errors import CheckpointError
+from weights.checkpoint import Checkpoint
+from weights.hub import FILES, resolve
+
+NAME = "some-org/some-llava"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and a network that must not be touched."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    return tmp_path / "hub"
+
+
+def put_in_cache(cache: Path, commit: str, ref: str | None = "main") -> Path:
+    """Lays a model out as hub clients do: blobs, links to them in a snapshot, a ref to that."""
+    repo = cache / "models--some-org--some-llava"
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / commit
+    blobs.mkdir(parents=True, exist_ok=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "00").write_text(json.dumps({"model_type": "llava"}))
+    save_file({"a": torch.ones(2)}, blobs / "01")
+    (snapshot / "config.json").symlink_to("../../blobs/00")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/01")
+    if ref:
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / ref).write_text(commit)
+    return snapshot
+
+
+def test_a_folder_is_itself_and_nothing_is_the_embedded_model(tmp_path: Path) -> None:
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
+    assert resolve() == Path(__file__).parents[1] / "weights" / "tiny"
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "/nothing", "nothing", "../a/b"])
+def test_what_cannot_be_a_hub_name_is_a_missing_folder(name: str, cache: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"folder .* does not exist") as caught:
+        resolve(name)
+    assert "hub name" in caught.value.hint
+
+
+def test_a_file_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is a file, a model is a folder") as caught:
+        resolve(tmp_path / "model.safetensors")
+    assert str(tmp_path) in caught.value.hint
+
+
+def test_a_cached_model_is_found_without_network_and_opens(cache: Path) -> None:
+    snapshot = put_in_cache(cache, "a" * 40)
+    assert resolve(NAME) == snapshot
+    assert resolve(NAME, offline=True) == snapshot
+    with Checkpoint.open(resolve(NAME)) as checkpoint:
+        assert checkpoint.read("a").tolist() == [1, 1]
+
+
+def test_a_revision_is_honoured(cache: Path) -> None:
+    put_in_cache(cache, "a" * 40)
+    other = put_in_cache(cache, "b" * 40, ref=None)
+    assert resolve(NAME, revision="b" * 40) == other
+    with pytest.raises(CheckpointError, match="not in the hub cache"):
+        resolve(NAME, revision="v2", offline=True)
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_offline_says_where_it_looked(
+    by: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", by == "environment")
+    with pytest.raises(CheckpointError) as caught:
+        resolve(NAME, offline=by == "argument")
+    message = f"{NAME} is not a folder, and is not in the hub cache {cache}"
+    assert str(caught.value) == message
+
+
+def test_a_cached_model_that_lacks_a_shard_is_not_used(cache: Path) -> None:
+    snapshot = put_in_cache(cache, "a" * 40)
+    (snapshot / "model.safetensors").unlink()
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file({"a": torch.ones(2)}, snapshot / weight_map["a"])
+    with pytest.raises(CheckpointError, match="is only partly in the hub cache"):
+        resolve(NAME, offline=True)
+
+
+def test_download_takes_the_files_we_read(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def download(name: str, revision: str | None = None, **options: object) -> str:
+        if options.get("local_files_only"):
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+        asked.append((name, revision, options["allow_patterns"]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "list_repo_files",
+        lambda *_, **__: ["config.json", "model.safetensors", "pytorch_model.bin"],
+    )
+    assert resolve(NAME, revision="v1") == tmp_path
+    assert asked == [(NAME, "v1", FILES)]
+    assert not any("bin" in pattern for pattern in FILES)
+
+
+def test_a_hub_model_with_pickles_only_names_the_conversion(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["pytorch_model.bin"]
+    )
+    with pytest.raises(CheckpointError, match=r"has no \.safetensors weights") as caught:
+        resolve(NAME)
+    assert f"--model {NAME} --convert some-llava-safetensors" in caught.value.hint
+
+
+def test_a_failing_network_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no route to host\nmany\nmore lines")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    with pytest.raises(CheckpointError, match=r"could not be downloaded: no route to host$"):
+        resolve(NAME)

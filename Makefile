@@ -1,0 +1,57 @@
+# make demo        set up .venv and ask the embedded model about a picture
+# make test        the same set-up, then format, lint, types and all fast tests
+# make test-slow   the tests that take minutes
+# make gpu-check   on a machine with a CUDA device: build, run the GPU tests, write gpu-results/
+# make clean       remove what was built; .venv stays
+#
+# A failed compilation is an error for `make test`; `make demo` then runs on plain torch instead.
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMPS := .venv/stamps
+NATIVE_SOURCES := CMakeLists.txt $(wildcard cuda/*.* cuda/*/*.*)
+
+.PHONY: demo test test-slow gpu-check clean
+
+demo: $(STAMPS)/run
+	$(BIN)/python main.py --image examples/car.jpg --prompt "What colour is the car?"
+
+test: export AVL_REQUIRE_NATIVE = 1
+test: $(STAMPS)/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'cuda/*.h' 'cuda/*.cpp' 'cuda/*.cu' 'cuda/*.cuh')
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-slow: export AVL_REQUIRE_NATIVE = 1
+test-slow: $(STAMPS)/test
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+gpu-check:
+	python3 bench/gpu_check.py
+
+clean:
+	rm -rf build dist gpu-results engine/_native*.so $(STAMPS)
+
+# torch comes first and alone: what follows must take the installed one, not choose another.
+$(STAMPS)/torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/build: $(STAMPS)/torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check "scikit-build-core>=1.0" "pybind11>=3.0"
+	touch $@
+
+# The project itself, editable: Python changes are live, a change in cuda/ installs anew.
+INSTALL = rm -f engine/_native*.so && \
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation
+
+$(STAMPS)/run: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
+	$(INSTALL) -e .
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
+	AVL_REQUIRE_NATIVE=1 $(INSTALL) -e ".[test]"
+	touch $@ $(STAMPS)/run

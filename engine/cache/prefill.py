@@ -1,0 +1,176 @@
+"""Prefill: attend over all tokens of a turn, then store what the policy keeps, layer by layer.
+
+Each layer is compacted right after its attention, so that no more than one layer's full keys and values
+exist at any time; the full cache of all layers never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.cache.layout import Kept, Layout
+from engine.cache.policy import Policy
+from engine.cache.pool import Pool
+from engine.cache.received import Received
+from engine.cache.row import Row, Stored
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend ``q [tokens, heads, head_dim]`` over ``k, v [columns, kv_heads, head_dim]``.
+
+    The last ``tokens`` columns are the queries' own and causal; earlier columns are visible to all.
+    """
+    past = len(k) - len(q)
+    mask = None
+    if past:
+        mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(past)
+    grouped = q.shape[1] != k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
+    return out[0].transpose(0, 1)
+
+
+@dataclass
+class LayerView:
+    """A layer's view of a step: hands the call on with the layer's number."""
+
+    step: Prefill | Uncached
+    layer: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``View.attend``."""
+        return self.step.attend(self.layer, q, k, v)
+
+
+class Uncached:
+    """A forward pass that stores nothing: exact logits of a whole prompt."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.positions = torch.arange(tokens, device=device)
+
+    def view(self, layer: int) -> LayerView:
+        """See ``Step.view``."""
+        return LayerView(self, layer)
+
+    def narrow(self, layer: int) -> Tensor | None:
+        """Nothing is narrowed."""
+        return None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Plain causal attention."""
+        return causal_attention(q, k, v)
+
+
+class Prefill:
+    """One turn's prefill of one sequence, on top of what earlier turns left in ``past``.
+
+    ``row`` is complete once every layer has attended. The extents of ``past`` are given back layer
+    by layer, as each is rewritten.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        policy: Policy,
+        turn: Layout,
+        new_tokens: int,
+        past: Row | None = None,
+    ) -> None:
+        """``turn`` describes the new tokens alone; ``new_tokens`` will be decoded afterwards."""
+        self.pools, self.policy, self.new_tokens = pools, policy, new_tokens
+        self.past = past or Row()
+        self.positions = turn.positions[0] + self.past.seen
+        self.row = Row(image_spans=[*self.past.image_spans, *_spans(turn, self.past.seen)])
+        self._turn = turn
+        self._narrowed: Tensor | None = None
+
+    def view(self, layer: int) -> LayerView:
+        """See ``Step.view``."""
+        return LayerView(self, layer)
+
+    def narrow(self, layer: int) -> Tensor | None:
+        """See ``Step.narrow``; later layers' layout loses the same tokens."""
+        kept = self._narrowed
+        if kept is not None:
+            self._turn = self._turn.narrowed(kept)
+        return kept
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend, let the policy choose, and store what it keeps."""
+        layout, earlier = self._turn, None
+        if self.past.layers:
+            k, v, layout, earlier = self._behind_past(layer, k, v)
+        out = causal_attention(q, k, v)
+        received = Received(q, k, earlier)
+        kept = self.policy.retain(layer, layout, received)
+        self._narrowed = self.policy.narrow(layer, layout, received)
+        self.row.layers.append(self._store(self.pools[layer], k, v, layout, kept))
+        return out
+
+    def _behind_past(
+        self, layer: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Layout, Tensor | None]:
+        """Keys, values, layout and earlier scores of the stored columns followed by the new ones."""
+        pool, stored = self.pools[layer], self.past.layers[layer]
+        used = slice(stored.start, stored.start + stored.layout.columns)
+        k, v = torch.cat([pool.k[used], k]), torch.cat([pool.v[used], v])
+        pool.give(stored.start, stored.capacity)
+        layout = stored.layout.followed_by(self._turn)
+        if stored.text_scores is None:
+            return k, v, layout, None
+        behind = layout.columns - stored.layout.columns
+        return k, v, layout, F.pad(stored.text_scores, (stored.layout.text_start, behind))
+
+    def _store(self, pool: Pool, k: Tensor, v: Tensor, layout: Layout, kept: Kept) -> Stored:
+        """Gather the kept columns into a fresh extent of ``pool``."""
+        shared, text = len(kept.shared), kept.text.shape[-1]
+        capacity = shared + text + self._growth(layout, text)
+        start = pool.take(capacity)
+        for rows, source in ((pool.k, k), (pool.v, v)):
+            rows[start : start + shared] = source[kept.shared]
+            rows[start + shared : start + shared + text] = _per_head(source, kept.text)
+        core = None if kept.core is None else torch.searchsorted(kept.shared, kept.core)
+        return Stored(start, capacity, _stored_layout(layout, kept), core, kept.text_scores)
+
+    def _growth(self, layout: Layout, text: int) -> int:
+        """Slots to leave free for the tokens to be decoded."""
+        budget = self.policy.text_budget(*layout.lengths(self.new_tokens))
+        if budget is None:
+            return self.new_tokens
+        return min(self.new_tokens, max(budget.total - text, 0) + 1)
+
+
+def _spans(turn: Layout, offset: int) -> list[tuple[int, int]]:
+    """Positions (start, end) of the pictures of a fresh turn."""
+    starts = [int(turn.picture(index)[0]) + offset for index in range(len(turn.image_sizes))]
+    return [(start, start + size) for start, size in zip(starts, turn.image_sizes, strict=True)]
+
+
+def _per_head(source: Tensor, columns: Tensor) -> Tensor:
+    """Rows of ``source [n, kv_heads, head_dim]`` at ``columns [t]`` or, per head, ``[kv_heads, t]``."""
+    if columns.dim() == 1:
+        return source[columns]
+    heads = torch.arange(source.shape[1], device=source.device)
+    return source[columns.T, heads]
+
+
+def _stored_layout(layout: Layout, kept: Kept) -> Layout:
+    """The layout of an extent that holds ``kept``."""
+    text = kept.text if kept.text.dim() == 2 else kept.text[None]
+    heads = max(len(layout.positions), len(text))
+    positions = layout.positions.expand(heads, -1)
+    text_positions = positions.gather(1, text.expand(heads, -1))
+    outside = torch.full((text.shape[-1],), -1, device=text.device)
+    return replace(
+        layout,
+        image_of=torch.cat([layout.image_of[kept.shared], outside]),
+        positions=torch.cat([positions[:, kept.shared], text_positions], 1),
+        text_start=len(kept.shared),
+    )

@@ -1,0 +1,101 @@
+"""What a sequence holds in the cache, counted: tokens, tiers and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.cache.policy import Policy
+from engine.cache.pool import Pool
+from engine.cache.row import Row, Stored
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A count per layer, summed up."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, counts: Sequence[float]) -> Spread:
+        """Mean, least and most of ``counts``."""
+        return cls(sum(counts) / len(counts), min(counts), max(counts))
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """The cache at the end of an answer; counts are tokens per layer, averaged over heads.
+
+    Attributes:
+        policy: the spec of the policy.
+        image_tokens: image tokens of the prompt (I).
+        stored, core, minor: image tokens in the cache; of these, attended at every step; freed.
+        text: text tokens after the last picture that are kept.
+        stored_share: tokens in the cache / tokens seen (the paper's Stored %, as a fraction).
+        used_share: tokens attended / tokens seen, mean over decode steps (Used %).
+        bytes_used: bytes of the tokens kept.
+        bytes_allocated: bytes of the tensors that hold them, free slots included.
+        bytes_full: what the full cache would use at this length.
+    """
+
+    policy: str
+    image_tokens: int
+    stored: Spread
+    core: Spread
+    minor: Spread
+    text: Spread
+    stored_share: float
+    used_share: float
+    bytes_used: int
+    bytes_allocated: int
+    bytes_full: int
+
+
+def report(row: Row, pools: Sequence[Pool], policy: Policy) -> CacheReport:
+    """Count what ``row`` (settled) holds in ``pools``."""
+    images = [_image_tokens(stored, row.image_spans) for stored in row.layers]
+    total = sum(end - start for start, end in row.image_spans)
+    core = [
+        images[layer] if stored.core is None else float(len(stored.core))
+        for layer, stored in enumerate(row.layers)
+    ]
+    columns = [stored.layout.columns for stored in row.layers]
+    token_bytes = 2 * pools[0].k[:1].numel() * pools[0].k.element_size() if pools else 0
+    seen = row.seen
+    steps = row.attended_share
+    return CacheReport(
+        policy=policy.spec,
+        image_tokens=total,
+        stored=Spread.of(images),
+        core=Spread.of(core),
+        minor=Spread.of([total - stored for stored in images]),
+        text=Spread.of([s.layout.columns - s.layout.text_start for s in row.layers]),
+        stored_share=sum(columns) / (len(columns) * seen),
+        used_share=sum(steps) / len(steps) if steps else sum(columns) / (len(columns) * seen),
+        bytes_used=sum(columns) * token_bytes,
+        bytes_allocated=allocated_bytes(pools),
+        bytes_full=len(columns) * seen * token_bytes,
+    )
+
+
+def _image_tokens(stored: Stored, spans: list[tuple[int, int]]) -> float:
+    """Image tokens in an extent, by the positions it holds, averaged over its heads."""
+    positions = stored.layout.positions
+    inside = torch.zeros_like(positions, dtype=torch.bool)
+    for start, end in spans:
+        inside |= (positions >= start) & (positions < end)
+    return float(inside.sum()) / len(positions)
+
+
+def allocated_bytes(pools: Sequence[Pool]) -> int:
+    """Bytes of the storages behind ``pools``, each counted once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for pool in pools
+        for tensor in (pool.k, pool.v)
+    }
+    return sum(storages.values())

@@ -1,0 +1,44 @@
+"""What the cache holds of one sequence between passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from engine.cache.layout import Layout
+
+
+@dataclass
+class Stored:
+    """One layer's part of a sequence: an extent of the layer's pool and what lies in it.
+
+    ``layout``'s columns are the extent's used slots, relative to ``start``: first the shared part
+    (fixed and image tokens), from ``layout.text_start`` on the text. ``core`` and ``text_scores`` are as
+    in ``Kept``, with columns now meaning these slots.
+    """
+
+    start: int
+    capacity: int
+    layout: Layout
+    core: Tensor | None
+    text_scores: Tensor | None
+
+
+@dataclass
+class Row:
+    """One sequence.
+
+    ``image_spans`` are the positions of every picture's tokens; ``attended_share`` collects, for every
+    decode step, the share of the tokens seen that were multiplied with (mean over layers).
+    """
+
+    layers: list[Stored] = field(default_factory=list)
+    image_spans: list[tuple[int, int]] = field(default_factory=list)
+    step: int = 0
+    attended_share: list[float] = field(default_factory=list)
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen, which is also the next position."""
+        return self.layers[0].layout.seen if self.layers else 0

@@ -1,0 +1,128 @@
+"""CLIP's vision transformer (Radford et al. 2021), as LLaVA uses it: patch features of an inner layer.
+
+Order: patch convolution, class token, learned positions, ``pre_norm``, pre-norm layers. LLaVA takes
+the hidden state before the last layer and drops the class token, so the last layer and CLIP's
+``post_layernorm`` are never built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.models.config import ConfigReader
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Shape of a vision tower; ``layers`` counts those on disk, ``used_layers`` those that run."""
+
+    hidden: int
+    layers: int
+    used_layers: int
+    heads: int
+    mlp: int
+    patch: int
+    image: int
+    norm_eps: float
+    activation: str
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side: 336 / 14 = 24."""
+        return self.image // self.patch
+
+    @property
+    def patches(self) -> int:
+        """Image tokens of one picture: 24 * 24 = 576."""
+        return self.grid**2
+
+    @classmethod
+    def parse(cls, config: ConfigReader, feature_layer: int) -> ClipConfig:
+        """Read a vision_config; absent keys take CLIPVisionConfig's defaults (quick_gelu among them).
+
+        ``feature_layer`` indexes the hidden states [after pre_norm, after layer 0, ...]: with 24
+        layers, -2 is the state after layer 22, so 23 layers run.
+        """
+        layers = config.integer("num_hidden_layers", 12, high=1000)
+        hidden = config.integer("hidden_size", 768)
+        heads = config.integer("num_attention_heads", 12)
+        if hidden % heads:
+            raise config.fail("hidden_size", f"is {hidden}, which {heads} heads do not divide")
+        used = feature_layer + layers + 1 if feature_layer < 0 else feature_layer
+        if not 0 <= used <= layers:
+            raise config.fail(
+                "num_hidden_layers", f"is {layers}; feature layer {feature_layer} does not exist"
+            )
+        image, patch = config.integer("image_size", 224), config.integer("patch_size", 32)
+        if image < patch:
+            raise config.fail("image_size", f"is {image}, smaller than one patch of {patch}")
+        return cls(
+            hidden=hidden,
+            layers=layers,
+            used_layers=used,
+            heads=heads,
+            mlp=config.integer("intermediate_size", 3072),
+            patch=patch,
+            image=image,
+            norm_eps=config.number("layer_norm_eps", 1e-5),
+            activation=config.text("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
+        )
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class ClipLayer(nn.Module):
+    """One pre-norm transformer layer with biases everywhere."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        hidden = config.hidden
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(hidden, config.norm_eps)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(hidden, hidden) for _ in range(4)
+        )
+        self.norm2 = nn.LayerNorm(hidden, config.norm_eps)
+        self.fc1 = nn.Linear(hidden, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, hidden)
+        self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """One layer over ``hidden [pictures, patches + 1, hidden]``."""
+        normed = self.norm1(hidden)
+        q, k, v = (
+            project(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        hidden = hidden + self.out_proj(attended)
+        return hidden + self.fc2(self.activation(self.fc1(self.norm2(hidden))))
+
+
+class ClipVision(nn.Module):
+    """The vision tower up to its feature layer."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, config.patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden))
+        self.position_embedding = nn.Embedding(config.patches + 1, config.hidden)
+        self.pre_norm = nn.LayerNorm(config.hidden, config.norm_eps)
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.used_layers))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features ``[pictures, patches, hidden]`` of normalised ``pixels [pictures, 3, size, size]``."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.expand(len(pixels), 1, -1)
+        hidden = torch.cat([class_token, patches], 1) + self.position_embedding.weight
+        hidden = self.pre_norm(hidden)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden[:, 1:]

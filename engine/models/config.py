@@ -1,0 +1,80 @@
+"""Typed reading of a published config.json: defaults where they are published, errors that name the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import CheckpointError
+
+_REQUIRED = object()
+
+
+class ConfigReader:
+    """One section of a config.json whose values are checked as they are read.
+
+    ``where`` names the section in errors.
+
+    >>> ConfigReader({"hidden_size": 64}, "config.json: text_config").integer("hidden_size")
+    64
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def fail(self, key: str, problem: str) -> CheckpointError:
+        """The error for ``key``; the caller raises it."""
+        return CheckpointError(
+            f"{self.where}: {key} {problem}",
+            hint="compare the file with the published one; it may be damaged or of another model",
+        )
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.fail(key, "is missing")
+            return default
+        return value
+
+    def integer(self, key: str, default: Any = _REQUIRED, low: int = 1, high: int = 2**31) -> int:
+        """An integer in [low, high]."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fail(key, f"must be an integer, not {value!r}")
+        if not low <= value <= high:
+            raise self.fail(key, f"is {value}; it must lie between {low} and {high}")
+        return value
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A positive finite number."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fail(key, f"must be a number, not {value!r}")
+        if not 0 < value < float("inf"):
+            raise self.fail(key, f"is {value}; it must be positive and finite")
+        return float(value)
+
+    def text(self, key: str, default: Any = _REQUIRED, choices: tuple[str, ...] = ()) -> str:
+        """A string, one of ``choices`` where they are given."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.fail(key, f"must be a text, not {value!r}")
+        if choices and value not in choices:
+            raise self.fail(key, f"is {value!r}; supported: {', '.join(choices)}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.fail(key, f"must be true or false, not {value!r}")
+        return value
+
+    def section(self, key: str) -> ConfigReader:
+        """A nested object; an absent one reads as empty."""
+        value = self._get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.fail(key, f"must be an object, not {value!r}")
+        return ConfigReader(value, f"{self.where}: {key}")

@@ -1,0 +1,234 @@
+"""The language decoder that Llama, Vicuna, Mistral and Qwen2 share.
+
+Pre-norm layers of RMSNorm, rotary attention with grouped key/value heads, and a SwiGLU MLP. Tensors
+carry no batch dimension: ``hidden`` is ``[tokens, hidden]``, where the tokens are either one
+sequence being prefilled or one token of each row being decoded. The decoder never sees a cache
+policy; it hands queries, keys and values to ``view.attend``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.models.config import ConfigReader
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder.
+
+    ``context`` is the largest position + 1 the model was trained for.
+    """
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool
+    tied_head: bool
+    context: int
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Elements of K and V that one token takes in all layers, to be multiplied by the dtype's size.
+
+        LLaVA-1.5-7B: 2 * 32 layers * 32 heads * 128 = 262,144 (0.524 MB per token in fp16).
+        """
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @classmethod
+    def parse(cls, config: ConfigReader) -> DecoderConfig:
+        """Read a published text configuration; absent keys take transformers' defaults.
+
+        LLaVA-1.5-7B's text_config holds no sizes at all: LlamaConfig's defaults are the 7B shape.
+        Raises CheckpointError naming the key that is wrong.
+        """
+        family = config.text("model_type", "llama", ("llama", "llava", "llava_llama", *_DEFAULTS))
+        defaults = _DEFAULTS.get(family, _DEFAULTS["llama"])
+        config.text("hidden_act", "silu", ("silu",))
+        hidden = config.integer("hidden_size", defaults["hidden"])
+        heads = config.integer("num_attention_heads", defaults["heads"])
+        kv_heads = config.integer("num_key_value_heads", defaults["kv_heads"] or heads)
+        if hidden % heads and "head_dim" not in config.values:
+            raise config.fail("hidden_size", f"is {hidden}, which {heads} heads do not divide")
+        if heads % kv_heads:
+            raise config.fail("num_key_value_heads", f"is {kv_heads}; it must divide {heads} heads")
+        context = config.integer("max_position_embeddings", defaults["context"])
+        _refuse_sliding_window(config, family, context)
+        return cls(
+            vocab=config.integer("vocab_size", defaults["vocab"]),
+            hidden=hidden,
+            layers=config.integer("num_hidden_layers", 32, high=1000),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=config.integer("head_dim", hidden // heads),
+            mlp=config.integer("intermediate_size", defaults["mlp"]),
+            rope_theta=_rope_theta(config),
+            norm_eps=config.number("rms_norm_eps", 1e-6),
+            qkv_bias=config.flag("attention_bias", family == "qwen2"),
+            tied_head=config.flag("tie_word_embeddings", False),
+            context=context,
+        )
+
+
+# What transformers' LlamaConfig, MistralConfig and Qwen2Config say where a published file is silent.
+_DEFAULTS = {
+    "llama": dict(hidden=4096, heads=32, kv_heads=0, mlp=11008, vocab=32000, context=2048),
+    "mistral": dict(hidden=4096, heads=32, kv_heads=8, mlp=14336, vocab=32000, context=131072),
+    "qwen2": dict(hidden=4096, heads=32, kv_heads=32, mlp=22016, vocab=151936, context=32768),
+}
+
+
+def _refuse_sliding_window(config: ConfigReader, family: str, context: int) -> None:
+    """Sliding-window attention is not implemented: accept only settings under which it is off."""
+    default = 4096 if family == "mistral" and "sliding_window" not in config.values else None
+    window = config.values.get("sliding_window", default)
+    used = config.flag("use_sliding_window", family != "qwen2")
+    if used and window is not None and window < context:
+        raise config.fail("sliding_window", f"is {window}: sliding windows are not supported")
+
+
+def _rope_theta(config: ConfigReader) -> float:
+    """The rotary base, from transformers' layout before 5 (rope_theta) or since 5 (rope_parameters)."""
+    rope = config.section("rope_parameters")
+    scaling = config.section("rope_scaling")
+    for section in (rope, scaling):
+        kind = section.values.get("rope_type", section.values.get("type", "default"))
+        if kind != "default":
+            raise section.fail("rope_type", f"is {kind!r}; only 'default' is supported")
+    return config.number("rope_theta", rope.number("rope_theta", 10000.0))
+
+
+class View(Protocol):
+    """What a layer sees of the cache in one step."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v ``[tokens, kv_heads, head_dim]`` and attend q ``[tokens, heads, head_dim]``."""
+
+
+class Step(Protocol):
+    """One forward pass as the cache sees it: a prefill of one sequence or a decode step of rows."""
+
+    positions: Tensor
+
+    def view(self, layer: int) -> View:
+        """The view that layer number ``layer`` attends through."""
+
+    def narrow(self, layer: int) -> Tensor | None:
+        """Indices of the tokens that go on after ``layer``, or None where all do."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class Rotation:
+    """Rotary position embedding, the 'rotate half' form (Su et al. 2021).
+
+    Angles are computed in fp32 and cast to the model's dtype, as transformers does. The sign of the
+    rotated half is folded into the sine, so that a rotation is ``x * cos + swap(x) * sin``.
+    """
+
+    def __init__(self, head_dim: int, theta: float, device: torch.device | str) -> None:
+        exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+        self.frequencies = theta**-exponent
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine ``[tokens, 1, head_dim]`` for integer ``positions [tokens]``."""
+        angles = positions[:, None].float() * self.frequencies
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate ``x [tokens, heads, head_dim]`` by its tokens' positions."""
+    cos, sin = tables
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each on the normed stream and added back to it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, bias = config.hidden, config.qkv_bias
+        q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.attn_norm = RMSNorm(hidden, config.norm_eps)
+        self.q_proj = nn.Linear(hidden, q_size, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=bias)
+        self.o_proj = nn.Linear(q_size, hidden, bias=False)
+        self.mlp_norm = RMSNorm(hidden, config.norm_eps)
+        self.gate_proj = nn.Linear(hidden, config.mlp, bias=False)
+        self.up_proj = nn.Linear(hidden, config.mlp, bias=False)
+        self.down_proj = nn.Linear(config.mlp, hidden, bias=False)
+
+    def forward(self, hidden: Tensor, tables: tuple[Tensor, Tensor], view: View) -> Tensor:
+        """One layer over ``hidden [tokens, hidden]``."""
+        hidden = hidden + self.attention(self.attn_norm(hidden), tables, view)
+        normed = self.mlp_norm(hidden)
+        return hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+
+    def attention(self, normed: Tensor, tables: tuple[Tensor, Tensor], view: View) -> Tensor:
+        """Project, rotate q and k to their positions, attend through the cache, project back."""
+        shape = (len(normed), -1, self.config.head_dim)
+        q = rotate(self.q_proj(normed).view(shape), tables)
+        k = rotate(self.k_proj(normed).view(shape), tables)
+        v = self.v_proj(normed).view(shape)
+        return self.o_proj(view.attend(q, k, v).flatten(1))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and language head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+
+    def prepare(self, device: torch.device) -> None:
+        """Build what is computed and not loaded: the rotary frequencies, kept in fp32."""
+        self.rotation = Rotation(self.config.head_dim, self.config.rope_theta, device)
+
+    def forward(self, hidden: Tensor, step: Step) -> Tensor:
+        """Run all layers over embeddings ``[tokens, hidden]``; returns the final normed states.
+
+        A policy may narrow the sequence after a layer; the result then has fewer rows, the last
+        token always among them.
+        """
+        tables = self.rotation.tables(step.positions, hidden.dtype)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, tables, step.view(index))
+            kept = step.narrow(index)
+            if kept is not None:
+                hidden = hidden[kept]
+                tables = (tables[0][kept], tables[1][kept])
+        return self.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token ``[tokens, vocab]`` in fp32."""
+        return self.head(hidden).float()

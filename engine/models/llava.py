@@ -1,0 +1,116 @@
+"""LLaVA-1.5 (Liu et al. 2023): CLIP patch features, a two-layer projector, a language decoder.
+
+Two published families of files: the hub layout (``llava-hf/*``, nested configs) and the original
+layout (``liuhaotian/*``, a flat Llama config whose vision tower is a folder or model of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.models.clip import ClipConfig, ClipVision
+from engine.models.config import ConfigReader
+from engine.models.decoder import Decoder, DecoderConfig
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A LLaVA: its two halves, and the id that stands for an image token in a prompt.
+
+    ``vision_tower`` names where the tower's weights and configuration lie when the checkpoint
+    leaves them out (original layout); otherwise it is None.
+    """
+
+    decoder: DecoderConfig
+    vision: ClipConfig
+    image_token: int
+    original_layout: bool
+    vision_tower: str | None
+    end_tokens: tuple[int, ...]
+
+    def image_tokens(self) -> int:
+        """Tokens that one picture takes in the sequence: 576 at 336 px and 14 px patches."""
+        return self.vision.patches
+
+
+def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
+    """Read the nested config.json of ``llava-hf/*`` and of transformers' save_pretrained."""
+    top = ConfigReader(config, "config.json")
+    top.text("projector_hidden_act", "gelu", ("gelu",))
+    top.text("vision_feature_select_strategy", "default", ("default",))
+    feature_layer = top.integer("vision_feature_layer", -2, low=-1000, high=1000)
+    decoder = DecoderConfig.parse(top.section("text_config"))
+    image_key = "image_token_id" if "image_token_id" in config else "image_token_index"
+    return LlavaConfig(
+        decoder=decoder,
+        vision=ClipConfig.parse(top.section("vision_config"), feature_layer),
+        image_token=top.integer(image_key, 32000, low=0, high=decoder.vocab - 1),
+        original_layout=False,
+        vision_tower=None,
+        end_tokens=(top.section("text_config").integer("eos_token_id", 2, low=0),),
+    )
+
+
+def parse_original(config: Mapping[str, Any], vision_config: Mapping[str, Any]) -> LlavaConfig:
+    """Read the flat config.json of ``liuhaotian/llava-v1.5-*`` and its tower's configuration.
+
+    The image id is never looked up in a table of this layout (its vocabulary ends before it): it
+    only marks places in a prompt, so that it is the first id beyond the vocabulary.
+    """
+    top = ConfigReader(config, "config.json")
+    top.text("mm_projector_type", "mlp2x_gelu", ("mlp2x_gelu",))
+    top.text("mm_vision_select_feature", "patch", ("patch",))
+    feature_layer = top.integer("mm_vision_select_layer", -2, low=-1000, high=1000)
+    decoder = DecoderConfig.parse(top)
+    return LlavaConfig(
+        decoder=decoder,
+        vision=ClipConfig.parse(ConfigReader(vision_config, "vision config"), feature_layer),
+        image_token=decoder.vocab,
+        original_layout=True,
+        vision_tower=top.text("mm_vision_tower"),
+        end_tokens=(top.integer("eos_token_id", 2, low=0),),
+    )
+
+
+class Projector(nn.Module):
+    """Two linear layers with an exact GELU between: vision width to decoder width."""
+
+    def __init__(self, vision: int, hidden: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(vision, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[..., vision]`` to ``[..., hidden]``."""
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+class Llava(nn.Module):
+    """The joined model; the engine embeds a prompt with it and then runs ``decoder``."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = ClipVision(config.vision)
+        self.projector = Projector(config.vision.hidden, config.decoder.hidden)
+        self.decoder = Decoder(config.decoder)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Image tokens ``[pictures, patches, hidden]`` of ``pixels [pictures, 3, size, size]``."""
+        return self.projector(self.vision(pixels.to(self.projector.linear_1.weight.dtype)))
+
+    def embed(
+        self, token_ids: Tensor, spans: Sequence[tuple[int, int]], features: Sequence[Tensor]
+    ) -> Tensor:
+        """Embeddings ``[tokens, hidden]``, with picture i's features in place of ``spans[i]``."""
+        # Image ids may lie beyond the table (original layout): look up id 0 there, then overwrite.
+        known = token_ids.masked_fill(token_ids == self.config.image_token, 0)
+        hidden = self.decoder.embed(known)
+        for (start, end), picture in zip(spans, features, strict=True):
+            hidden[start:end] = picture
+        return hidden

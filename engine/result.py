@@ -1,0 +1,75 @@
+"""What an answer comes back as."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from engine.cache.report import CacheReport
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass
+class Timings:
+    """Seconds spent, and what follows from them.
+
+    Attributes:
+        load: reading the model, once per engine.
+        picture: opening, preprocessing and encoding the pictures.
+        prefill: the prompt, up to the first token's logits.
+        decode: all decode steps together.
+        steps: decode steps; the first token needs none.
+    """
+
+    load: float = 0.0
+    picture: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    steps: int = 0
+
+    @property
+    def ttft(self) -> float:
+        """Time to the first token: pictures and prefill."""
+        return self.picture + self.prefill
+
+    @property
+    def per_token(self) -> float:
+        """Mean seconds of a decode step; 0 without any."""
+        return self.decode / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode steps per second; 0 without any."""
+        return self.steps / self.decode if self.decode else 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer.
+
+    Attributes:
+        text: the answer, cut before a stop text.
+        token_ids: the generated ids without the end token.
+        prompt_tokens: tokens of the prompt, pictures expanded.
+        image_tokens: how many of them are image tokens.
+        finish_reason: "stop" (end token or stop text) or "length" (max_new_tokens reached).
+        timings: seconds.
+        cache: tokens and bytes in the cache when the answer ended.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    image_tokens: int
+    finish_reason: FinishReason
+    timings: Timings
+    cache: CacheReport
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values, for JSON; times come with what is derived from them."""
+        values = asdict(self)
+        for name in ("ttft", "per_token", "tokens_per_second"):
+            values["timings"][name] = getattr(self.timings, name)
+        return values

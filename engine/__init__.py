@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     )
     from engine.result import Result, Timings
 
-# Where each public name lives. They are imported at first use: importing torch takes a second, and a
-# command line with a mistyped path should not wait for it.
+# Where each public name lives. They are imported at first use: importing torch takes a second,
+# and a command line with a mistyped path should not wait for it.
 _HOMES = {
     "Avl": "engine.cache.avl",
     "CapacityError": "engine.errors",

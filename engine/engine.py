@@ -38,6 +38,7 @@ class Engine:
     def __init__(self, loaded: Loaded, cache: str | Policy = DEFAULT_CACHE) -> None:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.policy = parse(cache)
+        self.name, self.load_seconds = loaded.folder.name, loaded.seconds
         self._loaded = loaded
 
     @classmethod
@@ -59,7 +60,8 @@ class Engine:
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
             dtype: "auto", "float32", "bfloat16", "float16" (or "fp32", "bf16", "fp16"). "auto" is
                 the checkpoint's own on CUDA; on CPU float32 below 2 GB of weights, else bfloat16.
-            cache: a policy or its spec. "full" is the exact model; the default "avl" approximates it.
+            cache: a policy or its spec. "full" is the exact model; the default "avl" approximates
+            it.
             style: prompt style and picture geometry, "llava-hf" or "llava-v1"; None: the one the
                 checkpoint's layout implies.
             revision: branch, tag or commit of a hub model.
@@ -129,22 +131,22 @@ class Engine:
         """Answer a prompt piece by piece: yields texts, and last the Result of ``generate``.
 
         Args:
-            prompt: the text of one user turn, its pictures first; or messages {role, content}, where
-                content is a text or a list of {type: "text", text} and {type: "image"}.
+            prompt: the text of one user turn, its pictures first; or messages {role, content},
+                where content is a text or a list of {type: "text", text} and {type: "image"}.
             images: paths, bytes or Pillow images, in the order of their places.
             max_new_tokens: the answer's length limit.
             temperature, top_k, top_p, seed: see ``Sampling``; temperature 0 is greedy.
             stop: texts before which the answer ends.
             ignore_eos: go on at the end token.
-            raw: take ``prompt`` verbatim: special tokens spelled in it are special, ``<image>`` stands
-                where a picture goes, and no template is applied.
+            raw: take ``prompt`` verbatim: special tokens spelled in it are special, ``<image>``
+                stands where a picture goes, and no template is applied.
 
         Raises:
             OptionError, ImageError, CapacityError: before any text is yielded.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
         options = Options(max_new_tokens, sampling, tuple(stop), ignore_eos)
-        timings = Timings(load=self._loaded.seconds)
+        timings = Timings(load=self.load_seconds)
         turn = self._turn(prompt, images, raw, timings)
         session = Session(self.model, self.policy)
         return generate(session, turn, self.tokenizer, options, self._loaded.end_tokens, timings)
@@ -161,8 +163,9 @@ class Engine:
         """Scores of the next token after every token, for parity, scoring and log-probabilities.
 
         Without ``continuation``: ``[prompt tokens, vocab]`` fp32, pictures expanded, exact whatever
-        the policy. With one (text or ids): ``[continuation tokens, vocab]``; row i is what the model
-        says before it is given token i, teacher-forced through decode under the engine's policy.
+        the policy. With one (text or ids): ``[continuation tokens, vocab]``; row i is what the
+        model says before it is given token i, teacher-forced through decode under the engine's
+        policy.
         """
         turn = self._turn(prompt, images, raw, Timings())
         if continuation is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -32,7 +32,7 @@ class Options:
     """
 
     max_new_tokens: int = 256
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
@@ -207,5 +207,5 @@ def _refuse_nan(logits: Tensor) -> None:
     if not bool(torch.isfinite(logits).all()):
         raise CheckpointError(
             "the model's first logits are not finite",
-            hint="the weights may be damaged (run --check), or overflow in this dtype: try fp32 or bf16",
+            hint="the weights may be damaged (run --check), or overflow here: try fp32 or bf16",
         )

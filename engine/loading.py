@@ -1,4 +1,4 @@
-"""From a model's name to everything an engine needs: weights, tokenizer, picture and prompt rules."""
+"""From a model's name to all an engine needs: weights, tokenizer, picture and prompt rules."""
 
 from __future__ import annotations
 
@@ -120,7 +120,10 @@ def _tower_config(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None,
     beside = folder / name
     tower = beside if beside.is_dir() else resolve(name)
     vision = read_json(tower / "config.json")
-    return tower, vision.get("vision_config", vision)
+    nested = vision.get("vision_config", vision)
+    if not isinstance(nested, Mapping):
+        raise CheckpointError(f"{tower / 'config.json'}: vision_config must be an object")
+    return tower, nested
 
 
 def _build(
@@ -161,8 +164,9 @@ def _processor(folder: Path, config: LlavaConfig, style: str | None) -> ImagePro
     """The picture rules: the checkpoint's own file, else CLIP's at the tower's size."""
     path = folder / "preprocessor_config.json"
     size = config.vision.image
-    values = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    values = read_json(path) if path.exists() else values
+    values: Mapping[str, Any] = {"size": {"shortest_edge": size}, "crop_size": size}
+    if path.exists():
+        values = read_json(path)
     original = config.original_layout if style is None else style == "llava-v1"
     processor = ImageProcessor.from_config(values, "pad" if original else None)
     if processor.output_size != (size, size):

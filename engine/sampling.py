@@ -53,7 +53,7 @@ class Sampler:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution that ``choose`` draws from: ``[vocab]``, zero outside top-k and top-p."""
+        """The distribution ``choose`` draws from: ``[vocab]``, zero outside top-k and top-p."""
         logits = logits / self.sampling.temperature
         if 0 < self.sampling.top_k < len(logits):
             lowest_kept = logits.topk(self.sampling.top_k).values[-1]

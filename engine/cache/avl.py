@@ -9,8 +9,8 @@ Image tokens are ranked per layer by the attention of one query, averaged over h
 
 All shares are of the picture's original token count, truncated: S45 C30 of 576 store 259 and attend
 172. Text after the last picture keeps round(T * its length) tokens per head, at least ``floor``, by
-H2O's rule; everything before the last picture is never evicted. The filter P drops image tokens from
-the hidden states after layer L, once, during prefill.
+H2O's rule; everything before the last picture is never evicted. The filter P drops image tokens
+from the hidden states after layer L, once, during prefill.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def best(columns: Tensor, received: Received, count: int) -> Tensor:
 
 
 def without_the_least(layout: Layout, received: Received, share: Callable[[int], int]) -> Tensor:
-    """New tokens that go on when of each new picture only the best ``share(size)`` do (FastV's cut).
+    """New tokens that go on when of each new picture only the best ``share(size)`` do (FastV's
+    cut).
 
     Returns ascending indices into the new tokens, which are the last ones of ``layout``.
     """

@@ -1,8 +1,9 @@
 """Decoding: one token of every row per step, over the slots that the policy has chosen.
 
 A *list* names the pool slots that a row attends in a step: the full list (every stored slot) or the
-core list (fixed, core image and text slots). Lists, scores and write places of all layers and rows lie
-in a few tensors, so that the work between steps is a few operations and no loop over layers.
+core list (fixed, core image and text slots). Lists, scores and write places of all layers and
+rows lie in a few tensors, so that the work between steps is a few operations and no loop over
+layers.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class DecodeView:
 class Decoding:
     """The decode state of some rows: what each step writes, attends, ranks and evicts.
 
-    Run the decoder on the next tokens with this object as its step, then call ``advance``. The order
-    within a step: write, attend, accumulate, then evict one text token per head - or extend, when
-    the budget grew.
+    Run the decoder on the next tokens with this object as its step, then call ``advance``. The
+    order within a step: write, attend, accumulate, then evict one text token per head - or
+    extend, when the budget grew.
 
     35 fixed + 576 image + 22 text tokens under S45 C30 T70 (floor 20): the full list holds
     35 + 259 + 20 = 314 slots, the core list 35 + 172 + 20 = 227, each plus the token being written.
@@ -139,7 +140,7 @@ class Decoding:
         return (logits - lse[..., None]).exp()
 
     def _rerank(self, r: int, weights: Tensor) -> None:
-        """Choose row ``r``'s next core from its full list's head-mean weights, each picture by itself."""
+        """Choose row ``r``'s next core by head-mean weights, each picture by itself."""
         pictures = self._pictures[r]
         if not pictures:
             return
@@ -216,7 +217,7 @@ class Decoding:
         return pictures
 
     def _pack_text(self) -> None:
-        """Where text begins and the next token goes; scores and positions if text is ever evicted."""
+        """Where text begins and the next token goes; scores and positions if text is evicted."""
         text_start = [[s.start + s.layout.text_start for s in row.layers] for row in self.rows]
         self._text_start = torch.tensor(text_start, device=self.device).T
         kept = torch.tensor(self.text_kept, device=self.device)
@@ -236,7 +237,7 @@ class Decoding:
                     self.text_scores[layer, r, :, :n] = stored.text_scores
 
     def settle(self, r: int) -> Row:
-        """Write row ``r``'s state back, its text slots closed up, so that a next turn can follow."""
+        """Write row ``r``'s state back, its text slots closed up, so that a turn can follow."""
         row = self.rows[r]
         if self.evicts:
             self._close_up(r)

@@ -1,8 +1,8 @@
 """FastV: after a few layers, half of the image tokens go no further (Chen et al., ECCV 2024).
 
-The score is the attention of the last prompt token in the layer before the cut, averaged over heads.
-Dropped tokens leave the hidden states, so later layers neither compute nor store them; the layers
-before the cut keep everything. Positions of the others stay.
+The score is the attention of the last prompt token in the layer before the cut, averaged over
+heads. Dropped tokens leave the hidden states, so later layers neither compute nor store them; the
+layers before the cut keep everything. Positions of the others stay.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ class Layout:
         text_seen: tokens seen after the last picture, evicted ones included.
         seen: tokens seen in all, evicted ones included; the next position.
 
-    35 system tokens, a picture of 576 and 22 tokens of instruction: ``image_of`` is 35 times -1, 576
-    times 0, 22 times -1; ``text_start`` 611, ``image_sizes`` (576,), ``text_seen`` 22, ``seen`` 633.
+    35 system tokens, a picture of 576 and 22 tokens of instruction: ``image_of`` is 35 times -1,
+    576 times 0, 22 times -1; ``text_start`` 611, ``image_sizes`` (576,), ``text_seen`` 22, ``seen``
+    633.
     """
 
     image_of: Tensor
@@ -115,7 +116,8 @@ class Kept:
             keeps equally many, not the same ones.
         core: ascending image columns (a subset of ``shared``) that are attended at every step, or
             None where all image tokens are.
-        text_scores: ``[kv_heads, t]`` fp32 attention received so far, where the policy evicts by it.
+        text_scores: ``[kv_heads, t]`` fp32 attention received so far, where the policy evicts by
+        it.
     """
 
     shared: Tensor

@@ -1,4 +1,4 @@
-"""What a policy may decide. Storage mechanics belong to the cache; a policy turns scores into index sets."""
+"""What a policy may decide: it turns scores into index sets; storage belongs to the cache."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from engine.errors import OptionError
-
 from engine.cache.layout import Kept, Layout
 from engine.cache.received import Received
+from engine.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,9 @@ class Budget:
 class Policy:
     """The base: keep everything, attend everything. Subclasses override what they change.
 
-    The order within a forward pass: for each layer ``retain`` and then ``narrow`` during prefill; for
-    each decode step (counted from 1) ``attends_core``, then after the step ``text_budget`` evicts and
-    ``reranks`` lets the step's own weights choose the next core.
+    The order within a forward pass: for each layer ``retain`` and then ``narrow`` during prefill;
+    for each decode step (counted from 1) ``attends_core``, then after the step ``text_budget``
+    evicts and ``reranks`` lets the step's own weights choose the next core.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
 """Prefill: attend over all tokens of a turn, then store what the policy keeps, layer by layer.
 
-Each layer is compacted right after its attention, so that no more than one layer's full keys and values
-exist at any time; the full cache of all layers never does.
+Each layer is compacted right after its attention, so that no more than one layer's full keys and
+values exist at any time; the full cache of all layers never does.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Prefill:
     def _behind_past(
         self, layer: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Layout, Tensor | None]:
-        """Keys, values, layout and earlier scores of the stored columns followed by the new ones."""
+        """Keys, values, layout and earlier scores: stored columns, then the new ones."""
         pool, stored = self.pools[layer], self.past.layers[layer]
         used = slice(stored.start, stored.start + stored.layout.columns)
         k, v = torch.cat([pool.k[used], k]), torch.cat([pool.v[used], v])
@@ -154,7 +154,7 @@ def _spans(turn: Layout, offset: int) -> list[tuple[int, int]]:
 
 
 def _per_head(source: Tensor, columns: Tensor) -> Tensor:
-    """Rows of ``source [n, kv_heads, head_dim]`` at ``columns [t]`` or, per head, ``[kv_heads, t]``."""
+    """Rows of ``source [n, kv_heads, head_dim]`` at ``columns [t]`` or ``[kv_heads, t]``."""
     if columns.dim() == 1:
         return source[columns]
     heads = torch.arange(source.shape[1], device=source.device)

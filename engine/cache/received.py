@@ -10,7 +10,8 @@ class Received:
     """Softmax weights that the last queries of a prefill gave to every column.
 
     Fused attention does not return its weights, so the rows a policy asks for are computed again
-    from the queries and keys: one row for A-VL, all rows for H2O, in chunks so that memory stays small.
+    from the queries and keys: one row for A-VL, all rows for H2O, in chunks so that memory stays
+    small.
     """
 
     def __init__(

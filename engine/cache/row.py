@@ -14,8 +14,8 @@ class Stored:
     """One layer's part of a sequence: an extent of the layer's pool and what lies in it.
 
     ``layout``'s columns are the extent's used slots, relative to ``start``: first the shared part
-    (fixed and image tokens), from ``layout.text_start`` on the text. ``core`` and ``text_scores`` are as
-    in ``Kept``, with columns now meaning these slots.
+    (fixed and image tokens), from ``layout.text_start`` on the text. ``core`` and ``text_scores``
+    are as in ``Kept``, with columns now meaning these slots.
     """
 
     start: int
@@ -29,8 +29,8 @@ class Stored:
 class Row:
     """One sequence.
 
-    ``image_spans`` are the positions of every picture's tokens; ``attended_share`` collects, for every
-    decode step, the share of the tokens seen that were multiplied with (mean over layers).
+    ``image_spans`` are the positions of every picture's tokens; ``attended_share`` collects, for
+    every decode step, the share of the tokens seen that were multiplied with (mean over layers).
     """
 
     layers: list[Stored] = field(default_factory=list)

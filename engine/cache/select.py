@@ -1,11 +1,11 @@
 """Scores in, index sets out: the two selections that the policies are made of.
 
-Ties are settled alike everywhere: higher score first, then the lower index (for text: the older token).
+Ties are settled alike everywhere: higher score first, then the lower index (for text: the older
+token).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

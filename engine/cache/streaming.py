@@ -1,8 +1,8 @@
 """StreamingLLM: the first tokens as attention sinks, and a window of the latest (Xiao et al. 2024).
 
-Deviation: the original renumbers positions inside the cache, which needs keys before RoPE; here keys
-are cached rotated, so positions stay what they were. For prompts within the model's context the
-two differ only in the distances the model sees.
+Deviation: the original renumbers positions inside the cache, which needs keys before RoPE; here
+keys are cached rotated, so positions stay what they were. For prompts within the model's context
+the two differ only in the distances the model sees.
 """
 
 from __future__ import annotations

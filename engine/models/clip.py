@@ -1,4 +1,5 @@
-"""CLIP's vision transformer (Radford et al. 2021), as LLaVA uses it: patch features of an inner layer.
+"""CLIP's vision transformer (Radford et al. 2021), as LLaVA uses it: patch features of an inner
+layer.
 
 Order: patch convolution, class token, learned positions, ``pre_norm``, pre-norm layers. LLaVA takes
 the hidden state before the last layer and drops the class token, so the last layer and CLIP's
@@ -42,7 +43,8 @@ class ClipConfig:
 
     @classmethod
     def parse(cls, config: ConfigReader, feature_layer: int) -> ClipConfig:
-        """Read a vision_config; absent keys take CLIPVisionConfig's defaults (quick_gelu among them).
+        """Read a vision_config; absent keys take CLIPVisionConfig's defaults (quick_gelu among
+        them).
 
         ``feature_layer`` indexes the hidden states [after pre_norm, after layer 0, ...]: with 24
         layers, -2 is the state after layer 22, so 23 layers run.
@@ -118,7 +120,7 @@ class ClipVision(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.used_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features ``[pictures, patches, hidden]`` of normalised ``pixels [pictures, 3, size, size]``."""
+        """Features ``[pictures, patches, hidden]`` of ``pixels [pictures, 3, size, size]``."""
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.expand(len(pixels), 1, -1)
         hidden = torch.cat([class_token, patches], 1) + self.position_embedding.weight

@@ -1,4 +1,4 @@
-"""Typed reading of a published config.json: defaults where they are published, errors that name the key."""
+"""Typed reading of a published config.json, with errors that name the key."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ class DecoderConfig:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Elements of K and V that one token takes in all layers, to be multiplied by the dtype's size.
+        """Elements of K and V that one token takes in all layers, to be multiplied by the dtype's
+        size.
 
         LLaVA-1.5-7B: 2 * 32 layers * 32 heads * 128 = 262,144 (0.524 MB per token in fp16).
         """
@@ -56,8 +57,8 @@ class DecoderConfig:
         family = config.text("model_type", "llama", ("llama", "llava", "llava_llama", *_DEFAULTS))
         defaults = _DEFAULTS.get(family, _DEFAULTS["llama"])
         config.text("hidden_act", "silu", ("silu",))
-        hidden = config.integer("hidden_size", defaults["hidden"])
-        heads = config.integer("num_attention_heads", defaults["heads"])
+        hidden = config.integer("hidden_size", 4096)
+        heads = config.integer("num_attention_heads", 32)
         kv_heads = config.integer("num_key_value_heads", defaults["kv_heads"] or heads)
         if hidden % heads and "head_dim" not in config.values:
             raise config.fail("hidden_size", f"is {hidden}, which {heads} heads do not divide")
@@ -81,11 +82,12 @@ class DecoderConfig:
         )
 
 
-# What transformers' LlamaConfig, MistralConfig and Qwen2Config say where a published file is silent.
-_DEFAULTS = {
-    "llama": dict(hidden=4096, heads=32, kv_heads=0, mlp=11008, vocab=32000, context=2048),
-    "mistral": dict(hidden=4096, heads=32, kv_heads=8, mlp=14336, vocab=32000, context=131072),
-    "qwen2": dict(hidden=4096, heads=32, kv_heads=32, mlp=22016, vocab=151936, context=32768),
+# What transformers' LlamaConfig, MistralConfig and Qwen2Config say where a published file is silent
+# (kv_heads None: as many as heads).
+_DEFAULTS: dict[str, dict[str, int | None]] = {
+    "llama": {"kv_heads": None, "mlp": 11008, "vocab": 32000, "context": 2048},
+    "mistral": {"kv_heads": 8, "mlp": 14336, "vocab": 32000, "context": 131072},
+    "qwen2": {"kv_heads": 32, "mlp": 22016, "vocab": 151936, "context": 32768},
 }
 
 
@@ -99,7 +101,7 @@ def _refuse_sliding_window(config: ConfigReader, family: str, context: int) -> N
 
 
 def _rope_theta(config: ConfigReader) -> float:
-    """The rotary base, from transformers' layout before 5 (rope_theta) or since 5 (rope_parameters)."""
+    """The rotary base: rope_theta in files before transformers 5, rope_parameters since."""
     rope = config.section("rope_parameters")
     scaling = config.section("rope_scaling")
     for section in (rope, scaling):
@@ -113,7 +115,7 @@ class View(Protocol):
     """What a layer sees of the cache in one step."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v ``[tokens, kv_heads, head_dim]`` and attend q ``[tokens, heads, head_dim]``."""
+        """Store k, v ``[tokens, kv_heads, head_dim]``, attend q ``[tokens, heads, head_dim]``."""
 
 
 class Step(Protocol):

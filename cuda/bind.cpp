@@ -131,7 +131,7 @@ class AttentionPlan {
     require(empty || op_ == "qk" || (a_.v && a_.out), "v and out must not be null");
     require(empty || op_ != "qk" || a_.logits, "logits must not be null");
     require(empty || op_ != "pv" || a_.p, "p must not be null");
-    require(op_ != "attention" || (a_.head_dim <= 128 && a_.out), "no kernel for this head size");
+    require(op_ == "pv" || op_ == "qk" || op_ == "attention", "no such operator: " + op_);
   }
 
   // The CUDA kernels load 16 bytes at a time.

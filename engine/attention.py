@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine import native
-from engine.native import AttentionPlan, AttentionResult, describe
+from engine.native import AttentionPlan, AttentionResult
 
 __all__ = [
     "AttentionPlan",
@@ -112,9 +112,8 @@ def selective_attention_torch(
     want_logits: bool = False,
 ) -> AttentionResult:
     """Define ``selective_attention``: the two products with a softmax between them."""
-    if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"v is {describe(v)} but k is {describe(k)}")
-    used = _select("q", q, k, slots, count)
+    native.check_inputs(q, q, k, v, slots, count)
+    used = _select(k, slots, count)
     logits = _qk(q, k, used).mul_(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     lse = logits.logsumexp(-1)
     shift = lse.masked_fill(lse == -math.inf, 0)  # an empty list: exp(-inf - 0) = 0, not NaN
@@ -128,7 +127,8 @@ def selective_qk_torch(
     q: Tensor, k: Tensor, slots: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
     """Define ``selective_qk``: gather the rows, multiply in fp32, mask what lies beyond count."""
-    used = _select("q", q, k, slots, count)
+    native.check_inputs(q, q, k, None, slots, count)
+    used = _select(k, slots, count)
     return _widen(_qk(q, k, used), used)
 
 
@@ -136,7 +136,8 @@ def selective_pv_torch(
     p: Tensor, v: Tensor, slots: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
     """Define ``selective_pv``: gather the rows, multiply in fp32, leave out those beyond count."""
-    used = _select("p", p, v, slots, count)
+    native.check_inputs(p, None, None, v, slots, count)
+    used = _select(v, slots, count)
     if p.shape[-1] != used.width:
         raise ValueError(f"p has {p.shape[-1]} weights for each head, the lists {used.width}")
     return _pv(p[..., : used.longest], v, used)
@@ -151,11 +152,8 @@ class _Selection(NamedTuple):
     width: int  # of the lists as given
 
 
-def _select(
-    name: str, q: Tensor, pool: Tensor, slots: Tensor | None, count: Tensor | None
-) -> _Selection:
-    """Check the arguments against each other; find which entries of the lists are used."""
-    native.check_shapes(name, q, pool, slots, count)
+def _select(pool: Tensor, slots: Tensor | None, count: Tensor | None) -> _Selection:
+    """Find which entries of the lists are used; refuse a slot or a count that is out of range."""
     width = pool.shape[0] if slots is None else slots.shape[-1]
     longest, valid = width, None
     if count is not None:

@@ -109,7 +109,10 @@ class AttentionPlan:
         pool = k if k is not None else v
         assert lead is not None
         assert pool is not None
-        _check_inputs(lead, q, k, v, pool, slots, count)
+        check_inputs(lead, q, k, v, slots, count)
+        if pool.dtype not in _DTYPES or pool.shape[2] not in _HEAD_DIMS:
+            raise ValueError(f"no native kernel for a pool of {describe(pool)}")
+        _check_strides(q=q, k=k, v=v, slots=slots)
         width = pool.shape[0] if slots is None else slots.shape[-1]
         rows, heads = lead.shape[:2]
         made = functools.partial(_output, device=lead.device)
@@ -215,28 +218,50 @@ def read_all(data: Tensor) -> float:
     return float(module.read(data.data_ptr(), data.numel(), torch.get_num_threads()))
 
 
-def check_shapes(
-    name: str, q: Tensor, pool: Tensor, slots: Tensor | None, count: Tensor | None
+def check_inputs(
+    lead: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    slots: Tensor | None,
+    count: Tensor | None,
 ) -> None:
-    """Raise ValueError where shapes, dtypes or devices do not fit; ``name`` is what q is called."""
-    if q.ndim != 3 or pool.ndim != 3:
-        raise ValueError(f"{name} and the pool need 3 dimensions: {describe(q)}, {describe(pool)}")
-    if not pool.shape[1] or q.shape[1] % pool.shape[1]:
-        raise ValueError(f"{name} has {q.shape[1]} heads, the pool {pool.shape[1]} kv heads")
-    if q.device != pool.device:
-        raise ValueError(f"{name} is on {q.device}, the pool on {pool.device}")
-    for label, lists, ndim in (("slots", slots, 3), ("count", count, 2)):
-        if lists is None:
-            continue
-        if lists.dtype != torch.int32 or lists.ndim != ndim or lists.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{label} must be int32 with {ndim} dimensions and {q.shape[0]} rows,"
-                f" got {describe(lists)}"
-            )
-        if lists.shape[1] not in (1, pool.shape[1]):
-            raise ValueError(f"{label} must have 1 or {pool.shape[1]} lists: {describe(lists)}")
-        if lists.device != pool.device:
-            raise ValueError(f"{label} is on {lists.device}, the pool on {pool.device}")
+    """Raise ValueError where shapes, dtypes or devices do not fit; lead is q, or p where q is None.
+
+    Reads no values: whether slots and counts are in range shows when the operator runs.
+    """
+    pool = k if k is not None else v
+    assert pool is not None
+    name = "q" if q is not None else "p"
+    if lead.ndim != 3 or pool.ndim != 3:
+        raise ValueError(f"{name}, k and v need 3 dimensions: {describe(lead)}, {describe(pool)}")
+    if not pool.shape[1] or lead.shape[1] % pool.shape[1]:
+        raise ValueError(f"{name} has {lead.shape[1]} heads, the pool {pool.shape[1]} kv heads")
+    if q is not None and (q.dtype != pool.dtype or q.shape[2] != pool.shape[2]):
+        raise ValueError(f"q is {describe(q)} but k is {describe(pool)}")
+    if k is not None and v is not None and (k.shape != v.shape or k.dtype != v.dtype):
+        raise ValueError(f"v is {describe(v)} but k is {describe(k)}")
+    for label, t in ((name, lead), ("v", v), ("slots", slots), ("count", count)):
+        if t is not None and t.device != pool.device:
+            raise ValueError(f"{label} is on {t.device}, the pool on {pool.device}")
+    _check_lists("slots", slots, 3, lead.shape[0], pool.shape[1])
+    _check_lists("count", count, 2, lead.shape[0], pool.shape[1])
+
+
+def _check_lists(label: str, lists: Tensor | None, ndim: int, rows: int, kv_heads: int) -> None:
+    if lists is None:
+        return
+    if lists.dtype != torch.int32 or lists.ndim != ndim or lists.shape[0] != rows:
+        needed = f"{label} must be int32 with {ndim} dimensions and {rows} rows"
+        raise ValueError(f"{needed}, got {describe(lists)}")
+    if lists.shape[1] not in (1, kv_heads):
+        raise ValueError(f"{label} must have 1 or {kv_heads} lists, got {describe(lists)}")
+
+
+def _check_strides(**tensors: Tensor | None) -> None:
+    for label, t in tensors.items():
+        if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
+            raise ValueError(f"the last dimension of {label} must be contiguous")
 
 
 def describe(t: Tensor) -> str:
@@ -246,27 +271,6 @@ def describe(t: Tensor) -> str:
     '[2, 3] float32 on cpu'
     """
     return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
-
-
-def _check_inputs(
-    lead: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    pool: Tensor,
-    slots: Tensor | None,
-    count: Tensor | None,
-) -> None:
-    check_shapes("q" if q is not None else "p", lead, pool, slots, count)
-    if pool.dtype not in _DTYPES or pool.shape[2] not in _HEAD_DIMS:
-        raise ValueError(f"no native kernel for a pool of {describe(pool)}")
-    if q is not None and (q.dtype != pool.dtype or q.shape[2] != pool.shape[2]):
-        raise ValueError(f"q is {describe(q)} but k is {describe(pool)}")
-    if k is not None and v is not None and (k.shape != v.shape or k.dtype != v.dtype):
-        raise ValueError(f"v is {describe(v)} but k is {describe(k)}")
-    for label, t in (("q", q), ("k", k), ("v", v), ("slots", slots)):
-        if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
-            raise ValueError(f"the last dimension of {label} must be contiguous")
 
 
 def _weights(p: Tensor, width: int) -> Tensor:

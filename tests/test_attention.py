@@ -1,0 +1,469 @@
+"""The attention operators, every implementation against a reference in float64.
+
+One file for all of them: the torch twins, the native CPU kernels in each instruction set this
+processor has, and the CUDA kernels (marker ``gpu``).
+"""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import native
+from engine.attention import (
+    selective_attention,
+    selective_attention_torch,
+    selective_pv_torch,
+    selective_qk_torch,
+)
+from engine.native import AttentionPlan, AttentionResult
+
+HAVE_NATIVE = native.backend().name != "torch"
+needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="the native module is not built")
+ISAS = [pytest.param(isa, marks=needs_native) for isa in ("baseline", "avx2", "avx512")]
+NATIVE = [*ISAS, pytest.param("cuda", marks=[pytest.mark.gpu, needs_native])]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FAR = 2**30  # stands in list entries beyond count: reading it would be noticed
+
+
+def available(name: str) -> str:
+    if name == "cuda" and native.backend().name != "cuda":
+        pytest.skip("needs a CUDA device and the CUDA kernels")
+    if name not in ("torch", "cuda"):
+        from engine import _native
+
+        if not _native.has_isa(name):
+            pytest.skip(f"this processor has no {name}")
+    return name
+
+
+@pytest.fixture(params=["torch", *NATIVE])
+def backend(request) -> str:
+    """Every implementation."""
+    return available(request.param)
+
+
+@pytest.fixture(params=NATIVE)
+def compiled(request) -> str:
+    """Every implementation that has plans."""
+    return available(request.param)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request) -> str:
+    """Every instruction set of the CPU kernels."""
+    return available(request.param)
+
+
+@dataclass
+class Inputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    slots: Tensor | None
+    count: Tensor | None
+
+    def to(self, device: str) -> "Inputs":
+        parts = (self.q, self.k, self.v, self.slots, self.count)
+        return Inputs(*(None if t is None else t.to(device) for t in parts))
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def poisoned(plan: AttentionPlan) -> AttentionPlan:
+    for t in (plan.out, plan.logits, plan.lse):
+        if t is not None:
+            t.fill_(math.nan)
+    return plan
+
+
+def attend(backend: str, x: Inputs, scale: float | None = None) -> AttentionResult:
+    """Run one backend, outputs poisoned first, results back on the CPU."""
+    if backend == "torch":
+        return selective_attention_torch(
+            x.q, x.k, x.v, x.slots, x.count, scale=scale, want_logits=True
+        )
+    y = x.to(device_of(backend))
+    isa = "" if backend == "cuda" else backend
+    plan = AttentionPlan(y.q, y.k, y.v, y.slots, y.count, scale=scale, want_logits=True, isa=isa)
+    poisoned(plan).run()
+    plan.check()
+    return AttentionResult(*(None if t is None else t.cpu() for t in plan.result()))
+
+
+def listed(x: Inputs, row: int, kv_head: int) -> list[int]:
+    """The slots a row attends to with one kv head, spelled out."""
+    entries = list(range(x.k.shape[0]))
+    if x.slots is not None:
+        entries = x.slots[row, min(kv_head, x.slots.shape[1] - 1)].tolist()
+    if x.count is None:
+        return entries
+    return entries[: int(x.count[row, min(kv_head, x.count.shape[1] - 1)])]
+
+
+def reference(x: Inputs, scale: float | None = None) -> AttentionResult:
+    """Attention in float64, one row and one head at a time."""
+    rows, heads, dim = x.q.shape
+    width = x.k.shape[0] if x.slots is None else x.slots.shape[-1]
+    out = torch.zeros(rows, heads, dim, dtype=torch.float64)
+    logits = torch.full((rows, heads, width), -math.inf, dtype=torch.float64)
+    lse = torch.full((rows, heads), -math.inf, dtype=torch.float64)
+    for row in range(rows):
+        for head in range(heads):
+            kv_head = head // (heads // x.k.shape[1])
+            used = listed(x, row, kv_head)
+            if not used:
+                continue
+            keys, values = x.k[used, kv_head].double(), x.v[used, kv_head].double()
+            scores = keys @ x.q[row, head].double() * (scale or dim**-0.5)
+            logits[row, head, : len(used)] = scores
+            lse[row, head] = scores.logsumexp(0)
+            out[row, head] = scores.softmax(0) @ values
+    return AttentionResult(out, logits, lse)
+
+
+def torch_error(x: Inputs, want: Tensor) -> float:
+    """The error of programs without these operators at this dtype: SDPA, and by hand."""
+    rows, heads, dim = x.q.shape
+    worst = 0.0
+    for row in range(rows):
+        for head in range(heads):
+            kv_head = head // (heads // x.k.shape[1])
+            used = listed(x, row, kv_head)
+            if not used:
+                continue
+            q, k, v = x.q[row, head][None], x.k[used, kv_head], x.v[used, kv_head]
+            fused = F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])
+            eager = ((q @ k.T) * dim**-0.5).float().softmax(-1).to(q.dtype) @ v
+            for out in (fused[0, 0], eager):
+                worst = max(worst, float((out[0].double() - want[row, head]).abs().max()))
+    return worst
+
+
+def make(
+    n: int,
+    dim: int = 64,
+    group: int = 1,
+    kv_heads: int = 2,
+    rows: int = 2,
+    per_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs: n listed slots of a larger pool whose other slots are NaN."""
+    g = torch.Generator().manual_seed(seed * 1000 + n)
+    pool = n + n // 3 + 3
+    q = torch.randn(rows, group * kv_heads, dim, generator=g)
+    k, v = torch.randn(2, pool, kv_heads, dim, generator=g)
+    lists = kv_heads if per_head else 1
+    picked = torch.stack(
+        [torch.randperm(pool, generator=g)[:n].sort()[0] for _ in range(rows * lists)]
+    )
+    slots = torch.full((rows, lists, n + 5), FAR, dtype=torch.int32)
+    slots[..., :n] = picked.view(rows, lists, n)
+    count = torch.full((rows, lists), n, dtype=torch.int32)
+    count[-1] -= n // 2  # unequal rows
+    if per_head and n > 1:
+        count[0, 0] -= 1
+    used = torch.zeros(pool, kv_heads, dtype=torch.bool)
+    x = Inputs(q, k, v, slots, count)
+    for row in range(rows):
+        for head in range(kv_heads):
+            used[listed(x, row, head), head] = True
+    k[~used], v[~used] = math.nan, math.nan
+    return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), slots, count)
+
+
+def assert_close_as_torch(got: AttentionResult, x: Inputs, want: AttentionResult) -> None:
+    """At most twice the error of plain torch at this dtype, plus half a unit in the last place."""
+    floor = torch.finfo(x.q.dtype).eps * float(want.out.abs().max()) / 2
+    allowed = 2 * torch_error(x, want.out) + floor
+    assert got.out.dtype == x.q.dtype
+    assert float((got.out.double() - want.out).abs().max()) <= allowed
+    torch.testing.assert_close(got.lse.double(), want.lse, rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(got.logits.double(), want.logits, rtol=2e-6, atol=2e-5)
+
+
+# rows listed, head size, query heads per kv head, lists per kv head
+CASES = [
+    (1, 16, 1, False),
+    (7, 32, 4, True),
+    (63, 64, 7, False),
+    (64, 96, 8, True),
+    (65, 128, 1, True),
+    (65, 80, 2, False),
+    (575, 64, 1, False),
+    (575, 128, 4, True),
+    (2880, 128, 1, False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "dim", "group", "per_head"), CASES)
+def test_sanitize_matches_float64(backend, dtype, n, dim, group, per_head):
+    x = make(n, dim, group, per_head=per_head, dtype=dtype)
+    assert_close_as_torch(attend(backend, x), x, reference(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_identity_list_is_the_whole_pool_bit_for_bit(backend, dtype):
+    x = make(300, 64, 2, dtype=dtype)
+    x.k, x.v = x.k.nan_to_num(), x.v.nan_to_num()
+    pool = x.k.shape[0]
+    every = torch.arange(pool, dtype=torch.int32).expand(2, 1, pool)
+    whole = attend(backend, Inputs(x.q, x.k, x.v, None, None))
+    assert_close_as_torch(
+        whole, Inputs(x.q, x.k, x.v, None, None), reference(Inputs(x.q, x.k, x.v, None, None))
+    )
+    for given, listed_ in zip(
+        whole, attend(backend, Inputs(x.q, x.k, x.v, every, None)), strict=True
+    ):
+        assert torch.equal(given, listed_)
+
+
+def test_count_without_a_list_takes_a_prefix(backend):
+    x = make(70, 32, 2)
+    x = Inputs(x.q, x.k.nan_to_num(), x.v.nan_to_num(), None, x.count)
+    x.k[70:], x.v[70:] = math.nan, math.nan
+    assert_close_as_torch(attend(backend, x), x, reference(x))
+
+
+def test_nothing_to_attend_gives_zeros(backend):
+    x = make(40, 64, 2)
+    x.count[0] = 0
+    got = attend(backend, x)
+    assert torch.equal(got.out[0], torch.zeros_like(got.out[0]))
+    assert bool((got.lse[0] == -math.inf).all())
+    assert bool((got.logits[0] == -math.inf).all())
+    assert_close_as_torch(got, x, reference(x))
+
+
+def test_lists_of_no_entries_and_no_rows(backend):
+    x = make(5)
+    empty = attend(backend, Inputs(x.q, x.k, x.v, x.slots[..., :0], None))
+    assert empty.logits.shape == (2, 2, 0)
+    assert torch.equal(empty.out, torch.zeros_like(x.q))
+    none = attend(backend, Inputs(x.q[:0], x.k, x.v, x.slots[:0], x.count[:0]))
+    assert none.out.shape == (0, 2, 64)
+
+
+def test_a_slot_named_twice_counts_twice(backend):
+    x = make(20)
+    x.slots[:, :, 3:9] = x.slots[:, :, 2:3]
+    assert_close_as_torch(attend(backend, x), x, reference(x))
+
+
+def test_order_of_the_list_changes_only_rounding(backend):
+    x = make(300, 128, 4)
+    x.count.fill_(300)
+    x.k, x.v = x.k.nan_to_num(), x.v.nan_to_num()
+    shuffled = Inputs(x.q, x.k, x.v, x.slots.clone(), x.count)
+    shuffled.slots[..., :300] = x.slots[..., torch.randperm(300)]
+    torch.testing.assert_close(
+        attend(backend, shuffled).out, attend(backend, x).out, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(backend, dtype):
+    """q as a slice of a fused projection, pools head-major, lists as slices of longer ones."""
+    x = make(100, 64, 2, dtype=dtype)
+    fused = torch.full((2, 3, 4, 64), math.nan, dtype=dtype)
+    fused[:, 1] = x.q
+    k, v = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x.k, x.v))
+    long = torch.full((2, 2, 300), FAR, dtype=torch.int32)
+    long[:, :1, :105] = x.slots
+    strided = Inputs(fused[:, 1], k, v, long[:, :1, :105], x.count.repeat(1, 3)[:, :1])
+    assert not k.is_contiguous()
+    for a, b in zip(attend(backend, strided), attend(backend, x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_scale(backend):
+    x = make(50)
+    want = reference(x, scale=0.7)
+    got = attend(backend, x, scale=0.7).out.double()
+    torch.testing.assert_close(got, want.out, rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow(backend):
+    x = make(100, 64)
+    x.q *= 500
+    torch.testing.assert_close(
+        attend(backend, x).out.double(), reference(x).out, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_not_a_number_in_a_listed_row_shows(backend):
+    x = make(40, 64)
+    x.k[x.slots[0, 0, 3]] = math.nan
+    assert bool(attend(backend, x).out[0].isnan().any())
+
+
+@pytest.mark.parametrize("bad", [-1, 10_000, FAR, -FAR])
+def test_a_slot_out_of_range_is_refused(backend, bad):
+    x = make(40)
+    x.slots[1, 0, 7] = bad
+    with pytest.raises(ValueError, match="slot"):
+        attend(backend, x)
+
+
+@pytest.mark.parametrize("bad", [-1, 46, FAR])
+def test_a_count_out_of_range_is_refused(backend, bad):
+    x = make(40)
+    x.count[0] = bad
+    with pytest.raises(ValueError, match="count"):
+        attend(backend, x)
+
+
+def test_wrong_arguments_are_named(backend):
+    x = make(40, 64, 2)
+    wrong = {
+        "slots must be int32": Inputs(x.q, x.k, x.v, x.slots.long(), x.count),
+        "count must be int32": Inputs(x.q, x.k, x.v, x.slots, x.count.float()),
+        "2 rows": Inputs(x.q, x.k, x.v, x.slots[:1], x.count),
+        "1 or 2 lists": Inputs(x.q, x.k, x.v, x.slots.expand(2, 4, 45), x.count),
+        "3 heads": Inputs(x.q[:, :3], x.k, x.v, x.slots, x.count),
+        "v is": Inputs(x.q, x.k, x.v[:9], x.slots, x.count),
+        "q is": Inputs(x.q[..., :32], x.k, x.v, x.slots, x.count),
+        "3 dimensions": Inputs(x.q[0], x.k, x.v, x.slots, x.count),
+    }
+    for message, inputs in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            attend(backend, inputs)
+
+
+@needs_native
+def test_wrong_outputs_and_devices_are_named():
+    x = make(40)
+    for name, given in (("out", torch.empty(2, 2, 32)), ("lse", torch.empty(2, 3))):
+        with pytest.raises(ValueError, match=name):
+            AttentionPlan(x.q, x.k, x.v, x.slots, x.count, want_logits=True, **{name: given})
+    with pytest.raises(ValueError, match="slots is on meta"):
+        AttentionPlan(x.q, x.k, x.v, x.slots.to("meta"), x.count)
+    with pytest.raises(ValueError, match=r"head size|native kernel"):
+        AttentionPlan(x.q[..., :24], x.k[..., :24], x.v[..., :24], x.slots, x.count)
+    with pytest.raises(ValueError, match=r"dtype|native kernel"):
+        AttentionPlan(x.q.double(), x.k.double(), x.v.double(), x.slots, x.count)
+
+
+@pytest.mark.parametrize(("n", "dim", "group", "per_head"), CASES)
+def test_sanitize_products_match_float64(backend, n, dim, group, per_head):
+    x = make(n, dim, group, per_head=per_head)
+    want = reference(x, scale=1.0)
+    p = torch.rand(want.logits.shape)
+    p[want.logits == -math.inf] = math.nan  # beyond count: must not be read
+    if backend == "torch":
+        scores = selective_qk_torch(x.q, x.k, x.slots, x.count)
+        mixed = selective_pv_torch(p, x.v, x.slots, x.count)
+    else:
+        y, isa = x.to(device_of(backend)), "" if backend == "cuda" else backend
+        qk = AttentionPlan(y.q, y.k, None, y.slots, y.count, op="qk", isa=isa)
+        weights = p.to(device_of(backend))
+        pv = AttentionPlan(None, None, y.v, y.slots, y.count, op="pv", p=weights, isa=isa)
+        for plan in (poisoned(qk), poisoned(pv)):
+            plan.run()
+            plan.check()
+        scores, mixed = qk.logits.cpu(), pv.out.cpu()
+    torch.testing.assert_close(scores.double(), want.logits, rtol=1e-5, atol=1e-4)
+    expected = torch.zeros(x.q.shape, dtype=torch.float64)
+    for row in range(x.q.shape[0]):
+        for head in range(x.q.shape[1]):
+            used = listed(x, row, head // group)
+            values = x.v[used, head // group].double()
+            expected[row, head] = p[row, head, : len(used)].double() @ values
+    torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_plan_reads_its_tensors_anew(compiled):
+    """Changing q, the lists or the pool in place is all the engine does between two steps."""
+    x = make(200, 128, 2).to(device_of(compiled))
+    isa = "" if compiled == "cuda" else compiled
+    plan = AttentionPlan(x.q, x.k, x.v, x.slots, x.count, want_logits=True, isa=isa)
+    plan.run()
+    other = make(200, 128, 2, seed=7)
+    for mine, new in zip((x.q, x.k, x.v, x.slots, x.count), vars(other).values(), strict=True):
+        mine.copy_(new)
+    poisoned(plan).run()
+    plan.check()
+    result = AttentionResult(*(t.cpu() for t in plan.result()))
+    assert_close_as_torch(result, other, reference(other))
+    again = plan.out.clone()
+    poisoned(plan).run()
+    assert torch.equal(plan.out, again)  # bit for bit: nothing is left over from a run
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("kv_heads", [1, 3, 9])
+def test_any_number_of_threads(isa, threads, kv_heads):
+    x = make(575, 64, 2, kv_heads=kv_heads, rows=1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_close_as_torch(attend(isa, x), x, reference(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_plain_call_takes_the_native_way():
+    """What the engine calls gives the twin's result, and raises where a slot is wrong."""
+    x = make(60, 64, 2)
+    got = selective_attention(x.q, x.k, x.v, x.slots, x.count, want_logits=True)
+    want = selective_attention_torch(x.q, x.k, x.v, x.slots, x.count, want_logits=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert selective_attention(x.q, x.k, x.v, x.slots, x.count).logits is None
+    x.slots[0, 0, 0] = -3
+    with pytest.raises(ValueError, match="slot"):
+        selective_attention(x.q, x.k, x.v, x.slots, x.count)
+
+
+# -- the decoder's linear layers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (31, 5), (64, 4), (257, 130), (4096, 6)])
+def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
+    g = torch.Generator().manual_seed(size_in)
+    x = torch.randn(rows, 2 * size_in, generator=g).to(dtype)[:, :size_in]  # strided rows
+    w = torch.randn(size_out, size_in, generator=g).to(dtype)
+    for bias in (None, torch.randn(size_out, generator=g).to(dtype)):
+        wide = None if bias is None else bias.double()
+        want = F.linear(x.double(), w.double(), wide)
+        got = native.gemv(x, w, bias, isa=isa)
+        theirs = (F.linear(x, w, bias).double() - want).abs().max()
+        floor = torch.finfo(dtype).eps * want.abs().max() / 2 + 1e-6 * size_in**0.5
+        assert got.dtype == dtype
+        assert (got.double() - want).abs().max() <= 2 * theirs + floor
+
+
+@needs_native
+def test_gemv_refuses_what_does_not_fit():
+    x, w = torch.randn(2, 8), torch.randn(3, 8)
+    for wrong in (
+        (x[:, :4], w),
+        (torch.randn(5, 8), w),
+        (x.bfloat16(), w),
+        (x, w.T.contiguous().T),
+        (x, w, torch.randn(4)),
+        (x.double(), w.double()),
+    ):
+        with pytest.raises(ValueError, match=r"x|weight|bias"):
+            native.gemv(*wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (2, 1, 48), (4, 48), (5, 48), (0, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_is_torchs_linear(shape, dtype):
+    x, w, b = (
+        torch.randn(*shape).to(dtype),
+        torch.randn(7, 48).to(dtype),
+        torch.ones(7, dtype=dtype),
+    )
+    torch.testing.assert_close(native.linear(x, w, b), F.linear(x, w, b))

@@ -1,0 +1,1 @@
+"""How `weights/tiny` was made: picture generator, tokenizer, model, recipe, export, evaluation."""

@@ -1,0 +1,116 @@
+"""The losses of a training step and the scores of a held-out batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.data import CHAR_SLOTS, CHARS, PREFIX, Batch
+from training.model import ModelConfig, TinyLlava
+from training.scenes import COLOURS, KINDS
+from training.tokenizer import load
+
+GUIDED_HEADS = 2
+LABELS = CHAR_SLOTS * (len(CHARS) + 1) + len(KINDS) + 1 + len(COLOURS) + 1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the losses: `patch` labels the tower's features, `guide` points attention,
+    `read` asks the head for a patch's first character."""
+
+    text: float = 1.0
+    patch: float = 0.5
+    guide: float = 0.0
+    read: float = 0.1
+
+
+class Trainee(nn.Module):
+    """The model with the helper heads that only training needs."""
+
+    prefix: Tensor
+    char_ids: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.model = TinyLlava(config)
+        self.labels = nn.Linear(config.vision_dim, LABELS)
+        self.guided_block = config.layers // 2
+        tokenizer = load()
+        prefix = torch.tensor(tokenizer.encode(PREFIX).ids)
+        ids = [-100] + [tokenizer.token_to_id(c) for c in CHARS]
+        self.register_buffer("prefix", prefix, persistent=False)
+        self.register_buffer("char_ids", torch.tensor(ids), persistent=False)
+
+    def patch_loss(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the patch labels, and which shown patches are labelled all right."""
+        scores = self.labels(features).float()
+        n = len(CHARS) + 1
+        sizes = [n] * CHAR_SLOTS + [len(KINDS) + 1, len(COLOURS) + 1]
+        target = torch.cat([batch["chars"], batch["objects"]], -1)
+        shown = (target > 0).any(-1)
+        weight = torch.where(shown, 1.0, 0.1)
+        loss, right = features.new_zeros(()), torch.ones_like(shown)
+        for i, part in enumerate(scores.split(sizes, -1)):
+            each = F.cross_entropy(part.transpose(1, 2), target[..., i], reduction="none")
+            loss = loss + (each * weight).sum() / weight.sum()
+            right = right & (part.argmax(-1) == target[..., i])
+        return loss, (right & shown).sum() / shown.sum().clamp(min=1)
+
+    def states(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected patches, decoder states of the text, and the guided block's weights."""
+        b, n = batch["index"].shape
+        p = len(self.prefix)
+        projected = self.model.project(features).float()
+        embed = self.model.decoder.embed
+        before = embed(self.prefix).expand(b, -1, -1)
+        x = torch.cat([before, projected, embed(batch["ids"])], 1)
+        device = x.device
+        picture = torch.cat([torch.arange(p, device=device).expand(b, -1), p + batch["index"]], 1)
+        position = torch.cat([picture, p + 576 + batch["offset"]], 1)
+        segment = torch.cat([torch.full((b, p + n), -2, device=device), batch["segment"]], 1)
+        order = torch.arange(x.shape[1], device=device)
+        earlier = order[:, None] >= order[None]
+        same = segment[:, :, None] == segment[:, None]
+        mask = (earlier & (same | (segment == -2)[:, None]))[:, None]
+        out, weights, _ = self.model.decoder(x, position, mask, watch=self.guided_block)
+        assert weights is not None
+        return projected, out[:, p + n :], weights[:, :GUIDED_HEADS, p + n :, p : p + n]
+
+    def forward(self, batch: Batch, vision_only: bool = False) -> dict[str, Tensor]:
+        """All losses; `right` marks answer tokens whose arg-max is exact."""
+        features = self.model.vision(batch["pixels"], batch["index"]).float()
+        patch, patch_right = self.patch_loss(features, batch)
+        if vision_only:
+            return {"patch": patch, "patch_right": patch_right}
+        projected, text, weights = self.states(features, batch)
+        n = projected.shape[1]
+        scores = self.model.head(torch.cat([projected, text], 1)).float()
+        first = self.char_ids[batch["chars"][..., 0]]
+        read = F.cross_entropy(scores[:, :n].flatten(0, 1), first.flatten(), reduction="sum")
+        loss = F.cross_entropy(scores[:, n:].flatten(0, 1), batch["target"].flatten())
+        guide = batch["guide"]
+        index = guide.clamp(min=0)[:, None].expand(-1, GUIDED_HEADS, -1, -1)
+        hit = weights.float().gather(-1, index) * (guide >= 0)[:, None]
+        asked = (guide >= 0).any(-1)[:, None].float()
+        miss = -(hit.sum(-1) + 1e-4).log() * asked
+        return {
+            "text": loss,
+            "patch": patch,
+            "patch_right": patch_right,
+            "read": read / (first >= 0).sum().clamp(min=1),
+            "guide": miss.sum() / (asked.sum() * GUIDED_HEADS).clamp(min=1),
+            "right": scores[:, n:].argmax(-1) == batch["target"],
+        }
+
+
+def total(losses: dict[str, Tensor], weights: Weights) -> Tensor:
+    """The weighted sum that is minimised; absent losses count nothing."""
+    out = weights.patch * losses["patch"]
+    for name in ("text", "read", "guide"):
+        if name in losses:
+            out = out + getattr(weights, name) * losses[name]
+    return out

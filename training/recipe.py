@@ -1,0 +1,73 @@
+"""The recipe: stages in order, each with its pages, batch, learning rates and losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from training.data import PageMix
+from training.documents import DocumentStyle
+from training.losses import Weights
+from training.scenes import SceneStyle
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage; it ends after `minutes` of wall time, learning rates go from first to last."""
+
+    name: str
+    minutes: float
+    batch: int
+    mix: PageMix
+    lr: tuple[float, float]  # Muon; AdamW follows at a tenth
+    weights: Weights = field(default_factory=Weights)
+    vision_only: bool = False
+
+
+def _mix(patches: int, text: int, scenes: float, fields: int, objects: int, long: float) -> PageMix:
+    return PageMix(
+        patches=patches,
+        text=text,
+        scenes=scenes,
+        scene=SceneStyle(objects=(1, objects)),
+        document=DocumentStyle(fields=(1, fields)),
+        long_share=long,
+    )
+
+
+TWO_CORES = (
+    Stage("vision", 7, 32, _mix(112, 8, 0.35, 4, 6, 0.0), (0.02, 0.02), vision_only=True),
+    Stage(
+        "point",
+        22,
+        32,
+        _mix(112, 104, 0.55, 4, 6, 0.6),
+        (0.02, 0.015),
+        Weights(patch=0.5, guide=0.2, read=0.1),
+    ),
+    Stage(
+        "decay",
+        28,
+        24,
+        _mix(144, 128, 0.55, 6, 8, 0.6),
+        (0.015, 0.005),
+        Weights(patch=0.5, guide=0.15, read=0.1),
+    ),
+    Stage(
+        "free",
+        10,
+        24,
+        _mix(144, 128, 0.55, 6, 8, 0.6),
+        (0.005, 0.003),
+        Weights(patch=0.4, read=0.05),
+    ),
+    Stage(
+        "page",
+        17,
+        10,
+        _mix(576, 128, 0.55, 6, 8, 0.6),
+        (0.005, 0.0002),
+        Weights(patch=0.3, read=0.05),
+    ),
+)
+
+PLANS = {"two-cores": TWO_CORES}

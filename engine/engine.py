@@ -17,6 +17,7 @@ from engine.cache.specs import parse
 from engine.generation import Options, Session, Turn, generate
 from engine.image import open_image
 from engine.loading import Loaded, load
+from engine.preprocess import Pixels
 from engine.prompt import Prompt, build_prompt, parse_messages, raw_prompt
 from engine.result import Result, Timings
 from engine.sampling import Sampling
@@ -36,10 +37,10 @@ class Engine:
     """
 
     def __init__(self, loaded: Loaded, cache: str | Policy = DEFAULT_CACHE) -> None:
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.model, self.tokenizer = loaded.family.model, loaded.tokenizer
         self.policy = parse(cache)
         self.name, self.load_seconds = loaded.folder.name, loaded.seconds
-        self._loaded = loaded
+        self._family = loaded.family
 
     @classmethod
     def load(
@@ -149,7 +150,7 @@ class Engine:
         timings = Timings(load=self.load_seconds)
         turn = self._turn(prompt, images, raw, timings)
         session = Session(self.model, self.policy)
-        return generate(session, turn, self.tokenizer, options, self._loaded.end_tokens, timings)
+        return generate(session, turn, self.tokenizer, options, self._family.end_tokens, timings)
 
     @torch.inference_mode()
     def logits(
@@ -187,26 +188,25 @@ class Engine:
         if isinstance(images, str | bytes | PathLike | Image.Image):
             images = [images]
         began = perf_counter()
-        pixels = [self._loaded.processor(open_image(image).pixels) for image in images]
-        built = self._prompt(prompt, len(images), raw)
-        features = self._encode(pixels)
+        prepare = self._family.processor.prepare
+        pictures = [prepare(open_image(image).pixels) for image in images]
+        built = self._prompt(prompt, [self.model.image_tokens(p) for p in pictures], raw)
+        features = self._encode(pictures)
         timings.picture = perf_counter() - began
         spans = [(s.start, s.end) for s in built.segments if s.kind == "image"]
         return Turn(built.token_ids, spans, features)
 
-    def _prompt(self, prompt: Messages, images: int, raw: bool) -> Prompt:
+    def _prompt(self, prompt: Messages, counts: list[int], raw: bool) -> Prompt:
+        """The prompt's ids, with ``counts`` tokens for each picture."""
         config = self.model.config
-        counts = [config.image_tokens()] * images
         if raw:
             return raw_prompt(str(prompt), self.tokenizer, config.image_token, counts)
-        messages = parse_messages(prompt, images)
+        messages = parse_messages(prompt, len(counts))
         return build_prompt(
-            messages, self._loaded.style, self.tokenizer, config.image_token, counts
+            messages, self._family.style, self.tokenizer, config.image_token, counts
         )
 
     @torch.inference_mode()
-    def _encode(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+    def _encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
         """Features ``[image tokens, hidden]`` of every picture."""
-        if not pixels:
-            return []
-        return list(self.model.encode(torch.stack(list(pixels)).to(self.device)))
+        return self.model.encode(pictures) if pictures else []

@@ -26,6 +26,17 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """A picture as a vision tower takes it: `tiles [tiles, 3, height, width]` float32.
+
+    `size` is the picture's own (width, height); a plain LLaVA-1.5 picture is one tile.
+    """
+
+    tiles: torch.Tensor
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class ImageProcessor:
     """Turns an RGB picture into `[3, height, width]` float32, the way a checkpoint asks for.
 
@@ -82,6 +93,10 @@ class ImageProcessor:
         size = self.crop_size or self.exact_size
         assert size is not None  # from_config refuses the other combinations
         return size
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """Return the picture as one tile."""
+        return Pixels(self(image)[None], image.size)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixels of an RGB picture as `[3, height, width]` float32."""

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.clip import ClipConfig, ClipVision
 from engine.models.config import ConfigReader
 from engine.models.decoder import Decoder, DecoderConfig
+from engine.preprocess import Pixels
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,6 @@ class LlavaConfig:
     original_layout: bool
     vision_tower: str | None
     end_tokens: tuple[int, ...]
-
-    def image_tokens(self) -> int:
-        """Tokens that one picture takes in the sequence: 576 at 336 px and 14 px patches."""
-        return self.vision.patches
 
 
 def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
@@ -100,9 +98,16 @@ class Llava(nn.Module):
         self.projector = Projector(config.vision.hidden, config.decoder.hidden)
         self.decoder = Decoder(config.decoder)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Image tokens ``[pictures, patches, hidden]`` of ``pixels [pictures, 3, size, size]``."""
-        return self.projector(self.vision(pixels.to(self.projector.linear_1.weight.dtype)))
+    def image_tokens(self, pixels: Pixels) -> int:
+        """Tokens that a picture takes in the sequence: 576 at 336 px and 14 px patches."""
+        return self.config.vision.patches * len(pixels.tiles)
+
+    def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
+        """Image tokens ``[image tokens, hidden]`` of every picture; all pass the tower at once."""
+        weight = self.projector.linear_1.weight
+        tiles = torch.cat([picture.tiles for picture in pictures]).to(weight.device, weight.dtype)
+        features = self.projector(self.vision(tiles))
+        return [part.flatten(0, 1) for part in features.split([len(p.tiles) for p in pictures])]
 
     def embed(
         self, token_ids: Tensor, spans: Sequence[tuple[int, int]], features: Sequence[Tensor]

@@ -233,9 +233,12 @@ def _normalise(image: Image.Image, name: str, notes: tuple[str, ...]) -> LoadedI
 
 def _upright(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        exif = image.getexif()
+        # The JPEG decoder swallows a broken block, which then seems to hold nothing.
+        swallowed = "exif" in image.info and not exif
+        orientation = 9 if swallowed else exif.get(_ORIENTATION_TAG, 1)
     except Exception:  # as in _own_errors: the metadata is hostile input, the pixels are fine
-        orientation = None
+        orientation = 9
     if orientation not in range(9):
         return image, (f"{name} has unreadable EXIF data; its orientation is ignored",)
     method = _UPRIGHT.get(orientation)

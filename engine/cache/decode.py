@@ -56,6 +56,8 @@ class Decoding:
         self.seen = [layout.seen for layout in first]
         self.text_kept = [layout.columns - layout.text_start for layout in first]
         self.evicts = any(self._budget(r) is not None for r in range(len(rows)))
+        # Without a picture there is no core; with one, all layers hold equally many image tokens.
+        self.ranks = any(stored.core is not None for row in rows for stored in row.layers)
         self._pack_lists()
         self._pack_text()
         self._logits: list[Tensor | None] = [None] * len(pools)
@@ -101,7 +103,7 @@ class Decoding:
         for r, row in enumerate(self.rows):
             row.step += 1
             row.attended_share.append(self._attended[r] / (self.seen[r] + 1))
-            if weights is not None and self.policy.reranks(row.step):
+            if self.ranks and weights is not None and self.policy.reranks(row.step):
                 self._rerank(r, weights)
             self.seen[r] += 1
             self._make_room(r, weights)
@@ -110,7 +112,7 @@ class Decoding:
     def _prepare(self) -> None:
         """Choose every row's list, and say where the new token goes."""
         kinds = [CORE if self.policy.attends_core(row.step + 1) else FULL for row in self.rows]
-        reranks = any(self.policy.reranks(row.step + 1) for row in self.rows)
+        reranks = self.ranks and any(self.policy.reranks(row.step + 1) for row in self.rows)
         self._scores_wanted = self.evicts or reranks
         self.positions = torch.tensor(self.seen, device=self.device)
         shared = [self.shared[kind][r] for r, kind in enumerate(kinds)]
@@ -199,14 +201,10 @@ class Decoding:
         self.lists = lists.to(self.device)
         self._fixed = (
             [torch.stack([s.layout.fixed() for s in row.layers]) for row in self.rows]
-            if self._ranks()
+            if self.ranks
             else []
         )
-        self._pictures = [self._image_slots(row) for row in self.rows] if self._ranks() else []
-
-    def _ranks(self) -> bool:
-        """Whether any core is ever chosen: only then all layers hold equally many image tokens."""
-        return any(stored.core is not None for row in self.rows for stored in row.layers)
+        self._pictures = [self._image_slots(row) for row in self.rows] if self.ranks else []
 
     def _image_slots(self, row: Row) -> list[tuple[Tensor, int]]:
         """For each picture its stored slots ``[layers, n]`` and its core size."""

@@ -11,10 +11,20 @@ import torch
 
 pytest.importorskip("matplotlib", reason="the `train` extra is not installed")
 
-from training.data import PageMix, build_batch, encode_question, needed_patches
+from training.data import (
+    TRAINING_SEEDS,
+    PageMix,
+    build_batch,
+    encode_question,
+    needed_patches,
+    pack,
+    page_pixels,
+)
 from training.documents import HELD_OUT_STYLE, LAYOUTS, make_document
+from training.evaluate import FIRST_SEED, distance, objects_right, similarity
 from training.export import export
 from training.fonts import HELD_OUT_FACES, TRAINING_FACES
+from training.generate import greedy
 from training.losses import Trainee, Weights, total
 from training.model import ModelConfig
 from training.muon import Muon, orthogonalise, split_parameters
@@ -160,33 +170,46 @@ def test_run_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("seed", [11])
-def test_export_equals_transformers(tmp_path: Path, seed: int) -> None:
-    """fp32 logits of the exported files in the reference equal those of the training form."""
+def test_export_equals_transformers(tmp_path: Path) -> None:
+    """fp32 logits and greedy text of the exported files equal those of the training form."""
     transformers = pytest.importorskip("transformers")
-    trainee = small_trainee()
-    generator = torch.Generator().manual_seed(seed)
+    trainee, tokenizer = small_trainee(), load()
+    generator = torch.Generator().manual_seed(0)
     for p in trainee.model.parameters():  # zero-initialised matrices would hide mistakes
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
     export(trainee.model, tmp_path, torch.float32)
-    batch = build_batch([seed], PageMix(text=48), load())
-    only = batch["segment"][0] == batch["segment"][0, 0]
-    kept = ("ids", "segment", "offset", "target", "guide")
-    batch = {k: v[:, only] if k in kept else v for k, v in batch.items()}
-    features = trainee.model.vision(batch["pixels"], batch["index"])
-    _, states, _ = trainee.states(features, batch)
+    page = make_scene(11)
+    index = list(range(576))
+    row = pack(page.questions[1:2], {i: i for i in index}, 24, tokenizer)
+    keep = row.segment == 0
+    features = trainee.model.vision(
+        torch.from_numpy(page_pixels(page, index))[None], torch.arange(576)[None]
+    )
+    text = {k: torch.from_numpy(v[keep])[None] for k, v in vars(row).items()}
+    _, states, _ = trainee.states(features, {"index": torch.arange(576)[None], **text})
     ours = trainee.model.head(states)[0]
+
     reference = transformers.LlavaForConditionalGeneration.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     )
-    image_id = reference.config.image_token_index
-    ids = torch.cat([trainee.prefix, torch.full((576,), image_id), batch["ids"][0]])[None]
-    page = make_scene(seed) if random.Random(seed).random() < 0.5 else make_document(seed)
+    picture = torch.full((576,), reference.config.image_token_index)
     processor = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path)
     pixels = processor(page.image, return_tensors="pt")["pixel_values"]
+    ids = torch.cat([trainee.prefix, picture, text["ids"][0]])[None]
     with torch.no_grad():
         theirs = reference(input_ids=ids, pixel_values=pixels).logits[0, -len(ours) :]
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+
+    questions = ["What colour is the car?", "How many are there?"]
+    answers = greedy(trainee.model, [page, page], questions, tokenizer, 6)
+    for question, answer in zip(questions, answers, strict=True):
+        asked = tokenizer.encode(f"\n{question} ASSISTANT:", add_special_tokens=False).ids
+        ids = torch.cat([trainee.prefix, picture, torch.tensor(asked)])[None]
+        out = reference.generate(
+            input_ids=ids, pixel_values=pixels, max_new_tokens=6, do_sample=False
+        )
+        told = tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+        assert told.strip() == answer
 
 
 def test_exported_files_name_the_published_layout(tmp_path: Path) -> None:
@@ -199,6 +222,19 @@ def test_exported_files_name_the_published_layout(tmp_path: Path) -> None:
     assert "language_model.model.layers.1.self_attn.q_proj.weight" in names
     assert "vision_tower.vision_model.pre_layrnorm.weight" in names
     assert len(names) == 3 + 4 + 4 + 2 * 16 + 3 + 2 * 9
+
+
+def test_figures_of_the_evaluation() -> None:
+    assert distance("kitten", "sitting") == 3
+    assert similarity("12.50", "12.60") == pytest.approx(0.8)
+    truth = "There are two objects. A red car is at the top. An orange ring is at the left."
+    wrong = "There are two objects. A red car is at the top. An orange star is at the left."
+    assert objects_right(truth, truth) == 1.0
+    assert objects_right(wrong, truth) == 0.5
+
+
+def test_evaluation_seeds_are_never_trained_on() -> None:
+    assert all(first + 200_000 <= TRAINING_SEEDS for first in FIRST_SEED.values())
 
 
 def test_patch_subset_keeps_what_is_needed() -> None:

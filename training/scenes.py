@@ -215,9 +215,9 @@ def paint(things: list[Thing], rng: random.Random, scale: int = SCALE) -> Image.
     return image
 
 
-def make_scene(seed: int, style: SceneStyle | None = None) -> Page:
-    """A scene of 336 x 336 pixels with its questions; the same seed gives the same page."""
+def make_scene(seed: int, style: SceneStyle | None = None, side: int = SIZE) -> Page:
+    """A scene with its questions, `side` pixels wide; the same seed gives the same page."""
     rng = random.Random(seed)
     things = place(rng, style or SceneStyle())
-    image = paint(things, rng).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    image = paint(things, rng).resize((side, side), Image.Resampling.BICUBIC)
     return Page(image, ask(things, rng), things=things)

@@ -38,7 +38,7 @@ def read_model(path: Path) -> dict[str, Any]:
         pieces = [_piece(value) for number, value in fields if number == 1]
         trainer = _last(fields, 2)
         normalizer = _last(fields, 3)
-    except (ValueError, IndexError, struct.error, TypeError) as error:
+    except (ValueError, struct.error) as error:
         raise CheckpointError(
             f"{path} is not a SentencePiece model ({error})", hint="download the file again"
         ) from None
@@ -135,6 +135,8 @@ def _added_token(index: int, piece: Piece) -> dict[str, Any]:
 
 def _piece(message: Value) -> Piece:
     fields = dict(_fields(_bytes(message)))
+    if 1 not in fields:
+        raise ValueError("a piece has no text")
     (score,) = struct.unpack("<f", _bytes(fields.get(2, bytes(4))))
     kind = fields.get(3, NORMAL)
     return Piece(_bytes(fields[1]).decode("utf-8"), score, kind if isinstance(kind, int) else -1)

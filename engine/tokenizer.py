@@ -1,13 +1,15 @@
 """Text to token ids and back, around the `tokenizers` library.
 
-Two encoders come from one file. What a user types goes through one that knows no special tokens,
-so that "</s>" or "<image>" in it stays text; only templates and raw prompts place special tokens.
+What a user types goes through an encoder that knows no special tokens, so that "</s>" or "<image>"
+in it stays text; templates place them by id. A second encoder, for raw prompts, knows them.
 Streaming releases text as soon as later tokens can no longer change it, and no sooner.
 """
 
 import codecs
+import functools
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ class Tokenizer:
 
     def __init__(self, description: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Build from what tokenizer.json and tokenizer_config.json hold; see `from_folder`."""
-        added = [dict(token) for token in description.get("added_tokens") or ()]
+        added = list(description.get("added_tokens") or ())
+        self._description = description
+        self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
         self._special_ids = {token["id"] for token in added if token.get("special")}
-        self._full = _build({**description, "added_tokens": added})
-        _check_ids(self._full, added)
-        self._plain = _build(_without_specials(description, {token["content"] for token in added}))
-        vocabulary = self._full.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(vocabulary.values()) + 1
+        vocabulary = description["model"]["vocab"]
+        _check_ids(vocabulary, added)
+        self._plain = _build(_without_specials(description, added))
+        self.vocab_size = max([*vocabulary.values(), *self._added.values()]) + 1
         self.eos_id = self.token_id(_token_name(config, "eos_token") or "</s>")
         self.bos_id = self._find_bos(config)
         self._byte_level = '"ByteLevel"' in json.dumps(description.get("decoder"))
@@ -76,23 +79,24 @@ class Tokenizer:
 
         `bos` False leaves out what the tokenizer adds around a text.
         """
-        ids = list(self._full.encode(_valid_unicode(text), add_special_tokens=False).ids)
+        ids = list(self._knowing.encode(_valid_unicode(text), add_special_tokens=False).ids)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens and ids without a token are left out."""
-        return str(self._full.decode(list(ids), skip_special_tokens=True))
+        kept = [token for token in ids if token not in self._special_ids]
+        return str(self._plain.decode(kept, skip_special_tokens=False))
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as it is spelled in the vocabulary, or None."""
-        found: int | None = self._full.token_to_id(token)
-        return found
+        found: int | None = self._plain.token_to_id(token)
+        return self._added.get(token, found)
 
     def piece(self, token_id: int) -> str | None:
         """Return the vocabulary's spelling of a token; None for special or unknown ids."""
         if token_id in self._special_ids:
             return None
-        found: str | None = self._full.id_to_token(token_id)
+        found: str | None = self._plain.id_to_token(token_id)
         return found
 
     @property
@@ -100,11 +104,16 @@ class Tokenizer:
         """True if every piece stands for raw bytes (GPT-2's alphabet), as in Qwen and Llama 3."""
         return self._byte_level
 
+    @functools.cached_property
+    def _knowing(self) -> tokenizers.Tokenizer:
+        """The tokenizer that knows special tokens; only raw prompts need it."""
+        return _build(self._description)
+
     def _find_bos(self, config: Mapping[str, Any]) -> int | None:
         """Take BOS from what the tokenizer really adds, then from its configuration."""
         if config.get("add_bos_token") is False:
             return None
-        added = self._full.encode("", add_special_tokens=True).ids
+        added = self._plain.encode("", add_special_tokens=True).ids
         if added:
             return int(added[0])
         bos = _token_name(config, "bos_token")
@@ -165,12 +174,20 @@ def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return built
 
 
-def _without_specials(description: Mapping[str, Any], specials: set[str]) -> dict[str, Any]:
-    """Drop the added tokens, and any merge that would spell one of them from ordinary text."""
+def _without_specials(
+    description: Mapping[str, Any], added: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Drop the added tokens, and any merge that would spell one of them from ordinary text.
+
+    Those that are not special keep a vocabulary entry that no merge reaches, so that they decode.
+    """
     model = dict(description["model"])
+    spellings = {token["content"] for token in added}
     if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if _union(pair) not in specials]
-    return {**description, "added_tokens": [], "post_processor": None, "model": model}
+        model["merges"] = [pair for pair in model["merges"] if _union(pair) not in spellings]
+        known = {token["content"]: token["id"] for token in added if not token.get("special")}
+        model["vocab"] = {**known, **model["vocab"]}
+    return {**description, "added_tokens": [], "model": model}
 
 
 def _union(pair: str | Sequence[str]) -> str:
@@ -199,12 +216,15 @@ def _add_named_tokens(
     description["added_tokens"] = sorted(present, key=lambda token: token["id"])
 
 
-def _check_ids(built: tokenizers.Tokenizer, added: Iterable[Mapping[str, Any]]) -> None:
-    for token in added:
-        found = built.token_to_id(token["content"])
+def _check_ids(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> None:
+    """Require the ids that `tokenizers` gives: new tokens are numbered on from the vocabulary."""
+    fresh = itertools.count(len(vocabulary))
+    for token in sorted(added, key=lambda token: int(token["id"])):
+        content = token["content"]
+        found = vocabulary[content] if content in vocabulary else next(fresh)
         if found != token["id"]:
             raise CheckpointError(
-                f"special token {token['content']!r} should be {token['id']} but is {found}",
+                f"special token {content!r} should be {token['id']} but is {found}",
                 hint="the tokenizer's files belong to different checkpoints",
             )
 

@@ -205,6 +205,12 @@ def test_png_checksums_are_checked() -> None:
         assert "PNG file" in str(refusal(bytes(flipped)))
 
 
+def test_png_with_a_wrong_checksum_alone_is_refused() -> None:
+    content = encoded(scene(), "PNG")
+    at = content.index(b"IEND") - 5  # the last byte of the checksum of the pixel data
+    assert "PNG file" in str(refusal(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]))
+
+
 def test_huge_text_chunk_is_refused() -> None:
     info = PngImagePlugin.PngInfo()
     for number in range(70):

@@ -37,6 +37,9 @@ TEXTS = [
     "a\0b\x1b[31m\u202eright",
 ]
 
+# Few distinct ids, so that every neighbourhood occurs: specials, bytes of 你, spaces, words, none.
+SOME_IDS = [0, 1, 2, 3 + 0xE4, 3 + 0xBD, 3 + 0xA0, 3 + 0x41, 259, 260, 270, 300, 301, 420, 9999]
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
@@ -153,6 +156,34 @@ def test_a_merge_that_spells_a_special_token_is_not_used(tmp_path: Path) -> None
     assert content["model"]["vocab"]["</s"] in tokenizer.encode("x</s>")
 
 
+def test_added_tokens_that_are_not_special_decode_but_are_never_typed(tmp_path: Path) -> None:
+    content = toy_tokenizer_json()
+    count = len(content["model"]["vocab"])
+    content["added_tokens"].append(content["added_tokens"][3] | {"id": count + 2, "content": "<x>"})
+    content["added_tokens"][-1]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = library.encode("a <x></s>b").ids
+    assert count + 2 in ids
+    assert tokenizer.encode_with_specials("a <x></s>b") == ids
+    assert tokenizer.decode(ids) == library.decode(ids) == "a <x> b"
+    assert tokenizer.token_id("<x>") == count + 2
+    assert count + 2 not in tokenizer.encode("a <x>")
+    assert tokenizer.vocab_size == count + 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(SOME_IDS) | st.integers(0, 500), max_size=20))
+def test_decoding_is_the_librarys(toy: Tokenizer, ids: list[int]) -> None:
+    assert toy.decode(ids) == _library().decode(ids, skip_special_tokens=True)
+
+
+@functools.cache
+def _library() -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(toy_tokenizer_json()))
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_survives_a_round_trip(toy: Tokenizer, text: str) -> None:
     assert toy.decode(toy.encode(text)) == text
@@ -185,10 +216,6 @@ def test_stream_joins_to_the_text(toy: Tokenizer, text: str) -> None:
     pieces = stream(toy, toy.encode(text))
     assert "".join(pieces) == text
     assert all(piece.isprintable() or "\ufffd" not in piece for piece in pieces)
-
-
-# Few distinct ids, so that every neighbourhood occurs: specials, bytes of 你, spaces, words, none.
-SOME_IDS = [0, 1, 2, 3 + 0xE4, 3 + 0xBD, 3 + 0xA0, 3 + 0x41, 259, 260, 270, 300, 301, 420, 9999]
 
 
 @settings(max_examples=400, deadline=None)
@@ -290,6 +317,7 @@ def test_streaming_cost_does_not_grow(toy: Tokenizer, monkeypatch: pytest.Monkey
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         ("tokenizer.model", b"", "holds no pieces"),
         ("tokenizer.model", b"\x0a\xff", "not a SentencePiece model"),
+        ("tokenizer.model", b"\x0a\x00", "a piece has no text"),
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "not a SentencePiece"),
         ("tokenizer.model", sentencepiece_model(toy_pieces(), model_type=1), "Unigram"),
     ],
@@ -313,7 +341,7 @@ def test_special_token_with_another_id_is_refused(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 2000))
 def test_any_bytes_as_tokenizer_model_raise_our_error_only(
     tmp_path_factory: pytest.TempPathFactory, junk: bytes, at: int

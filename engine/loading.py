@@ -14,6 +14,7 @@ from engine.families import Family, recognise
 from engine.tokenizer import Tokenizer
 from weights.checkpoint import Checkpoint, load_weights
 from weights.hub import resolve
+from weights.names import target_names
 
 DTYPES = {
     "float32": torch.float32,
@@ -85,7 +86,7 @@ def _fill(family: Family, folder: Path, device: torch.device, dtype: torch.dtype
     with Checkpoint.open(folder) as checkpoint:
         dtype = dtype or _auto_dtype(checkpoint, device)
         tied = {"decoder.head.weight": "decoder.embed.weight"} if config.tied_head else {}
-        held = [family.rename(name) or "" for name in checkpoint.tensors]
+        held = [ours for name in checkpoint.tensors for ours in target_names(family.rename(name))]
         if family.tower and not any(name.startswith("vision.") for name in held):
             tower, names = family.tower
             with Checkpoint.open(tower) as tower_checkpoint:

@@ -6,7 +6,7 @@ it will live, so that beside the model itself never more than one tensor is in m
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from torch import nn
 from engine.errors import CheckpointError
 from weights.folder import first_five, read_folder
 from weights.header import TensorInfo, open_file, read_json, show
+from weights.names import Rename, target_names
 
 __all__ = ["Checkpoint", "TensorInfo", "load_weights", "read_json"]
 
@@ -55,7 +56,12 @@ class Checkpoint:
 
         Raises CheckpointError if the file has changed size since it was opened.
         """
-        info = self.tensors[name]
+        return self.read_part(self.tensors[name], device, dtype)
+
+    def read_part(
+        self, info: TensorInfo, device: str | torch.device, dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        """Copies what `info` describes: a tensor, or rows of one (`TensorInfo.split`)."""
         target = _allocate(info.shape, dtype or info.dtype, torch.device(device))
         if info.nbytes:
             with self._mapped(info) as source:
@@ -121,7 +127,7 @@ class Checkpoint:
 def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
-    rename: Callable[[str], str | None],
+    rename: Rename,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     tied: Mapping[str, str] | None = None,
@@ -132,7 +138,8 @@ def load_weights(
         module: parameters and persistent buffers still on "meta" are filled; others are left alone,
             so that a second checkpoint can supply what the first one lacks.
         checkpoint: where the tensors come from.
-        rename: name on disk -> name in `module`, or None for a tensor known to be unused.
+        rename: name on disk -> name in `module`, or None for a tensor known to be unused, or
+            several names, which share the rows of a fused tensor equally and in this order.
         device: where the parameters will live.
         dtype: of all floating-point parameters; a submodule with the attribute
             `keep_float32 = True` keeps its own ones in float32.
@@ -155,7 +162,7 @@ def load_weights(
     _refuse_differences(checkpoint, missing, unexpected, list(filter(None, misfits)))
     # In the order of the file: sequential reading is what a disk does best.
     for name, info in sorted(sources.items(), key=lambda item: (item[1].file, item[1].start)):
-        _assign(module, name, checkpoint.read(info.name, device, _dtype(module, name, dtype)))
+        _assign(module, name, checkpoint.read_part(info, device, _dtype(module, name, dtype)))
     for name, other in shared.items():
         owner, leaf = _owner(module, name)
         owner._parameters[leaf] = module.get_parameter(other)
@@ -177,22 +184,24 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 
 def _match_names(
-    checkpoint: Checkpoint, rename: Callable[[str], str | None], wanted: Mapping[str, object]
+    checkpoint: Checkpoint, rename: Rename, wanted: Mapping[str, object]
 ) -> tuple[dict[str, TensorInfo], list[str], list[str]]:
     """Sorts the tensors on disk into: by the name they fill, known to be unused, unexpected."""
     sources: dict[str, TensorInfo] = {}
     ignored, unexpected = [], []
     for info in checkpoint.tensors.values():
-        name = rename(info.name)
-        if name is None:
+        names = target_names(rename(info.name))
+        if not names:
             ignored.append(info.name)
-        elif name not in wanted:
+            continue
+        if any(name not in wanted for name in names):
             unexpected.append(show(info.name))
-        elif name in sources:
-            both = f"{show(sources[name].name)} and {show(info.name)}"
-            raise CheckpointError(f"{checkpoint.folder}: {both} are both {name}")
-        else:
-            sources[name] = info
+            continue
+        for name, part in zip(names, info.split(len(names)), strict=True):
+            if name in sources:
+                both = f"{show(sources[name].name)} and {show(info.name)}"
+                raise CheckpointError(f"{checkpoint.folder}: {both} are both {name}")
+            sources[name] = part
     return sources, ignored, unexpected
 
 

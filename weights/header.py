@@ -10,7 +10,7 @@ import json
 import math
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,6 +61,22 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size of the tensor in the file, in bytes."""
         return self.stop - self.start
+
+    def split(self, parts: int) -> list["TensorInfo"]:
+        """Cuts the tensor into `parts` with equally many rows, which lie in the file in order.
+
+        Raises CheckpointError where the rows do not divide.
+        """
+        if parts == 1:
+            return [self]
+        if not self.shape or self.shape[0] % parts:
+            raise CheckpointError(
+                f"{show(self.name)} is {list(self.shape)}: its rows do not split into {parts} parts"
+            )
+        shape = (self.shape[0] // parts, *self.shape[1:])
+        size = self.nbytes // parts
+        starts = [self.start + part * size for part in range(parts)]
+        return [replace(self, shape=shape, start=at, stop=at + size) for at in starts]
 
 
 def read_json(path: Path) -> dict[str, object]:

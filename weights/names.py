@@ -17,7 +17,17 @@ table per part says what the rest is called here.
 import re
 from collections.abc import Callable, Mapping
 
-Rename = Callable[[str], str | None]
+# A name on disk to ours; to several of ours where the rows of a fused tensor are shared out among
+# them; to None if the tensor is known to be unused; to "" if nothing is known about it.
+Rename = Callable[[str], str | tuple[str, ...] | None]
+
+
+def target_names(renamed: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """What a `Rename` gave, as a tuple: empty for an unused tensor."""
+    if renamed is None:
+        return ()
+    return (renamed,) if isinstance(renamed, str) else renamed
+
 
 # The first pattern that fits wins: the bare "model." of the original layout must come last.
 _PREFIXES = (

@@ -1,4 +1,4 @@
-"""Which model a checkpoint folder holds, and what goes with it: names, pictures, prompts, end tokens.
+"""Which model a checkpoint folder holds, and what goes with it: names, pictures, prompts, ends.
 
 A family is recognised by config.json alone. Adding one means one function here and one row in the
 table at the end.
@@ -13,14 +13,28 @@ from typing import Any
 
 import torch
 
+from engine.anyres import Canvas, TileProcessor, check_same, read_pinpoints
 from engine.errors import CheckpointError
 from engine.models.llava import Llava, LlavaConfig, parse_hub, parse_original
+from engine.models.llava_next import LlavaNext, parse_next_hub, parse_next_original
 from engine.preprocess import ImageProcessor
 from weights.checkpoint import read_json
 from weights.hub import resolve
 from weights.names import Rename, clip_names, llava_names
 
 Config = Mapping[str, Any]
+
+# The tower that all published LLaVAs of the original layout name, by its published configuration:
+# LLaVA-1.6 brings the weights along, so that nothing else of that model is needed.
+CLIP_L_336_NAME = "openai/clip-vit-large-patch14-336"
+CLIP_L_336 = {
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,10 @@ def recognise(folder: Path, style: str | None) -> Family:
     Raises CheckpointError for an unknown model type or a wrong key.
     """
     config = read_json(folder / "config.json")
-    kind = "llava_original" if "mm_vision_tower" in config else config.get("model_type")
+    kind = config.get("model_type")
+    if "mm_vision_tower" in config:
+        anyres = config.get("image_aspect_ratio") == "anyres"
+        kind = "llava_next_original" if anyres else "llava_original"
     if kind not in FAMILIES:
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type is {kind!r}",
@@ -73,15 +90,51 @@ def _llava_original(folder: Path, config: Config, style: str | None) -> Family:
     return _llava(folder, parsed, style or "llava-v1", (tower, names) if tower else None)
 
 
+def _next_hub(folder: Path, config: Config, style: str | None) -> Family:
+    """``llava-hf/llava-v1.6-*``."""
+    parsed, pinpoints = parse_next_hub(config)
+    kind = config.get("text_config", {}).get("model_type", "llama")
+    return _llava(folder, parsed, style or _next_style(folder, kind), None, pinpoints)
+
+
+def _next_original(folder: Path, config: Config, style: str | None) -> Family:
+    """``liuhaotian/llava-v1.6-*``: its vision tower was trained further and lies inside."""
+    if config["mm_vision_tower"] == CLIP_L_336_NAME:
+        vision: Config = CLIP_L_336
+    else:
+        vision = _tower_config(folder, config)[1]
+    parsed, pinpoints = parse_next_original(config, vision)
+    kind = str(config.get("model_type")).removeprefix("llava_")
+    return _llava(folder, parsed, style or _next_style(folder, kind), None, pinpoints)
+
+
+def _next_style(folder: Path, decoder: str) -> str:
+    """The prompts that LLaVA-1.6 was trained with, by its decoder.
+
+    Vicuna and Yi are both Llamas; only Yi's tokenizer knows ChatML.
+    """
+    known = {"mistral": "mistral", "qwen2": "chatml", "qwen": "chatml"}
+    if decoder in known:
+        return known[decoder]
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return "yi" if any(b"<|im_start|>" in file.read_bytes() for file in files) else "llava-v1"
+
+
 def _llava(
-    folder: Path, config: LlavaConfig, style: str, tower: tuple[Path, Rename] | None
+    folder: Path,
+    config: LlavaConfig,
+    style: str,
+    tower: tuple[Path, Rename] | None,
+    pinpoints: tuple[Canvas, ...] | None = None,
 ) -> Family:
+    """Join the parts of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6."""
     with torch.device("meta"):
-        model = Llava(config)
+        model = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
     return Family(
         model=model,
-        rename=llava_names(config.vision.used_layers),
-        processor=_llava_processor(folder, config, style),
+        rename=llava_names(config.vision.used_layers, image_newline=bool(pinpoints)),
+        processor=_llava_processor(folder, config, style, pinpoints),
         style=style,
         end_tokens=end_tokens(folder, config.end_tokens),
         tower=tower,
@@ -105,14 +158,24 @@ def _tower_config(folder: Path, config: Config) -> tuple[Path | None, Config]:
     return tower, nested
 
 
-def _llava_processor(folder: Path, config: LlavaConfig, style: str) -> ImageProcessor:
+def _llava_processor(
+    folder: Path, config: LlavaConfig, style: str, pinpoints: tuple[Canvas, ...] | None
+) -> ImageProcessor:
     """The checkpoint's own picture rules, else CLIP's at the tower's size."""
     path = folder / "preprocessor_config.json"
     size = config.vision.image
     values: Config = {"size": {"shortest_edge": size}, "crop_size": size}
     if path.exists():
         values = read_json(path)
-    processor = ImageProcessor.from_config(values, "pad" if style == "llava-v1" else None)
+    if pinpoints:
+        # Here do_pad of the file is about the number of tiles in a batch, not about the picture.
+        plain = ImageProcessor.from_config(values, "crop")
+        if "image_grid_pinpoints" in values:
+            own = read_pinpoints(values, str(path), size, width_first=False)
+            check_same(pinpoints, own, str(path))
+        processor: ImageProcessor = TileProcessor(**vars(plain), pinpoints=pinpoints)
+    else:
+        processor = ImageProcessor.from_config(values, "pad" if style == "llava-v1" else None)
     if processor.output_size != (size, size):
         raise CheckpointError(
             f"{path}: crop_size is {processor.output_size}, the vision tower takes {size} x {size}",
@@ -136,4 +199,6 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
 FAMILIES: dict[str, Callable[[Path, Config, str | None], Family]] = {
     "llava": _llava_hub,
     "llava_original": _llava_original,
+    "llava_next": _next_hub,
+    "llava_next_original": _next_original,
 }

@@ -84,9 +84,47 @@ def _pictures_first(message: Message) -> Iterator[Piece]:
         yield "\n"
 
 
+def _mistral(messages: Sequence[Message]) -> list[Piece]:
+    """LLaVA-1.6 over Mistral: `[INST] <image>\\nWhat? [/INST] A cat. </s>[INST] Sure? [/INST]`."""
+    pieces: list[Piece] = []
+    for message in messages:
+        words = "".join(message.texts)
+        if message.role == "user":
+            pieces += ["[INST] ", *_pictures_first(message), f"{words} [/INST]"]
+        elif message.role == "assistant":
+            pieces += [f" {words} ", Special("</s>")]
+        else:
+            raise OptionError(
+                "this model's prompt style has no system message",
+                hint="write it at the start of the first user message",
+            )
+    return pieces
+
+
+def _chatml(default: str, gap: str) -> Style:
+    """ChatML, with the system text ``default`` where none is given and ``gap`` between messages."""
+
+    def turns(messages: Sequence[Message]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for message in messages:
+            pieces += [gap, Special("<|im_start|>"), f"{message.role}\n"]
+            pieces += [*_pictures_first(message), *message.texts, Special("<|im_end|>")]
+        return [*pieces, gap, Special("<|im_start|>"), "assistant\n"]
+
+    def opening(messages: Sequence[Message]) -> list[Piece]:
+        if messages[0].role != "system":
+            messages = [Message("system", (default,)), *messages]
+        return turns(messages)[1:]  # no gap in front of the first
+
+    return Style(opening, turns, closing="<|im_end|>")
+
+
 STYLES = {
     "llava-hf": Style(_llava_hf, _llava_hf),
     "llava-v1": Style(_llava_v1, _llava_v1_turns, closing="</s>"),
+    "mistral": Style(_mistral, _mistral, closing="</s>"),
+    "yi": _chatml("Answer the questions.", gap=""),
+    "chatml": _chatml("You are a helpful assistant.", gap="\n"),
 }
 
 

@@ -41,6 +41,15 @@ class ClipConfig:
         """Image tokens of one picture: 24 * 24 = 576."""
         return self.grid**2
 
+    def tiles_within(self, memory: int, item: int) -> int:
+        """Pictures, at least one, that a layer can take at once in ``memory`` bytes.
+
+        Alive at a layer's widest place are the MLP's two wide tensors and about six narrow ones.
+        ViT-L/14-336 in fp32: 577 * (2 * 4096 + 6 * 1024) * 4 = 33 MB each, so 32 in 1 GiB.
+        """
+        each = (self.patches + 1) * (2 * self.mlp + 6 * self.hidden) * item
+        return max(1, memory // each)
+
     @classmethod
     def parse(cls, config: ConfigReader, feature_layer: int) -> ClipConfig:
         """Read a vision_config; absent keys take CLIPVisionConfig's defaults (quick_gelu among

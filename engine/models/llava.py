@@ -19,6 +19,9 @@ from engine.models.config import ConfigReader
 from engine.models.decoder import Decoder, DecoderConfig
 from engine.preprocess import Pixels
 
+# Memory that one batch of tiles may take inside the vision tower.
+VISION_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class LlavaConfig:
@@ -103,11 +106,21 @@ class Llava(nn.Module):
         return self.config.vision.patches * len(pixels.tiles)
 
     def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
-        """Image tokens ``[image tokens, hidden]`` of every picture; all pass the tower at once."""
+        """Image tokens ``[image tokens, hidden]`` of every picture."""
+        return [part.flatten(0, 1) for part in self.tile_features(pictures)]
+
+    def tile_features(self, pictures: Sequence[Pixels]) -> Sequence[Tensor]:
+        """Features ``[tiles, patches, hidden]`` of every picture.
+
+        The tiles of all pictures pass the tower as one batch, or as a few where one would take more
+        than ``VISION_BYTES`` of memory.
+        """
         weight = self.projector.linear_1.weight
-        tiles = torch.cat([picture.tiles for picture in pictures]).to(weight.device, weight.dtype)
-        features = self.projector(self.vision(tiles))
-        return [part.flatten(0, 1) for part in features.split([len(p.tiles) for p in pictures])]
+        tiles = torch.cat([picture.tiles for picture in pictures])
+        most = self.config.vision.tiles_within(VISION_BYTES, weight.dtype.itemsize)
+        batches = [batch.to(weight.device, weight.dtype) for batch in tiles.split(most)]
+        features = torch.cat([self.projector(self.vision(batch)) for batch in batches])
+        return features.split([len(picture.tiles) for picture in pictures])
 
     def embed(
         self, token_ids: Tensor, spans: Sequence[tuple[int, int]], features: Sequence[Tensor]

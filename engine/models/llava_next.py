@@ -1,0 +1,74 @@
+"""LLaVA-1.6, also called LLaVA-NeXT (Liu et al. 2024): LLaVA with pictures of any resolution.
+
+The same tower, projector and decoder; a picture is several tiles (``engine.anyres``), and one
+learned vector, ``image_newline``, ends every row of the joined patch grid. Published in the hub
+layout (``llava-hf/llava-v1.6-*``) and in the original one (``liuhaotian/llava-v1.6-*``), whose
+checkpoints hold a vision tower of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.anyres import Canvas, Grid, plan, read_pinpoints
+from engine.models.config import ConfigReader
+from engine.models.llava import Llava, LlavaConfig, parse_hub, parse_original
+from engine.preprocess import Pixels
+
+# What the original layout calls its models, and the decoder inside.
+_DECODERS = {"llava_mistral": "mistral", "llava_qwen": "qwen2"}
+
+
+class LlavaNext(Llava):
+    """A LLaVA whose pictures are tiles; ``pinpoints`` are its canvases (height, width)."""
+
+    def __init__(self, config: LlavaConfig, pinpoints: tuple[Canvas, ...]) -> None:
+        super().__init__(config)
+        self.pinpoints = pinpoints
+        self.image_newline = nn.Parameter(torch.empty(config.decoder.hidden))
+
+    def grid(self, pixels: Pixels) -> Grid:
+        """How a picture is laid out."""
+        vision = self.config.vision
+        return plan(pixels.size, self.pinpoints, vision.image, vision.grid)
+
+    def image_tokens(self, pixels: Pixels) -> int:
+        """Tokens that a picture takes in the sequence: 1,176 to 2,928 in the published models."""
+        return self.grid(pixels).tokens
+
+    def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
+        """Image tokens ``[image tokens, hidden]`` of every picture."""
+        features = self.tile_features(pictures)
+        return [self._join(part, self.grid(p)) for part, p in zip(features, pictures, strict=True)]
+
+    def _join(self, features: Tensor, grid: Grid) -> Tensor:
+        """Lay ``features [1 + tiles, patches, hidden]`` out: the whole, then row after row."""
+        whole, tiles = features[0], features[1:]
+        side, (rows, columns) = self.config.vision.grid, grid.tiles
+        joined = tiles.view(rows, columns, side, side, -1).transpose(1, 2)
+        joined = joined.reshape(rows * side, columns * side, -1)
+        kept = joined[grid.top : grid.top + grid.height, grid.left : grid.left + grid.width]
+        newline = self.image_newline.expand(grid.height, 1, -1)
+        return torch.cat([whole, torch.cat([kept, newline], 1).flatten(0, 1)])
+
+
+def parse_next_hub(config: Mapping[str, Any]) -> tuple[LlavaConfig, tuple[Canvas, ...]]:
+    """Read config.json of ``llava-hf/llava-v1.6-*``: shape and canvases."""
+    parsed = parse_hub(config)
+    return parsed, read_pinpoints(config, "config.json", parsed.vision.image, width_first=False)
+
+
+def parse_next_original(
+    config: Mapping[str, Any], vision_config: Mapping[str, Any]
+) -> tuple[LlavaConfig, tuple[Canvas, ...]]:
+    """Read config.json of ``liuhaotian/llava-v1.6-*`` and its tower's configuration."""
+    ConfigReader(config, "config.json").text(
+        "mm_patch_merge_type", "spatial_unpad", ("spatial_unpad",)
+    )
+    kind = _DECODERS.get(config.get("model_type", ""), "llama")
+    parsed = parse_original({**config, "model_type": kind}, vision_config)
+    return parsed, read_pinpoints(config, "config.json", parsed.vision.image, width_first=True)

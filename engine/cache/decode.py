@@ -46,6 +46,7 @@ class Decoding:
 
     Attributes:
         positions: ``[rows]`` int64 positions of the tokens that the next step processes.
+        opening: ``[rows]``, see ``Step``.
     """
 
     def __init__(self, pools: Sequence[Pool], policy: Policy, rows: list[Row]) -> None:
@@ -55,6 +56,7 @@ class Decoding:
         first = [row.layers[0].layout for row in rows]
         self.seen = [layout.seen for layout in first]
         self.text_kept = [layout.columns - layout.text_start for layout in first]
+        self.opening = torch.tensor([row.opening for row in rows], device=self.device)
         self.evicts = any(self._budget(r) is not None for r in range(len(rows)))
         # Without a picture there is no core; with one, all layers hold equally many image tokens.
         self.ranks = any(stored.core is not None for row in rows for stored in row.layers)

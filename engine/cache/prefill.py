@@ -54,6 +54,7 @@ class Uncached:
 
     def __init__(self, tokens: int, device: torch.device) -> None:
         self.positions = torch.arange(tokens, device=device)
+        self.opening = torch.tensor([tokens], device=device)
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
@@ -87,7 +88,11 @@ class Prefill:
         self.pools, self.policy, self.new_tokens = pools, policy, new_tokens
         self.past = past or Row()
         self.positions = turn.positions[0] + self.past.seen
-        self.row = Row(image_spans=[*self.past.image_spans, *_spans(turn, self.past.seen)])
+        self.row = Row(
+            image_spans=[*self.past.image_spans, *_spans(turn, self.past.seen)],
+            opening=self.past.opening or turn.columns,
+        )
+        self.opening = torch.tensor([self.row.opening], device=self.positions.device)
         self._turn = turn
         self._narrowed: Tensor | None = None
 

@@ -29,12 +29,14 @@ class Stored:
 class Row:
     """One sequence.
 
-    ``image_spans`` are the positions of every picture's tokens; ``attended_share`` collects, for
+    ``image_spans`` are the positions of every picture's tokens; ``opening`` is how many tokens the
+    first prefill had (see ``Step``); ``attended_share`` collects, for
     every decode step, the share of the tokens seen that were multiplied with (mean over layers).
     """
 
     layers: list[Stored] = field(default_factory=list)
     image_spans: list[tuple[int, int]] = field(default_factory=list)
+    opening: int = 0
     step: int = 0
     attended_share: list[float] = field(default_factory=list)
 

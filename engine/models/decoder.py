@@ -9,7 +9,7 @@ policy; it hands queries, keys and values to ``view.attend``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -119,9 +119,16 @@ class View(Protocol):
 
 
 class Step(Protocol):
-    """One forward pass as the cache sees it: a prefill of one sequence or a decode step of rows."""
+    """One forward pass as the cache sees it: a prefill of one sequence or a decode step of rows.
+
+    Attributes:
+        positions: ``[tokens]`` int64 positions of the tokens.
+        opening: ``[1]`` or ``[rows]`` int64: how many tokens each sequence's first prefill had. A
+            rotary base that follows the prompt's length is chosen by it, once and for all.
+    """
 
     positions: Tensor
+    opening: Tensor
 
     def view(self, layer: int) -> View:
         """The view that layer number ``layer`` attends through."""
@@ -143,6 +150,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
+class Tables(NamedTuple):
+    """What a step's tokens are rotated with, ``[tokens, 1, head_dim]``.
+
+    ``scale [tokens, 1, 1]`` multiplies the rotated queries; None leaves them.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    scale: Tensor | None = None
+
+    def narrowed(self, kept: Tensor) -> Tables:
+        """The tables of some of the tokens."""
+        scale = None if self.scale is None else self.scale[kept]
+        return Tables(self.cos[kept], self.sin[kept], scale)
+
+
 class Rotation:
     """Rotary position embedding, the 'rotate half' form (Su et al. 2021).
 
@@ -154,18 +177,21 @@ class Rotation:
         exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
         self.frequencies = theta**-exponent
 
-    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine ``[tokens, 1, head_dim]`` for integer ``positions [tokens]``."""
-        angles = positions[:, None].float() * self.frequencies
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
+    def tables(self, step: Step, dtype: torch.dtype) -> Tables:
+        """Cosine and signed sine of the step's positions, for a model in ``dtype``."""
+        return turned(step.positions[:, None].float() * self.frequencies, dtype)
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate ``x [tokens, heads, head_dim]`` by its tokens' positions."""
-    cos, sin = tables
+def turned(angles: Tensor, dtype: torch.dtype) -> Tables:
+    """Tables of the fp32 ``angles [tokens, head_dim / 2]``."""
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return Tables(torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
+
+
+def rotate(x: Tensor, tables: Tables) -> Tensor:
+    """Rotate ``x [tokens, heads, head_dim]`` by its tokens' positions; keeps its dtype."""
     swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, swapped, sin)
+    return torch.addcmul(x * tables.cos, swapped, tables.sin).to(x.dtype)
 
 
 class DecoderLayer(nn.Module):
@@ -186,16 +212,18 @@ class DecoderLayer(nn.Module):
         self.up_proj = nn.Linear(hidden, config.mlp, bias=False)
         self.down_proj = nn.Linear(config.mlp, hidden, bias=False)
 
-    def forward(self, hidden: Tensor, tables: tuple[Tensor, Tensor], view: View) -> Tensor:
+    def forward(self, hidden: Tensor, tables: Tables, view: View) -> Tensor:
         """One layer over ``hidden [tokens, hidden]``."""
         hidden = hidden + self.attention(self.attn_norm(hidden), tables, view)
         normed = self.mlp_norm(hidden)
         return hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
 
-    def attention(self, normed: Tensor, tables: tuple[Tensor, Tensor], view: View) -> Tensor:
+    def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         shape = (len(normed), -1, self.config.head_dim)
         q = rotate(self.q_proj(normed).view(shape), tables)
+        if tables.scale is not None:
+            q = q * tables.scale
         k = rotate(self.k_proj(normed).view(shape), tables)
         v = self.v_proj(normed).view(shape)
         return self.o_proj(view.attend(q, k, v).flatten(1))
@@ -222,13 +250,13 @@ class Decoder(nn.Module):
         A policy may narrow the sequence after a layer; the result then has fewer rows, the last
         token always among them.
         """
-        tables = self.rotation.tables(step.positions, hidden.dtype)
+        tables = self.rotation.tables(step, hidden.dtype)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, tables, step.view(index))
             kept = step.narrow(index)
             if kept is not None:
                 hidden = hidden[kept]
-                tables = (tables[0][kept], tables[1][kept])
+                tables = tables.narrowed(kept)
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

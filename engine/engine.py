@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.cache.policy import Policy
 from engine.cache.prefill import Uncached
 from engine.cache.specs import parse
+from engine.errors import OptionError
 from engine.generation import Options, Session, Turn, generate
 from engine.image import open_image
 from engine.loading import Loaded, load
@@ -170,16 +171,27 @@ class Engine:
         """
         turn = self._turn(prompt, images, raw, Timings())
         if continuation is None:
-            ids = torch.tensor(turn.token_ids, device=self.device)
-            hidden = self.model.embed(ids, turn.spans, turn.features)
-            step = Uncached(len(ids), self.device)
+            tokens = torch.tensor(turn.token_ids, device=self.device)
+            hidden = self.model.embed(tokens, turn.spans, turn.features)
+            step = Uncached(len(tokens), self.device)
             return self.model.decoder.logits(self.model.decoder(hidden, step))
-        if isinstance(continuation, str):
-            continuation = self.tokenizer.encode(continuation)
+        ids = self._continuation(continuation)
         session = Session(self.model, self.policy)
-        rows = [session.prefill(turn, max(1, len(continuation)))]
-        rows += [session.decode(token) for token in continuation[:-1]]
-        return torch.stack(rows[: len(continuation)])
+        rows = [session.prefill(turn, max(1, len(ids)))]
+        rows += [session.decode(token) for token in ids[:-1]]
+        return torch.stack(rows)[: len(ids)]
+
+    def _continuation(self, given: str | Sequence[int]) -> list[int]:
+        """The ids of a continuation, each one of the vocabulary."""
+        ids = self.tokenizer.encode(given) if isinstance(given, str) else list(given)
+        vocab = self.model.decoder.config.vocab
+        for number, token in enumerate(ids):
+            if type(token) is not int or not 0 <= token < vocab:
+                raise OptionError(
+                    f"token {number} of the continuation is {token!r}",
+                    hint=f"use ids from 0 to {vocab - 1}",
+                )
+        return ids
 
     def _turn(
         self, prompt: Messages, images: Sequence[Picture], raw: bool, timings: Timings

@@ -15,9 +15,11 @@ import torch
 
 from engine.anyres import Canvas, TileProcessor, check_same, read_pinpoints
 from engine.errors import CheckpointError
+from engine.models.config import ConfigReader
 from engine.models.llava import Llava, LlavaConfig, parse_hub, parse_original
 from engine.models.llava_next import LlavaNext, parse_next_hub, parse_next_original
 from engine.preprocess import ImageProcessor
+from engine.templates import find_style
 from weights.checkpoint import read_json
 from weights.hub import resolve
 from weights.names import Rename, clip_names, llava_names
@@ -63,12 +65,14 @@ def recognise(folder: Path, style: str | None) -> Family:
 
     Raises CheckpointError for an unknown model type or a wrong key.
     """
+    if style is not None:
+        find_style(style)
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if "mm_vision_tower" in config:
         anyres = config.get("image_aspect_ratio") == "anyres"
         kind = "llava_next_original" if anyres else "llava_original"
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type is {kind!r}",
             hint=f"supported: {', '.join(FAMILIES)}",
@@ -146,9 +150,10 @@ def _tower_config(folder: Path, config: Config) -> tuple[Path | None, Config]:
 
     ``_test_only_vision_config`` stands in for the published tower's in small tests.
     """
+    reader = ConfigReader(config, "config.json")
     if "_test_only_vision_config" in config:
-        return None, config["_test_only_vision_config"]
-    name = str(config["mm_vision_tower"])
+        return None, reader.section("_test_only_vision_config").values
+    name = reader.text("mm_vision_tower")
     beside = folder / name
     tower = beside if beside.is_dir() else resolve(name)
     vision = read_json(tower / "config.json")
@@ -191,7 +196,7 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
     if value is None:
         return frozenset(default)
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) for token in values):
+    if not all(type(token) is int for token in values):
         raise CheckpointError(f"{path}: eos_token_id is {value!r}; it must be token ids")
     return frozenset(values)
 

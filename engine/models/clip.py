@@ -58,6 +58,7 @@ class ClipConfig:
         ``feature_layer`` indexes the hidden states [after pre_norm, after layer 0, ...]: with 24
         layers, -2 is the state after layer 22, so 23 layers run.
         """
+        config.text("model_type", "clip_vision_model", ("clip_vision_model", "clip"))
         layers = config.integer("num_hidden_layers", 12, high=1000)
         hidden = config.integer("hidden_size", 768)
         heads = config.integer("num_attention_heads", 12)

@@ -72,6 +72,14 @@ class ConfigReader:
             raise self.fail(key, f"must be true or false, not {value!r}")
         return value
 
+    def tokens(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Token ids, written as one integer or as a list of them."""
+        value = self._get(key, default)
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(type(token) is int and token >= 0 for token in values):
+            raise self.fail(key, f"must be token ids, not {value!r}")
+        return values
+
     def section(self, key: str) -> ConfigReader:
         """A nested object; an absent one reads as empty."""
         value = self._get(key, {})

@@ -60,7 +60,7 @@ class DecoderConfig:
         hidden = config.integer("hidden_size", 4096)
         heads = config.integer("num_attention_heads", 32)
         kv_heads = config.integer("num_key_value_heads", defaults["kv_heads"] or heads)
-        if hidden % heads and "head_dim" not in config.values:
+        if hidden % heads and config.values.get("head_dim") is None:
             raise config.fail("hidden_size", f"is {hidden}, which {heads} heads do not divide")
         if heads % kv_heads:
             raise config.fail("num_key_value_heads", f"is {kv_heads}; it must divide {heads} heads")
@@ -93,10 +93,12 @@ _DEFAULTS: dict[str, dict[str, int | None]] = {
 
 def _refuse_sliding_window(config: ConfigReader, family: str, context: int) -> None:
     """Sliding-window attention is not implemented: accept only settings under which it is off."""
-    default = 4096 if family == "mistral" and "sliding_window" not in config.values else None
-    window = config.values.get("sliding_window", default)
+    default = 4096 if family == "mistral" else None
     used = config.flag("use_sliding_window", family != "qwen2")
-    if used and window is not None and window < context:
+    if not used or config.values.get("sliding_window", default) is None:
+        return
+    window = config.integer("sliding_window", default)
+    if window < context:
         raise config.fail("sliding_window", f"is {window}: sliding windows are not supported")
 
 

@@ -53,7 +53,7 @@ def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
         image_token=top.integer(image_key, 32000, low=0, high=decoder.vocab - 1),
         original_layout=False,
         vision_tower=None,
-        end_tokens=(top.section("text_config").integer("eos_token_id", 2, low=0),),
+        end_tokens=top.section("text_config").tokens("eos_token_id", (2,)),
     )
 
 
@@ -74,7 +74,7 @@ def parse_original(config: Mapping[str, Any], vision_config: Mapping[str, Any]) 
         image_token=decoder.vocab,
         original_layout=True,
         vision_tower=top.text("mm_vision_tower"),
-        end_tokens=(top.integer("eos_token_id", 2, low=0),),
+        end_tokens=top.tokens("eos_token_id", (2,)),
     )
 
 

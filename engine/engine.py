@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from time import perf_counter
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -14,14 +14,15 @@ from torch import Tensor
 from engine.cache.policy import Policy
 from engine.cache.prefill import Uncached
 from engine.cache.specs import parse
+from engine.chat import Chat
 from engine.errors import OptionError
-from engine.generation import Options, Session, Turn, generate
+from engine.generation import Answer, Options, OptionValues, generate, make_options
 from engine.image import open_image
 from engine.loading import Loaded, load
 from engine.preprocess import Pixels
-from engine.prompt import Prompt, build_prompt, parse_messages, raw_prompt
+from engine.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from engine.result import Result, Timings
-from engine.sampling import Sampling
+from engine.session import Session, Turn
 
 Picture = str | PathLike[str] | bytes | Image.Image
 Messages = str | Sequence[Mapping[str, Any]]
@@ -91,28 +92,11 @@ class Engine:
         prompt: Messages,
         images: Sequence[Picture] = (),
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
         raw: bool = False,
+        **options: Unpack[OptionValues],
     ) -> Result:
         """Answer a prompt; the arguments are those of ``stream``."""
-        *_, result = self.stream(
-            prompt,
-            images,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            raw=raw,
-        )
+        *_, result = self.stream(prompt, images, raw=raw, **options)
         assert isinstance(result, Result)
         return result
 
@@ -121,14 +105,8 @@ class Engine:
         prompt: Messages,
         images: Sequence[Picture] = (),
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
         raw: bool = False,
+        **options: Unpack[OptionValues],
     ) -> Iterator[str | Result]:
         """Answer a prompt piece by piece: yields texts, and last the Result of ``generate``.
 
@@ -136,22 +114,26 @@ class Engine:
             prompt: the text of one user turn, its pictures first; or messages {role, content},
                 where content is a text or a list of {type: "text", text} and {type: "image"}.
             images: paths, bytes or Pillow images, in the order of their places.
-            max_new_tokens: the answer's length limit.
-            temperature, top_k, top_p, seed: see ``Sampling``; temperature 0 is greedy.
-            stop: texts before which the answer ends.
-            ignore_eos: go on at the end token.
             raw: take ``prompt`` verbatim: special tokens spelled in it are special, ``<image>``
                 stands where a picture goes, and no template is applied.
+            options: max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos; see
+                ``generation.make_options``.
 
         Raises:
             OptionError, ImageError, CapacityError: before any text is yielded.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        options = Options(max_new_tokens, sampling, tuple(stop), ignore_eos)
-        timings = Timings(load=self.load_seconds)
-        turn = self._turn(prompt, images, raw, timings)
+        chosen, timings = make_options(**options), Timings(load=self.load_seconds)
+        turn = self.turn(prompt, images, timings, raw=raw)
         session = Session(self.model, self.policy)
-        return generate(session, turn, self.tokenizer, options, self._family.end_tokens, timings)
+        return generate(session, turn, self.answer(chosen), chosen.max_new_tokens, timings)
+
+    def chat(self) -> Chat:
+        """A conversation whose turns share one cache; see ``Chat``."""
+        return Chat(self)
+
+    def answer(self, options: Options) -> Answer:
+        """An empty answer under this model's tokenizer and end tokens."""
+        return Answer(self.tokenizer, options, self._family.end_tokens)
 
     @torch.inference_mode()
     def logits(
@@ -169,7 +151,7 @@ class Engine:
         model says before it is given token i, teacher-forced through decode under the engine's
         policy.
         """
-        turn = self._turn(prompt, images, raw, Timings())
+        turn = self.turn(prompt, images, Timings(), raw=raw)
         if continuation is None:
             tokens = torch.tensor(turn.token_ids, device=self.device)
             hidden = self.model.embed(tokens, turn.spans, turn.features)
@@ -193,30 +175,48 @@ class Engine:
                 )
         return ids
 
-    def _turn(
-        self, prompt: Messages, images: Sequence[Picture], raw: bool, timings: Timings
+    def turn(
+        self,
+        prompt: Messages,
+        images: Sequence[Picture],
+        timings: Timings,
+        *,
+        raw: bool = False,
+        after: Sequence[int] | None = None,
     ) -> Turn:
-        """Open and encode the pictures, and build the prompt around them."""
+        """Open and encode the pictures, and build the prompt around them.
+
+        ``after`` are the ids that an earlier answer left undecoded: the turn then goes on behind
+        them.
+        """
         if isinstance(images, str | bytes | PathLike | Image.Image):
             images = [images]
         began = perf_counter()
         prepare = self._family.processor.prepare
         pictures = [prepare(open_image(image).pixels) for image in images]
-        built = self._prompt(prompt, [self.model.image_tokens(p) for p in pictures], raw)
+        counts = [self.model.image_tokens(picture) for picture in pictures]
+        built = self._prompt(prompt, counts, raw, continued=after is not None)
         features = self._encode(pictures)
         timings.picture = perf_counter() - began
-        spans = [(s.start, s.end) for s in built.segments if s.kind == "image"]
-        return Turn(built.token_ids, spans, features)
+        before = list(after or ())
+        spans = [
+            (segment.start + len(before), segment.end + len(before))
+            for segment in built.segments
+            if segment.kind == "image"
+        ]
+        return Turn([*before, *built.token_ids], spans, features)
 
-    def _prompt(self, prompt: Messages, counts: list[int], raw: bool) -> Prompt:
+    def _prompt(self, prompt: Messages, counts: list[int], raw: bool, continued: bool) -> Prompt:
         """The prompt's ids, with ``counts`` tokens for each picture."""
-        config = self.model.config
+        image_token = self.model.config.image_token
         if raw:
-            return raw_prompt(str(prompt), self.tokenizer, config.image_token, counts)
-        messages = parse_messages(prompt, len(counts))
-        return build_prompt(
-            messages, self._family.style, self.tokenizer, config.image_token, counts
-        )
+            return raw_prompt(str(prompt), self.tokenizer, image_token, counts)
+        messages, style = parse_messages(prompt, len(counts)), self._family.style
+        if continued:
+            return continue_prompt(
+                messages, style, self.tokenizer, image_token, counts, ended=False
+            )
+        return build_prompt(messages, style, self.tokenizer, image_token, counts)
 
     @torch.inference_mode()
     def _encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:

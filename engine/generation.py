@@ -5,31 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from engine.cache.decode import Decoding
-from engine.cache.layout import Layout
-from engine.cache.policy import Policy
-from engine.cache.pool import Pool
-from engine.cache.prefill import Prefill
-from engine.cache.report import CacheReport, report
-from engine.cache.row import Row
-from engine.errors import CapacityError, CheckpointError, OptionError
-from engine.models.llava import Llava
+from engine.cache.report import CacheReport
+from engine.errors import CheckpointError, OptionError
 from engine.result import FinishReason, Result, Timings
 from engine.sampling import Sampler, Sampling
+from engine.session import Session, Turn
 from engine.tokenizer import StreamDecoder, Tokenizer
+
+
+class OptionValues(TypedDict, total=False):
+    """The keyword arguments that every way of asking takes; see ``make_options``."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: Sequence[str]
+    ignore_eos: bool
 
 
 @dataclass(frozen=True)
 class Options:
-    """How long an answer may get, how its tokens are drawn, and what ends it.
-
-    ``stop`` are texts: the answer ends before the first of them. ``ignore_eos`` goes on to
-    ``max_new_tokens`` whatever the model says, for measurements.
-    """
+    """How long an answer may get, how its tokens are drawn, and what ends it."""
 
     max_new_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
@@ -43,86 +46,29 @@ class Options:
             raise OptionError("a stop text is empty", hint="leave it out to stop at the end token")
 
 
-@dataclass(frozen=True)
-class Turn:
-    """New tokens for a sequence: ids, where pictures lie, and the pictures' features."""
+def make_options(
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+) -> Options:
+    """Options from plain values.
 
-    token_ids: Sequence[int]
-    spans: list[tuple[int, int]]
-    features: Sequence[Tensor]
+    Args:
+        max_new_tokens: the answer's length limit.
+        temperature, top_k, top_p, seed: see ``Sampling``; temperature 0 is greedy.
+        stop: texts before which the answer ends.
+        ignore_eos: go on at the end token, for measurements.
 
-    @property
-    def image_tokens(self) -> int:
-        """Image tokens among the ids."""
-        return sum(end - start for start, end in self.spans)
-
-
-class Session:
-    """One sequence and its cache: prefill a turn, then decode token by token."""
-
-    def __init__(self, model: Llava, policy: Policy) -> None:
-        self.model, self.policy = model, policy
-        self._decoder = model.decoder
-        weight, config = self._decoder.norm.weight, self._decoder.config
-        self.pools = [
-            Pool(config.kv_heads, config.head_dim, weight.dtype, weight.device)
-            for _ in range(config.layers)
-        ]
-        self.row: Row | None = None
-        self._decoding: Decoding | None = None
-
-    @property
-    def seen(self) -> int:
-        """Tokens in the sequence so far, evicted ones included."""
-        if self._decoding is not None:
-            return self._decoding.seen[0]
-        return self.row.seen if self.row else 0
-
-    @torch.inference_mode()
-    def prefill(self, turn: Turn, new_tokens: int) -> Tensor:
-        """Process a turn; returns the next token's logits ``[vocab]``."""
-        _check_context(turn, self.seen, new_tokens, self._decoder.config.context)
-        self._settle()
-        device = self._decoder.norm.weight.device
-        layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
-        step = Prefill(self.pools, self.policy, layout, new_tokens, self.row)
-        ids = torch.tensor(turn.token_ids, device=device)
-        hidden = self._decoder(self.model.embed(ids, turn.spans, turn.features), step)
-        self.row = step.row
-        return self._decoder.logits(hidden[-1])
-
-    @torch.inference_mode()
-    def decode(self, token_id: int) -> Tensor:
-        """Process one more token; returns the next token's logits ``[vocab]``."""
-        if self._decoding is None:
-            assert self.row is not None, "prefill comes first"
-            self._decoding = Decoding(self.pools, self.policy, [self.row])
-        token = torch.tensor([token_id], device=self._decoding.device)
-        hidden = self._decoder(self._decoder.embed(token), self._decoding)
-        self._decoding.advance()
-        return self._decoder.logits(hidden[0])
-
-    @torch.inference_mode()
-    def report(self) -> CacheReport:
-        """Count what the cache holds now."""
-        self._settle()
-        assert self.row is not None, "prefill comes first"
-        return report(self.row, self.pools, self.policy)
-
-    def _settle(self) -> None:
-        if self._decoding is not None:
-            self.row = self._decoding.settle(0)
-            self._decoding = None
-
-
-def _check_context(turn: Turn, seen: int, new_tokens: int, context: int) -> None:
-    prompt = seen + len(turn.token_ids)
-    if prompt + new_tokens > context:
-        raise CapacityError(
-            f"prompt {prompt:,} tokens ({turn.image_tokens:,} image) + {new_tokens:,} requested "
-            f"exceed the model's context of {context:,}",
-            hint="shorten the prompt, give fewer pictures, or lower --max-new-tokens",
-        )
+    Raises:
+        OptionError: a value is out of its range.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Options(max_new_tokens, Sampling(temperature, top_k, top_p, seed), stops, ignore_eos)
 
 
 class StopTexts:
@@ -151,58 +97,87 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
+class Answer:
+    """One answer in the making: takes logits, chooses tokens, and knows when it is over."""
+
+    def __init__(self, tokenizer: Tokenizer, options: Options, end_tokens: frozenset[int]) -> None:
+        self.token_ids: list[int] = []
+        self.finish: FinishReason | None = None
+        self._options, self._end_tokens = options, end_tokens
+        self._sampler, self._stream = Sampler(options.sampling), StreamDecoder(tokenizer)
+        self._stops = StopTexts(options.stop)
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return "".join(self._pieces)
+
+    def choose(self, logits: Tensor) -> int:
+        """Draw the next token from ``logits [vocab]``."""
+        return self._sampler.choose(logits)
+
+    def take(self, token: int) -> str:
+        """Add a chosen token; returns the text that is now certain, the rest of it at the end."""
+        if token in self._end_tokens and not self._options.ignore_eos:
+            self.finish = "stop"
+            return self._say(self._rest())
+        self.token_ids.append(token)
+        piece = self._stops.push(self._stream.push(token))
+        if self._stops.found:
+            self.finish = "stop"
+        elif len(self.token_ids) == self._options.max_new_tokens:
+            self.finish = "length"
+            piece += self._rest()
+        return self._say(piece)
+
+    def _rest(self) -> str:
+        """What was held back, once nothing more can follow."""
+        last = self._stops.push(self._stream.flush())
+        return last if self._stops.found else last + self._stops.held
+
+    def _say(self, piece: str) -> str:
+        if piece:
+            self._pieces.append(piece)
+        return piece
+
+    def result(self, turn: Turn, timings: Timings, cache: CacheReport) -> Result:
+        """The finished answer."""
+        assert self.finish is not None, "the answer is not over"
+        return Result(
+            text=self.text,
+            token_ids=self.token_ids,
+            prompt_tokens=len(turn.token_ids),
+            image_tokens=turn.image_tokens,
+            finish_reason=self.finish,
+            timings=timings,
+            cache=cache,
+        )
+
+
 def generate(
-    session: Session,
-    turn: Turn,
-    tokenizer: Tokenizer,
-    options: Options,
-    end_tokens: frozenset[int],
-    timings: Timings,
+    session: Session, turn: Turn, answer: Answer, new_tokens: int, timings: Timings
 ) -> Iterator[str | Result]:
     """Answer a turn: yields pieces of text as they become certain, and the Result at the end."""
-    sampler, stream = Sampler(options.sampling), StreamDecoder(tokenizer)
-    stops = StopTexts(options.stop)
-    token_ids: list[int] = []
-    pieces: list[str] = []
-    ended = False
     began = perf_counter()
-    logits = session.prefill(turn, options.max_new_tokens)
-    _refuse_nan(logits)
+    logits = session.prefill(turn, new_tokens)
+    refuse_nan(logits)
     timings.prefill = perf_counter() - began
-    token = sampler.choose(logits)
-    while token not in end_tokens or options.ignore_eos:
-        token_ids.append(token)
-        piece = stops.push(stream.push(token))
+    token = answer.choose(logits)
+    while True:
+        piece = answer.take(token)
         if piece:
-            pieces.append(piece)
             yield piece
-        if stops.found or len(token_ids) == options.max_new_tokens:
+        if answer.finish:
             break
         began = perf_counter()
-        token = sampler.choose(session.decode(token))
+        token = answer.choose(session.decode(token))
         timings.steps += 1
         timings.decode += perf_counter() - began
-    else:
-        ended = True
-    if not stops.found:
-        last = stops.push(stream.flush())
-        last += "" if stops.found else stops.held
-        if last:
-            pieces.append(last)
-            yield last
-    finish: FinishReason = "stop" if ended or stops.found else "length"
-    yield Result(
-        text="".join(pieces),
-        token_ids=token_ids,
-        prompt_tokens=len(turn.token_ids),
-        image_tokens=turn.image_tokens,
-        finish_reason=finish,
-        timings=timings,
-        cache=session.report(),
-    )
+    yield answer.result(turn, timings, session.report())
 
 
-def _refuse_nan(logits: Tensor) -> None:
+def refuse_nan(logits: Tensor) -> None:
     """One check per answer: numbers that are not finite would only decode to noise."""
     if not bool(torch.isfinite(logits).all()):
         raise CheckpointError(

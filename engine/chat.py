@@ -1,0 +1,60 @@
+"""A conversation over one cache: each turn is processed on top of what earlier turns left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Unpack
+
+from engine.generation import OptionValues, generate, make_options
+from engine.result import Result, Timings
+from engine.session import Session
+
+if TYPE_CHECKING:
+    from engine.engine import Engine, Picture
+
+
+class Chat:
+    """Several turns with one model; made by ``Engine.chat``.
+
+    Under a policy that evicts, the next turn sees what was kept: the core is chosen again from the
+    turn's last prompt token, positions go on, and tokens that were freed do not come back. A new
+    picture makes all earlier text fixed.
+
+    >>> chat = engine.chat()                                             # doctest: +SKIP
+    >>> chat.send("What colour is the car?", images=["car.jpg"]).text     # doctest: +SKIP
+    'Red.'
+    >>> chat.send("And what stands left of it?").text                     # doctest: +SKIP
+    'A tree.'
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._session = Session(engine.model, engine.policy)
+        self._ids: list[int] = []
+
+    def send(
+        self, text: str, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
+    ) -> Result:
+        """Answer one user turn; the arguments are those of ``Engine.stream``."""
+        *_, result = self.stream(text, images, **options)
+        assert isinstance(result, Result)
+        return result
+
+    def stream(
+        self, text: str, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
+    ) -> Iterator[str | Result]:
+        """Answer one user turn piece by piece, the Result last.
+
+        Leaving the iteration early keeps the conversation usable: what was said stays in it.
+        """
+        chosen, timings = make_options(**options), Timings(load=self._engine.load_seconds)
+        # The last tokens of an answer are not in the cache yet: they come before the new turn.
+        pending = self._ids[self._session.seen :]
+        turn = self._engine.turn(text, images, timings, after=pending if self._ids else None)
+        answer = self._engine.answer(chosen)
+        asked, seen = [*self._ids, *turn.token_ids[len(pending) :]], self._session.seen
+        try:
+            yield from generate(self._session, turn, answer, chosen.max_new_tokens, timings)
+        finally:
+            if self._session.seen > seen:  # otherwise the turn was refused, and nothing changed
+                self._ids = asked + answer.token_ids

@@ -1,0 +1,125 @@
+"""One sequence and its cache: a turn is prefilled, then tokens are decoded one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.cache.decode import Decoding
+from engine.cache.layout import Layout
+from engine.cache.policy import Policy
+from engine.cache.pool import Pool
+from engine.cache.prefill import Prefill
+from engine.cache.report import CacheReport, report
+from engine.cache.row import Row
+from engine.errors import CapacityError
+from engine.models.llava import Llava
+
+
+@dataclass(frozen=True)
+class Turn:
+    """New tokens for a sequence: ids, where pictures lie, and the pictures' features."""
+
+    token_ids: Sequence[int]
+    spans: list[tuple[int, int]]
+    features: Sequence[Tensor]
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens among the ids."""
+        return sum(end - start for start, end in self.spans)
+
+
+def make_pools(model: Llava) -> list[Pool]:
+    """Empty pools for the layers of ``model``'s decoder."""
+    config, weight = model.decoder.config, model.decoder.norm.weight
+    return [
+        Pool(config.kv_heads, config.head_dim, weight.dtype, weight.device)
+        for _ in range(config.layers)
+    ]
+
+
+@torch.inference_mode()
+def prefill(
+    model: Llava,
+    pools: Sequence[Pool],
+    policy: Policy,
+    turn: Turn,
+    new_tokens: int,
+    past: Row | None = None,
+) -> tuple[Row, Tensor]:
+    """Process a turn on top of ``past``; returns the sequence and the next token's logits
+    ``[vocab]``.
+
+    Raises CapacityError if the turn and ``new_tokens`` more do not fit the model's context.
+    """
+    decoder = model.decoder
+    _check_context(turn, past.seen if past else 0, new_tokens, decoder.config.context)
+    device = decoder.norm.weight.device
+    layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
+    step = Prefill(pools, policy, layout, new_tokens, past)
+    ids = torch.tensor(turn.token_ids, device=device)
+    hidden = decoder(model.embed(ids, turn.spans, turn.features), step)
+    return step.row, decoder.logits(hidden[-1])
+
+
+def _check_context(turn: Turn, seen: int, new_tokens: int, context: int) -> None:
+    prompt = seen + len(turn.token_ids)
+    if prompt + new_tokens > context:
+        raise CapacityError(
+            f"prompt {prompt:,} tokens ({turn.image_tokens:,} image) + {new_tokens:,} requested "
+            f"exceed the model's context of {context:,}",
+            hint="shorten the prompt, give fewer pictures, or lower --max-new-tokens",
+        )
+
+
+class Session:
+    """One sequence with pools of its own."""
+
+    def __init__(self, model: Llava, policy: Policy) -> None:
+        self.model, self.policy = model, policy
+        self.pools = make_pools(model)
+        self.row: Row | None = None
+        self._decoding: Decoding | None = None
+
+    @property
+    def seen(self) -> int:
+        """Tokens in the sequence so far, evicted ones included."""
+        if self._decoding is not None:
+            return self._decoding.seen[0]
+        return self.row.seen if self.row else 0
+
+    def prefill(self, turn: Turn, new_tokens: int) -> Tensor:
+        """Process a turn; returns the next token's logits ``[vocab]``."""
+        past = self._settled()
+        self.row, logits = prefill(self.model, self.pools, self.policy, turn, new_tokens, past)
+        return logits
+
+    @torch.inference_mode()
+    def decode(self, token_id: int) -> Tensor:
+        """Process one more token; returns the next token's logits ``[vocab]``."""
+        if self._decoding is None:
+            assert self.row is not None, "prefill comes first"
+            self._decoding = Decoding(self.pools, self.policy, [self.row])
+        decoder = self.model.decoder
+        token = torch.tensor([token_id], device=self._decoding.device)
+        hidden = decoder(decoder.embed(token), self._decoding)
+        self._decoding.advance()
+        return decoder.logits(hidden[0])
+
+    def report(self) -> CacheReport:
+        """Count what the cache holds now."""
+        row = self._settled()
+        assert row is not None, "prefill comes first"
+        return report(row, self.pools, self.policy)
+
+    @torch.inference_mode()
+    def _settled(self) -> Row | None:
+        """The sequence with its decode state written back."""
+        if self._decoding is not None:
+            self.row = self._decoding.settle(0)
+            self._decoding = None
+        return self.row

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.models.clip import ClipConfig, ClipVision
 from engine.models.config import ConfigReader
 from engine.models.decoder import Decoder, DecoderConfig
+from engine.models.vision_language import VisionLanguageModel
 from engine.preprocess import Pixels
 
 # Memory that one batch of tiles may take inside the vision tower.
@@ -91,12 +92,13 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(features)))
 
 
-class Llava(nn.Module):
+class Llava(VisionLanguageModel):
     """The joined model; the engine embeds a prompt with it and then runs ``decoder``."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.config = config
+        self.image_token = config.image_token
         self.vision = ClipVision(config.vision)
         self.projector = Projector(config.vision.hidden, config.decoder.hidden)
         self.decoder = Decoder(config.decoder)
@@ -121,14 +123,3 @@ class Llava(nn.Module):
         batches = [batch.to(weight.device, weight.dtype) for batch in tiles.split(most)]
         features = torch.cat([self.projector(self.vision(batch)) for batch in batches])
         return features.split([len(picture.tiles) for picture in pictures])
-
-    def embed(
-        self, token_ids: Tensor, spans: Sequence[tuple[int, int]], features: Sequence[Tensor]
-    ) -> Tensor:
-        """Embeddings ``[tokens, hidden]``, with picture i's features in place of ``spans[i]``."""
-        # Image ids may lie beyond the table (original layout): look up id 0 there, then overwrite.
-        known = token_ids.masked_fill(token_ids == self.config.image_token, 0)
-        hidden = self.decoder.embed(known)
-        for (start, end), picture in zip(spans, features, strict=True):
-            hidden[start:end] = picture
-        return hidden

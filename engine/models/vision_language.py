@@ -1,0 +1,43 @@
+"""What the engine needs of every model: pictures to features, a prompt to embeddings, a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from engine.models.decoder import Decoder
+from engine.preprocess import Pixels
+
+
+class VisionLanguageModel(nn.Module):
+    """A vision part whose features take places in a decoder's sequence.
+
+    Attributes:
+        vision: the vision part; ``encode`` runs it.
+        decoder: the language decoder.
+        image_token: the id that fills image positions in a prompt; its embedding is never used.
+    """
+
+    vision: nn.Module
+    decoder: Decoder
+    image_token: int
+
+    def image_tokens(self, pixels: Pixels) -> int:
+        """Tokens that a picture takes in the sequence."""
+        raise NotImplementedError
+
+    def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
+        """Image tokens ``[image tokens, hidden]`` of every picture."""
+        raise NotImplementedError
+
+    def embed(
+        self, token_ids: Tensor, spans: Sequence[tuple[int, int]], features: Sequence[Tensor]
+    ) -> Tensor:
+        """Embeddings ``[tokens, hidden]``, with picture i's features in place of ``spans[i]``."""
+        # Image ids may lie beyond the table (LLaVA's original layout): look up id 0 there, then
+        # overwrite.
+        hidden = self.decoder.embed(token_ids.masked_fill(token_ids == self.image_token, 0))
+        for (start, end), picture in zip(spans, features, strict=True):
+            hidden[start:end] = picture
+        return hidden

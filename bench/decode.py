@@ -1,0 +1,254 @@
+"""Tokens per second and time to the first token, beside transformers on the same weights.
+
+    python -m bench.decode --model weights/tiny             the embedded model, fp32
+    python -m bench.decode --preset 1b --dtype bfloat16     a seeded model of 1e9 parameters
+
+Every block measures each policy and transformers once, in turn, on the same prompt, picture and
+forced length, greedy. Both sides are timed from outside in the same way: the first token's time
+counts the picture's preprocessing, vision tower and prefill; the rate counts everything after it,
+text included. Ratios are within blocks, their interval is bootstrapped.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from bench.common import ROOT, machine, paired_ratio, summary, write_report
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+QUESTION = "What is in this image? Describe everything that you can see in it in detail."
+THEIRS = "transformers"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer: seconds to the first token and per token after it, its ids and KV bytes."""
+
+    ttft: float
+    per_token: float
+    token_ids: list[int]
+    kv_used: int
+    kv_allocated: int
+
+
+def main() -> None:
+    options = read_options()
+    # Before torch is imported: its thread pools read these once.
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    import torch
+
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(options.model) if options.model else seeded(options, Path(scratch))
+        runners = {f"ours, {spec}": run for spec, run in our_runners(folder, options).items()}
+        if not options.alone:
+            runners[THEIRS] = transformers_runner(folder, options)
+        samples = measure(runners, options.blocks, options.warmup)
+    path = write_report(
+        options.name or f"decode-{Path(options.model).name if options.model else options.preset}",
+        {
+            "model": options.model or f"seeded {options.preset}",
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "new_tokens": options.tokens,
+            "blocks": options.blocks,
+            "load_at_start": options.load,
+        },
+        [row(name, samples, options.dtype) for name in samples],
+        notes(samples),
+        Path(options.out) if options.out else None,
+    )
+    print(path.with_suffix(".md").read_text())
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Decode speed beside transformers.")
+    parser.add_argument("--model", help="a checkpoint folder")
+    parser.add_argument("--preset", default="tiny-test", help="a shape of bench/seeded.py instead")
+    parser.add_argument("--cache", action="append", help="policies of ours (default: full, avl)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64, help="length of every answer")
+    parser.add_argument("--blocks", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=1, help="blocks that are thrown away")
+    parser.add_argument("--alone", action="store_true", help="without transformers")
+    parser.add_argument("--name", help="of the result files")
+    parser.add_argument("--out", help="folder of the result files (default: bench/results)")
+    options = parser.parse_args()
+    options.cache = options.cache or ["full", "avl"]
+    options.load = machine()["load_average"]
+    return options
+
+
+def seeded(options: argparse.Namespace, scratch: Path) -> Path:
+    """A checkpoint with seeded weights in the measured dtype."""
+    import torch
+
+    from bench.seeded import write_seeded_llava
+
+    return write_seeded_llava(scratch / "model", options.preset, getattr(torch, options.dtype))
+
+
+def picture() -> "Image.Image":
+    """The example of the README, or a plain picture where it is missing."""
+    from PIL import Image
+
+    path = ROOT / "examples" / "car.jpg"
+    return Image.open(path).convert("RGB") if path.exists() else Image.new("RGB", (640, 480), "red")
+
+
+# -- the two sides --------------------------------------------------------------------------------
+
+
+def our_runners(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], Sample]]:
+    """One runner per policy, all on one set of weights."""
+    from engine.cache.specs import parse
+    from engine.engine import Engine
+
+    engine = Engine.load(folder, device=options.device, dtype=options.dtype, offline=True)
+    image = picture()
+
+    def run(spec: str) -> Sample:
+        engine.policy = parse(spec)
+        began = perf_counter()
+        result = engine.generate(QUESTION, [image], max_new_tokens=options.tokens, ignore_eos=True)
+        rest = perf_counter() - began - result.timings.ttft
+        return Sample(
+            result.timings.ttft,
+            rest / (options.tokens - 1),
+            result.token_ids,
+            result.cache.bytes_used,
+            result.cache.bytes_allocated,
+        )
+
+    return {spec: (lambda spec=spec: run(spec)) for spec in options.cache}
+
+
+class Clock:
+    """A streamer of transformers that notes when the first token comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Any) -> None:
+        """Note when a token came."""
+        self.times.append(perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def transformers_runner(folder: Path, options: argparse.Namespace) -> Callable[[], Sample]:
+    """Transformers' own generate, with its default attention and cache."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=getattr(torch, options.dtype)
+    )
+    model = model.to(options.device).eval()
+    model.generation_config.eos_token_id = None  # the forced length, without a mask on logits
+    processor = AutoProcessor.from_pretrained(folder)
+    image = picture()
+    prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
+
+    @torch.inference_mode()
+    def run() -> Sample:
+        clock, began = Clock(), perf_counter()
+        inputs = processor(text=prompt, images=[image], return_tensors="pt").to(options.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        made = model.generate(
+            **inputs,
+            max_new_tokens=options.tokens,
+            do_sample=False,
+            streamer=clock,
+            return_dict_in_generate=True,
+        )
+        token_ids = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        processor.decode(token_ids)
+        first = clock.times[1]  # the prompt itself is put first
+        rest, kv = perf_counter() - first, cache_bytes(made.past_key_values)
+        return Sample(first - began, rest / (options.tokens - 1), token_ids, kv, kv)
+
+    return run
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that transformers holds."""
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+    )
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def measure(
+    runners: Mapping[str, Callable[[], Sample]], blocks: int, warmup: int
+) -> dict[str, list[Sample]]:
+    """Each block runs everyone once; every other block in reverse, so that no place is favoured."""
+    samples: dict[str, list[Sample]] = {name: [] for name in runners}
+    for block in range(-warmup, blocks):
+        names = list(runners) if block % 2 == 0 else list(reversed(runners))
+        for name in names:
+            sample = runners[name]()
+            if block >= 0:
+                samples[name].append(sample)
+    return samples
+
+
+def row(name: str, samples: Mapping[str, Sequence[Sample]], dtype: str) -> dict[str, Any]:
+    """A line of the table; ratios above 1 mean that ours is faster."""
+    mine, theirs = samples[name], samples.get(THEIRS)
+    values: dict[str, Any] = {"what": name}
+    for label, pick, scale in (
+        ("tokens/s", lambda s: 1 / s.per_token, 1),
+        ("TTFT ms", lambda s: s.ttft, 1000),
+    ):
+        spread = summary([scale * pick(sample) for sample in mine])
+        values[label] = spread["median"]
+        values[f"{label} p10-p90"] = f"{spread['p10']:.4g}-{spread['p90']:.4g}"
+    if theirs and name != THEIRS:
+        for label, field in (("decode", "per_token"), ("TTFT", "ttft")):
+            pair = [[getattr(s, field) for s in side] for side in (theirs, mine)]
+            ratio = paired_ratio(*pair)
+            values[f"{label} speed-up"] = ratio["ratio"]
+            values[f"{label} 95%"] = f"{ratio['low']:.3g}-{ratio['high']:.3g}"
+    else:
+        values |= dict.fromkeys(("decode speed-up", "decode 95%", "TTFT speed-up", "TTFT 95%"), "")
+    values["KV used MB"] = mine[-1].kv_used / 1e6
+    values["KV allocated MB"] = mine[-1].kv_allocated / 1e6
+    if theirs:
+        values["same ids"] = same_start(mine[-1].token_ids, theirs[-1].token_ids)
+    return values
+
+
+def same_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids agree from the start."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+
+def notes(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
+    lines = ["Speed-ups are transformers' time / ours within a block, median over blocks."]
+    if THEIRS in samples:
+        lines.append(
+            '"same ids": answer tokens equal to transformers\' from the start. A compressed cache '
+            "approximates the model, and in 16 bits near ties fall either way."
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ import tokenizers
 
 from engine.errors import CheckpointError
 from engine.sentencepiece import read_model
+from engine.tiktoken import byte_alphabet, keep, read_tiktoken
 
 
 class Tokenizer:
@@ -36,13 +37,14 @@ class Tokenizer:
         _check_ids(vocabulary, added)
         self._plain = _build(_without_specials(description, added))
         self.vocab_size = max([*vocabulary.values(), *self._added.values()]) + 1
-        self.eos_id = self.token_id(_token_name(config, "eos_token") or "</s>")
+        ends = (_token_name(config, "eos_token"), "<|endoftext|>", "</s>")
+        self.eos_id = next(filter(None, (self.token_id(token) for token in ends if token)), None)
         self.bos_id = self._find_bos(config)
         self._byte_level = '"ByteLevel"' in json.dumps(description.get("decoder"))
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read tokenizer.json, or tokenizer.model where there is none, with the files beside it.
+        """Read tokenizer.json, tokenizer.model or qwen.tiktoken, with the files beside it.
 
         Special tokens named only in tokenizer_config.json or added_tokens.json are added. Raises
         `CheckpointError` naming the file that is missing or damaged.
@@ -53,9 +55,12 @@ class Tokenizer:
             description = _read_json(path)
         elif (path := folder / "tokenizer.model").exists():
             description = read_model(path)
+        elif (path := folder / "qwen.tiktoken").exists():
+            description = read_tiktoken(path)
+            keep(description, folder / "tokenizer.json")
         else:
             raise CheckpointError(
-                f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model",
+                f"{folder} has no tokenizer: no tokenizer.json, tokenizer.model or qwen.tiktoken",
                 hint="download one of these files into the folder",
             )
         named = _read_json(folder / "added_tokens.json", optional=True)
@@ -268,15 +273,7 @@ def _is_byte_piece(piece: str) -> bool:
     return piece.startswith("<0x") and piece.endswith(">") and len(piece.encode()) == 6
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's spelling of bytes: printable Latin-1 as itself, the others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    shifted = {chr(256 + index): byte for index, byte in enumerate(others)}
-    return {chr(byte): byte for byte in printable} | shifted
-
-
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = {char: byte for byte, char in enumerate(byte_alphabet())}
 
 
 def _bytes_of(piece: str) -> bytes:

@@ -13,13 +13,16 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from engine.errors import EngineError, OptionError
+from engine.templates import STYLES
 
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.image import LoadedImage
+    from engine.prompt import Prompt
     from engine.result import Result
 
 INTERRUPTED = 130
@@ -79,8 +82,17 @@ def build_parser() -> Parser:
     add("--offline", action="store_true", help="never download")
     add("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
+    add = parser.add_argument_group("conversion").add_argument
     add(
-        "--style", choices=("llava-hf", "llava-v1"), help="prompt style (default: the checkpoint's)"
+        "--convert",
+        metavar="DIR",
+        help="write --model's pickled weights (.bin) to DIR as safetensors, and leave",
+    )
+    add(
+        "--vision-tower",
+        metavar="DIR_OR_ID",
+        help="join this tower in (default: the one that the model names)",
     )
     add = parser.add_argument_group("generation").add_argument
     add("--max-new-tokens", "-n", type=int, default=256, metavar="N", help="longest answer (256)")
@@ -144,11 +156,15 @@ def _run(arguments: list[str]) -> int:
         return 0
     if options.check:
         return _check()
+    if options.convert or options.vision_tower:
+        return _convert(options)
     prompt = _read_prompt(options.prompt)
     pictures = _open_pictures(options.image)
     noise = Noise(options, pictures)
     engine = _load(options)
     noise.loaded(engine)
+    if options.verbose and not options.quiet:
+        noise.prompt(engine.render(prompt, [p.pixels for p in pictures], raw=options.raw))
     return _answer(engine, options, prompt, pictures, noise)
 
 
@@ -169,6 +185,31 @@ def _check() -> int:
     print(f"avl-engine {_version()}, Python {sys.version.split()[0]}, torch {torch.__version__}")
     print(f"backend: {active.name} - {active.reason}")
     return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    """Convert pickled weights; started again after an interrupt, it keeps what is done."""
+    if not (options.convert and options.model):
+        raise OptionError(
+            "a conversion needs a source and a target",
+            hint="write --model SOURCE --convert TARGET [--vision-tower TOWER]",
+        )
+    from weights.convert import convert, find_source, find_tower
+
+    source = find_source(options.model, options.revision, options.offline)
+    tower = find_tower(source, options.vision_tower, options.offline)
+    progress = None if options.quiet else _show_progress
+    target = convert(source, Path(options.convert), tower, progress)
+    print(target)
+    return 0
+
+
+def _show_progress(name: str, done: int, total: int) -> None:
+    """One line per file on stderr, rewritten in place on a terminal."""
+    live = sys.stderr.isatty()
+    if live or done == total:
+        end = "\n" if done == total else "\r"
+        print(f"{name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end=end, file=sys.stderr)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -286,6 +327,14 @@ class Noise:
             print(
                 "the default cache approximates the model; --cache full is exact", file=sys.stderr
             )
+
+    def prompt(self, prompt: Prompt) -> None:
+        """The rendered prompt and its ids, a picture's as how many times its id."""
+        ids: list[str] = []
+        for segment in prompt.segments:
+            part = prompt.token_ids[segment.start : segment.end]
+            ids += map(str, part) if segment.kind == "text" else [f"{part[0]}*{len(part)}"]
+        print(f"prompt: {prompt.text!r}\nids: {' '.join(ids)}", file=sys.stderr)
 
     def finished(self, result: Result) -> None:
         """The summary line, or all figures with --stats."""

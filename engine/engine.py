@@ -189,13 +189,8 @@ class Engine:
         ``after`` are the ids that an earlier answer left undecoded: the turn then goes on behind
         them.
         """
-        if isinstance(images, str | bytes | PathLike | Image.Image):
-            images = [images]
         began = perf_counter()
-        prepare = self._family.processor.prepare
-        pictures = [prepare(open_image(image).pixels) for image in images]
-        counts = [self.model.image_tokens(picture) for picture in pictures]
-        built = self._prompt(prompt, counts, raw, continued=after is not None)
+        pictures, built = self._prepare(prompt, images, raw, continued=after is not None)
         features = self._encode(pictures)
         timings.picture = perf_counter() - began
         before = list(after or ())
@@ -205,6 +200,23 @@ class Engine:
             if segment.kind == "image"
         ]
         return Turn([*before, *built.token_ids], spans, features)
+
+    def render(
+        self, prompt: Messages, images: Sequence[Picture] = (), *, raw: bool = False
+    ) -> Prompt:
+        """The prompt as the model gets it: its rendered text, ids and segments; nothing is run."""
+        return self._prepare(prompt, images, raw, continued=False)[1]
+
+    def _prepare(
+        self, prompt: Messages, images: Sequence[Picture], raw: bool, continued: bool
+    ) -> tuple[list[Pixels], Prompt]:
+        """Open the pictures, and build the prompt around them."""
+        if isinstance(images, str | bytes | PathLike | Image.Image):
+            images = [images]
+        prepare = self._family.processor.prepare
+        pictures = [prepare(open_image(image).pixels) for image in images]
+        counts = [self.model.image_tokens(picture) for picture in pictures]
+        return pictures, self._prompt(prompt, counts, raw, continued)
 
     def _prompt(self, prompt: Messages, counts: list[int], raw: bool, continued: bool) -> Prompt:
         """The prompt's ids, with ``counts`` tokens for each picture."""

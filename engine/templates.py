@@ -4,6 +4,7 @@ A template renders messages into pieces: text, special tokens, and places for pi
 tokens and pictures come from this structure alone, so nothing a user types can become one.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,14 @@ class Special:
     token: str
 
 
-Piece = str | Special | ImagePlace
+@dataclass(frozen=True)
+class Alone:
+    """A text that is encoded by itself, not joined with the texts beside it."""
+
+    text: str
+
+
+Piece = str | Special | Alone | ImagePlace
 
 
 @dataclass(frozen=True)
@@ -119,12 +127,53 @@ def _chatml(default: str, gap: str) -> Style:
     return Style(opening, turns, closing="<|im_end|>")
 
 
+_NEWLINE = Alone("\n")
+_GROUNDING = re.compile(r"(</?(?:ref|box|quad)>)")
+
+
+def _qwen_chat(messages: Sequence[Message]) -> list[Piece]:
+    """Qwen-VL-Chat's ChatML: role, new line and content are encoded apart."""
+    if messages[0].role != "system":
+        messages = [Message("system", ("You are a helpful assistant.",)), *messages]
+    return _qwen_turns(messages)[1:]  # no new line in front of the first
+
+
+def _qwen_turns(messages: Sequence[Message]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for message in messages:
+        pieces += [_NEWLINE, Special("<|im_start|>"), message.role, _NEWLINE]
+        pieces += [*_qwen_content(message, "Picture {}: ", "\n"), Special("<|im_end|>")]
+    return [*pieces, _NEWLINE, Special("<|im_start|>"), "assistant", _NEWLINE]
+
+
+def _qwen_base(messages: Sequence[Message]) -> list[Piece]:
+    """Qwen-VL, which goes on from a text: `<img>...</img>` and the words, nothing around them."""
+    return [piece for message in messages for piece in _qwen_content(message, "", "")]
+
+
+def _qwen_content(message: Message, before: str, after: str) -> Iterator[Piece]:
+    """A message's parts in their order; pictures are numbered through the conversation.
+
+    Regions of a picture (`<ref>`, `<box>`, `<quad>` and their ends) are special tokens in texts
+    too: that is how they are asked about, and how earlier answers name them. No other token is.
+    """
+    for part in message.content:
+        if isinstance(part, ImagePlace):
+            yield from (before.format(part.index + 1), Special("<img>"), part)
+            yield from (Special("</img>"), after)
+            continue
+        for number, text in enumerate(_GROUNDING.split(part)):
+            yield Special(text) if number % 2 else text
+
+
 STYLES = {
     "llava-hf": Style(_llava_hf, _llava_hf),
     "llava-v1": Style(_llava_v1, _llava_v1_turns, closing="</s>"),
     "mistral": Style(_mistral, _mistral, closing="</s>"),
     "yi": _chatml("Answer the questions.", gap=""),
     "chatml": _chatml("You are a helpful assistant.", gap="\n"),
+    "qwen-vl": Style(_qwen_base, _qwen_base),
+    "qwen-vl-chat": Style(_qwen_chat, _qwen_turns, closing="<|im_end|>"),
 }
 
 

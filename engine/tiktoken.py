@@ -1,13 +1,14 @@
 """Read a vocabulary in tiktoken's format (qwen.tiktoken) into what a tokenizer.json holds.
 
 Each line is a token's bytes in base64 and its rank, which is also its id. Tiktoken joins the
-neighbours whose union has the lowest rank; `tokenizers` follows a ranked list of merges. A token's
-merge is the last pair left when its bytes are joined by the tokens of lower rank alone, so one turns
-into the other exactly: Qwen's 151,643 tokens are 256 bytes and 151,387 merges.
+neighbours whose union has the lowest rank; `tokenizers` follows a ranked list of merges. The
+merge of a token is the last pair left when its bytes are joined by tokens of lower rank alone, so
+one turns into the other exactly: Qwen's 151,643 tokens are 256 bytes and 151,387 merges.
 """
 
 import base64
 import binascii
+import itertools
 import json
 import os
 from pathlib import Path
@@ -80,7 +81,7 @@ def split_below(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]
     """
     parts = [token[at : at + 1] for at in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
         lowest = min(pairs)
         if lowest >= rank:
             break

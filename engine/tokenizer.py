@@ -60,7 +60,8 @@ class Tokenizer:
             keep(description, folder / "tokenizer.json")
         else:
             raise CheckpointError(
-                f"{folder} has no tokenizer: no tokenizer.json, tokenizer.model or qwen.tiktoken",
+                f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model "
+                "nor qwen.tiktoken",
                 hint="download one of these files into the folder",
             )
         named = _read_json(folder / "added_tokens.json", optional=True)

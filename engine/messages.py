@@ -5,7 +5,7 @@ content of texts and pictures.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from engine.errors import OptionError
@@ -18,9 +18,15 @@ EXAMPLE = 'ask something, for example "What is in the picture?"'
 
 @dataclass(frozen=True)
 class ImagePlace:
-    """Where picture number `index` (from 0) stands."""
+    """Where picture number `index` (from 0) stands, after `earlier` ones in earlier prompts."""
 
     index: int
+    earlier: int = 0
+
+    @property
+    def number(self) -> int:
+        """Its number in the conversation, from 1."""
+        return self.earlier + self.index + 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,14 @@ class Message:
     def places(self) -> list[ImagePlace]:
         """The places of pictures, in order."""
         return [part for part in self.content if isinstance(part, ImagePlace)]
+
+    def after(self, earlier: int) -> "Message":
+        """The same message in a conversation that already holds `earlier` pictures."""
+        parts = (
+            replace(part, earlier=earlier) if isinstance(part, ImagePlace) else part
+            for part in self.content
+        )
+        return replace(self, content=tuple(parts))
 
 
 def parse_messages(

@@ -8,13 +8,14 @@ Each stretch of text between them is encoded by itself, as the published process
 them; nothing later searches the ids.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import OptionError
 from engine.messages import EXAMPLE, ImagePlace, Message, check_count, parse_messages
-from engine.templates import STYLES, Piece, Special, find_style
+from engine.templates import STYLES, Alone, Piece, Special, find_style
 from engine.tokenizer import Tokenizer
 
 __all__ = [
@@ -67,12 +68,17 @@ def build_prompt(
     tokenizer: Tokenizer,
     image_token_id: int,
     image_token_counts: Sequence[int],
+    window: int | None = None,
 ) -> Prompt:
     """Render a conversation in the named style and encode it, with exactly one BOS in front.
 
     Picture i takes `image_token_counts[i]` tokens, all of them `image_token_id`. The prompt ends
-    where the assistant's answer begins.
+    where the assistant's answer begins. With a `window`, the oldest turns are left out so that what
+    stands before the last question has fewer tokens; their pictures then have no segment.
     """
+    _check_places(messages, image_token_counts)
+    if window is not None:
+        messages = _newest(messages, style, tokenizer, image_token_counts, window)
     pieces = find_style(style).opening(messages)
     return _encode(pieces, tokenizer, image_token_id, image_token_counts, bos=True)
 
@@ -84,17 +90,20 @@ def continue_prompt(
     image_token_id: int,
     image_token_counts: Sequence[int],
     ended: bool,
+    earlier: int = 0,
 ) -> Prompt:
     """Encode only what follows an answer: its closing token if the style has one, and new turns.
 
-    `ended` says that the closing token already stands in the sequence. Positions, and the pictures'
-    numbers, count from 0 here: the caller adds how many it already has. Appended to the earlier
+    `ended` says that the closing token already stands in the sequence; `earlier` is how many
+    pictures do, for styles that number them. Positions, and the pictures of segments, count from 0
+    here: the caller adds how many it already has. Appended to the earlier
     prompt and the answer's ids this equals `build_prompt` of the whole conversation, as long as
     the answer's own ids are what the tokenizer would choose.
     """
     chosen = find_style(style)
     closing: list[Piece] = [Special(chosen.closing)] if chosen.closing and not ended else []
-    pieces = closing + chosen.turns(messages)
+    _check_places(messages, image_token_counts)
+    pieces = closing + chosen.turns([message.after(earlier) for message in messages])
     return _encode(pieces, tokenizer, image_token_id, image_token_counts, bos=False)
 
 
@@ -127,19 +136,61 @@ def _encode(
     image_token_counts: Sequence[int],
     bos: bool,
 ) -> Prompt:
-    places = sum(isinstance(piece, ImagePlace) for piece in pieces)
-    check_count(places, len(image_token_counts), "one place for each picture")
     builder = _Builder(image_token_id, image_token_counts)
     if bos and tokenizer.bos_id is not None:
         builder.add_text([tokenizer.bos_id])
     for piece in _join_texts(pieces):
-        if isinstance(piece, str):
-            builder.add_text(tokenizer.encode(piece))
-        elif isinstance(piece, Special):
-            builder.add_text([_special_id(tokenizer, piece.token)])
-        else:
+        if isinstance(piece, ImagePlace):
             builder.add_image(piece.index)
+        else:
+            builder.add_text(_ids(piece, tokenizer))
     return builder.prompt("".join(map(_spelled, pieces)))
+
+
+def _check_places(messages: Sequence[Message], image_token_counts: Sequence[int]) -> None:
+    places = sum(len(message.places) for message in messages)
+    check_count(places, len(image_token_counts), "one place for each picture")
+
+
+def _ids(piece: str | Alone | Special, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(piece, Special):
+        return [_special_id(tokenizer, piece.token)]
+    return tokenizer.encode(piece.text if isinstance(piece, Alone) else piece)
+
+
+def _newest(
+    messages: Sequence[Message],
+    style: str,
+    tokenizer: Tokenizer,
+    image_token_counts: Sequence[int],
+    window: int,
+) -> list[Message]:
+    """The system message, as many of the newest turns as stay below `window`, the last question.
+
+    A turn is a user message and what follows it.
+    """
+    chosen = find_style(style)
+    starts = [n for n, message in enumerate(messages) if message.role == "user"]
+    system, question = list(messages[: starts[0]]), list(messages[starts[-1] :])
+
+    def size(pieces: Sequence[Piece]) -> int:
+        return sum(
+            image_token_counts[piece.index]
+            if isinstance(piece, ImagePlace)
+            else len(_ids(piece, tokenizer))
+            for piece in _join_texts(pieces)
+        )
+
+    generation = size(chosen.turns([]))
+    used = size(chosen.opening([*system, *question])) - size(chosen.turns(question))
+    kept: list[Message] = []
+    for start, end in reversed(list(itertools.pairwise(starts))):
+        turn = list(messages[start:end])
+        used += size(chosen.turns(turn)) - generation
+        if used >= window:
+            break
+        kept = turn + kept
+    return [*system, *kept, *question]
 
 
 def _join_texts(pieces: Sequence[Piece]) -> Iterator[Piece]:
@@ -170,6 +221,8 @@ def _special_id(tokenizer: Tokenizer, token: str) -> int:
 def _spelled(piece: Piece) -> str:
     if isinstance(piece, str):
         return piece
+    if isinstance(piece, Alone):
+        return piece.text
     return piece.token if isinstance(piece, Special) else IMAGE_MARK
 
 

@@ -159,7 +159,7 @@ def _qwen_content(message: Message, before: str, after: str) -> Iterator[Piece]:
     """
     for part in message.content:
         if isinstance(part, ImagePlace):
-            yield from (before.format(part.index + 1), Special("<img>"), part)
+            yield from (before.format(part.number), Special("<img>"), part)
             yield from (Special("</img>"), after)
             continue
         for number, text in enumerate(_GROUNDING.split(part)):

@@ -80,7 +80,7 @@ def _write(
 ) -> None:
     """Write a region's name above it, or inside where the picture ends."""
     left, top = min(x for x, _ in box.corners), min(y for _, y in box.corners)
-    x0, y0, x1, y1 = draw.textbbox((0, 0), box.label, font=font)
+    x0, y0, x1, y1 = map(int, draw.textbbox((0, 0), box.label, font=font))
     width, height = x1 - x0 + 4, y1 - y0 + 4
     left = max(0, min(left, size[0] - width))
     top = top - height if top >= height else top

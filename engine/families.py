@@ -18,11 +18,14 @@ from engine.errors import CheckpointError
 from engine.models.config import ConfigReader
 from engine.models.llava import Llava, LlavaConfig, parse_hub, parse_original
 from engine.models.llava_next import LlavaNext, parse_next_hub, parse_next_original
+from engine.models.qwen_vl import QwenVl, QwenVlConfig
+from engine.models.vision_language import VisionLanguageModel
 from engine.preprocess import ImageProcessor
 from engine.templates import find_style
 from weights.checkpoint import read_json
 from weights.hub import resolve
 from weights.names import Rename, clip_names, llava_names
+from weights.qwen_names import qwen_names
 
 Config = Mapping[str, Any]
 
@@ -50,14 +53,20 @@ class Family:
         style: prompt style.
         end_tokens: ids that end an answer.
         tower: folder and names of a vision tower that the checkpoint may leave out.
+        window: earlier turns are left out of a prompt so that they have fewer tokens; None: never.
+        strip: whether white space around an answer is dropped.
+        boxes: whether an answer may name regions of the picture; see ``engine.boxes``.
     """
 
-    model: Llava
+    model: VisionLanguageModel
     rename: Rename
     processor: ImageProcessor
     style: str
     end_tokens: frozenset[int]
     tower: tuple[Path, Rename] | None = None
+    window: int | None = None
+    strip: bool = False
+    boxes: bool = False
 
 
 def recognise(folder: Path, style: str | None) -> Family:
@@ -134,7 +143,7 @@ def _llava(
 ) -> Family:
     """Join the parts of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6."""
     with torch.device("meta"):
-        model = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
+        model: Llava = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
     return Family(
         model=model,
         rename=llava_names(config.vision.used_layers, image_newline=bool(pinpoints)),
@@ -142,6 +151,31 @@ def _llava(
         style=style,
         end_tokens=end_tokens(folder, config.end_tokens),
         tower=tower,
+    )
+
+
+def _qwen(folder: Path, config: Config, style: str | None) -> Family:
+    """``Qwen/Qwen-VL-Chat``, and ``Qwen/Qwen-VL``, whose chat_format is "raw"."""
+    parsed = QwenVlConfig.parse(config)
+    path = folder / "generation_config.json"
+    values = ConfigReader(read_json(path) if path.exists() else {}, str(path))
+    form = values.text("chat_format", "raw", ("raw", "chatml"))
+    style = style or {"raw": "qwen-vl", "chatml": "qwen-vl-chat"}[form]
+    ends = ["<|endoftext|>"]
+    if style == "qwen-vl-chat":
+        ends += ["<|im_start|>", "<|im_end|>"]
+    with torch.device("meta"):
+        model = QwenVl(parsed)
+    side = parsed.vision.image
+    return Family(
+        model=model,
+        rename=qwen_names(),
+        processor=ImageProcessor(shortest_edge=None, exact_size=(side, side), crop_size=None),
+        style=style,
+        end_tokens=end_tokens(folder, ()) | {parsed.specials[token] for token in ends},
+        window=values.integer("max_window_size", 6144) if style == "qwen-vl-chat" else None,
+        strip=True,
+        boxes=True,
     )
 
 
@@ -206,4 +240,5 @@ FAMILIES: dict[str, Callable[[Path, Config, str | None], Family]] = {
     "llava_original": _llava_original,
     "llava_next": _next_hub,
     "llava_next_original": _next_original,
+    "qwen": _qwen,
 }

@@ -10,6 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from engine.boxes import parse_boxes
 from engine.cache.report import CacheReport
 from engine.errors import CheckpointError, OptionError
 from engine.result import FinishReason, Result, Timings
@@ -97,15 +98,43 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
+class OuterSpace:
+    """Drops the white space before and after a text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._held, self._begun = "", False
+
+    def drop(self, piece: str) -> str:
+        """The part of the text so far that is certain to be shown."""
+        text = self._held + piece
+        if not self._begun:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._held = text[len(shown) :]
+        self._begun = self._begun or bool(shown)
+        return shown
+
+
 class Answer:
     """One answer in the making: takes logits, chooses tokens, and knows when it is over."""
 
-    def __init__(self, tokenizer: Tokenizer, options: Options, end_tokens: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        options: Options,
+        end_tokens: frozenset[int],
+        *,
+        strip: bool = False,
+        boxes: bool = False,
+    ) -> None:
+        """``strip`` and ``boxes`` are those of ``Family``."""
         self.token_ids: list[int] = []
         self.finish: FinishReason | None = None
         self._options, self._end_tokens = options, end_tokens
         self._sampler, self._stream = Sampler(options.sampling), StreamDecoder(tokenizer)
         self._stops = StopTexts(options.stop)
+        self._space = OuterSpace() if strip else None
+        self._boxes = boxes
         self._pieces: list[str] = []
 
     @property
@@ -137,6 +166,8 @@ class Answer:
         return last if self._stops.found else last + self._stops.held
 
     def _say(self, piece: str) -> str:
+        if self._space:
+            piece = self._space.drop(piece)
         if piece:
             self._pieces.append(piece)
         return piece
@@ -152,6 +183,7 @@ class Answer:
             finish_reason=self.finish,
             timings=timings,
             cache=cache,
+            boxes=parse_boxes(self.text, turn.sizes[-1]) if self._boxes and turn.sizes else [],
         )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from engine.boxes import Box
     from engine.cache.report import CacheReport
 
 FinishReason = Literal["stop", "length"]
@@ -57,6 +58,8 @@ class Result:
         finish_reason: "stop" (end token or stop text) or "length" (max_new_tokens reached).
         timings: seconds.
         cache: tokens and bytes in the cache when the answer ended.
+        index: which request of a batch this answers, from 0.
+        boxes: the regions that the text names, in pixels of the latest picture (Qwen-VL).
     """
 
     text: str
@@ -66,6 +69,8 @@ class Result:
     finish_reason: FinishReason
     timings: Timings
     cache: CacheReport
+    index: int = 0
+    boxes: list[Box] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The result as plain values, for JSON; times come with what is derived from them."""

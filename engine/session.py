@@ -16,16 +16,24 @@ from engine.cache.prefill import Prefill
 from engine.cache.report import CacheReport, report
 from engine.cache.row import Row
 from engine.errors import CapacityError
-from engine.models.llava import Llava
+from engine.models.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True)
 class Turn:
-    """New tokens for a sequence: ids, where pictures lie, and the pictures' features."""
+    """New tokens for a sequence.
+
+    Attributes:
+        token_ids: their ids.
+        spans: where pictures lie among them.
+        features: ``[image tokens, hidden]`` of each picture.
+        sizes: (width, height) of the conversation's pictures, earlier turns' first.
+    """
 
     token_ids: Sequence[int]
     spans: list[tuple[int, int]]
     features: Sequence[Tensor]
+    sizes: Sequence[tuple[int, int]] = ()
 
     @property
     def image_tokens(self) -> int:
@@ -33,7 +41,7 @@ class Turn:
         return sum(end - start for start, end in self.spans)
 
 
-def make_pools(model: Llava) -> list[Pool]:
+def make_pools(model: VisionLanguageModel) -> list[Pool]:
     """Empty pools for the layers of ``model``'s decoder."""
     config, weight = model.decoder.config, model.decoder.norm.weight
     return [
@@ -44,7 +52,7 @@ def make_pools(model: Llava) -> list[Pool]:
 
 @torch.inference_mode()
 def prefill(
-    model: Llava,
+    model: VisionLanguageModel,
     pools: Sequence[Pool],
     policy: Policy,
     turn: Turn,
@@ -79,7 +87,7 @@ def _check_context(turn: Turn, seen: int, new_tokens: int, context: int) -> None
 class Session:
     """One sequence with pools of its own."""
 
-    def __init__(self, model: Llava, policy: Policy) -> None:
+    def __init__(self, model: VisionLanguageModel, policy: Policy) -> None:
         self.model, self.policy = model, policy
         self.pools = make_pools(model)
         self.row: Row | None = None

@@ -20,7 +20,7 @@ from engine.models.decoder import Decoder, DecoderConfig, Rotation, Step, Tables
 from engine.models.qwen_vision import QwenVision, QwenVisionConfig
 from engine.models.vision_language import VisionLanguageModel
 from engine.preprocess import Pixels
-from engine.tiktoken import special_ids
+from engine.tiktoken import SPECIALS, special_ids
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,15 @@ class QwenVlConfig:
 
     decoder: DecoderConfig
     vision: QwenVisionConfig
-    image_token: int
+    image_start: int
     trained: int
     ntk: bool
     logn: bool
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """Ids of the special tokens."""
+        return special_ids(self.image_start)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> QwenVlConfig:
@@ -48,11 +53,12 @@ class QwenVlConfig:
         if vision.output != decoder.hidden:
             problem = f"is {vision.output}, the decoder's hidden_size is {decoder.hidden}"
             raise top.section("visual").fail("output_dim", problem)
-        start = top.section("visual").integer("image_start_id", low=1, high=decoder.vocab - 3)
+        low = SPECIALS.index("<img>") + 256
+        start = top.section("visual").integer("image_start_id", low=low, high=decoder.vocab - 3)
         return cls(
             decoder=decoder,
             vision=vision,
-            image_token=special_ids(start)["<imgpad>"],
+            image_start=start,
             trained=top.integer("seq_length", 2048),
             ntk=top.flag("use_dynamic_ntk", True),
             logn=top.flag("use_logn_attn", True),
@@ -141,10 +147,12 @@ class QwenDecoder(Decoder):
 class QwenVl(VisionLanguageModel):
     """The joined model."""
 
+    vision: QwenVision
+
     def __init__(self, config: QwenVlConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_token = config.image_token
+        self.image_token = config.specials["<imgpad>"]
         self.vision = QwenVision(config.vision)
         self.decoder = QwenDecoder(config)
 

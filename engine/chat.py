@@ -10,7 +10,8 @@ from engine.result import Result, Timings
 from engine.session import Session
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Picture
+    from engine.engine import Engine
+    from engine.pictures import Picture
 
 
 class Chat:
@@ -31,6 +32,7 @@ class Chat:
         self._engine = engine
         self._session = Session(engine.model, engine.policy)
         self._ids: list[int] = []
+        self._sizes: Sequence[tuple[int, int]] = ()
 
     def send(
         self, text: str, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
@@ -50,11 +52,12 @@ class Chat:
         chosen, timings = make_options(**options), Timings(load=self._engine.load_seconds)
         # The last tokens of an answer are not in the cache yet: they come before the new turn.
         pending = self._ids[self._session.seen :]
-        turn = self._engine.turn(text, images, timings, after=pending if self._ids else None)
+        after = pending if self._ids else None
+        turn = self._engine.turn(text, images, timings, after=after, earlier=self._sizes)
         answer = self._engine.answer(chosen)
         asked, seen = [*self._ids, *turn.token_ids[len(pending) :]], self._session.seen
         try:
             yield from generate(self._session, turn, answer, chosen.max_new_tokens, timings)
         finally:
             if self._session.seen > seen:  # otherwise the turn was refused, and nothing changed
-                self._ids = asked + answer.token_ids
+                self._ids, self._sizes = asked + answer.token_ids, turn.sizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from time import perf_counter
 from typing import Any, Unpack
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.batch import Failure, Request, generate_batch
 from engine.cache.policy import Policy
 from engine.cache.prefill import Uncached
 from engine.cache.specs import parse
@@ -19,12 +20,12 @@ from engine.errors import OptionError
 from engine.generation import Answer, Options, OptionValues, generate, make_options
 from engine.image import open_image
 from engine.loading import Loaded, load
+from engine.pictures import EncodedImage, Picture, PictureEncoder
 from engine.preprocess import Pixels
 from engine.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from engine.result import Result, Timings
 from engine.session import Session, Turn
 
-Picture = str | PathLike[str] | bytes | Image.Image
 Messages = str | Sequence[Mapping[str, Any]]
 
 DEFAULT_CACHE = "avl"
@@ -43,6 +44,7 @@ class Engine:
         self.policy = parse(cache)
         self.name, self.load_seconds = loaded.folder.name, loaded.seconds
         self._family = loaded.family
+        self._encoder = PictureEncoder(self.model)
 
     @classmethod
     def load(
@@ -131,9 +133,31 @@ class Engine:
         """A conversation whose turns share one cache; see ``Chat``."""
         return Chat(self)
 
+    def encode(self, image: Picture) -> EncodedImage:
+        """Encode a picture once, to be given in place of it as often as needed.
+
+        The engine also remembers the latest pictures by itself.
+        """
+        picture = self._open(image)
+        return EncodedImage(self._encoder.encode([picture])[0], picture.size)
+
+    def generate_batch(
+        self, requests: Iterable[Request | Mapping[str, Any]], rows: int = 8
+    ) -> Iterator[Result | Failure]:
+        """Answer many requests, ``rows`` at a time; yields each result as soon as it is done.
+
+        A request holds the arguments of ``generate``: {prompt, images, max_new_tokens, ...}. One
+        that cannot be answered comes back as a ``Failure`` while the others go on; ``index`` says
+        which request a result belongs to.
+        """
+        return generate_batch(self, requests, rows)
+
     def answer(self, options: Options) -> Answer:
         """An empty answer under this model's tokenizer and end tokens."""
-        return Answer(self.tokenizer, options, self._family.end_tokens)
+        family = self._family
+        return Answer(
+            self.tokenizer, options, family.end_tokens, strip=family.strip, boxes=family.boxes
+        )
 
     @torch.inference_mode()
     def logits(
@@ -183,54 +207,65 @@ class Engine:
         *,
         raw: bool = False,
         after: Sequence[int] | None = None,
+        earlier: Sequence[tuple[int, int]] = (),
     ) -> Turn:
         """Open and encode the pictures, and build the prompt around them.
 
         ``after`` are the ids that an earlier answer left undecoded: the turn then goes on behind
-        them.
+        them. ``earlier`` are the sizes of the pictures of earlier turns.
         """
         began = perf_counter()
-        pictures, built = self._prepare(prompt, images, raw, continued=after is not None)
-        features = self._encode(pictures)
+        number = None if after is None else len(earlier)
+        pictures, built = self._prepare(prompt, images, raw, number)
+        places = [segment for segment in built.segments if segment.kind == "image"]
+        used = [pictures[place.image] for place in places]
+        features = self._encoder.encode(used)
         timings.picture = perf_counter() - began
         before = list(after or ())
-        spans = [
-            (segment.start + len(before), segment.end + len(before))
-            for segment in built.segments
-            if segment.kind == "image"
-        ]
-        return Turn([*before, *built.token_ids], spans, features)
+        spans = [(place.start + len(before), place.end + len(before)) for place in places]
+        sizes = [*earlier, *(picture.size for picture in used)]
+        return Turn([*before, *built.token_ids], spans, features, sizes)
 
     def render(
         self, prompt: Messages, images: Sequence[Picture] = (), *, raw: bool = False
     ) -> Prompt:
         """The prompt as the model gets it: its rendered text, ids and segments; nothing is run."""
-        return self._prepare(prompt, images, raw, continued=False)[1]
+        return self._prepare(prompt, images, raw, None)[1]
 
     def _prepare(
-        self, prompt: Messages, images: Sequence[Picture], raw: bool, continued: bool
-    ) -> tuple[list[Pixels], Prompt]:
-        """Open the pictures, and build the prompt around them."""
-        if isinstance(images, str | bytes | PathLike | Image.Image):
-            images = [images]
-        prepare = self._family.processor.prepare
-        pictures = [prepare(open_image(image).pixels) for image in images]
-        counts = [self.model.image_tokens(picture) for picture in pictures]
-        return pictures, self._prompt(prompt, counts, raw, continued)
+        self, prompt: Messages, images: Sequence[Picture], raw: bool, earlier: int | None
+    ) -> tuple[list[Pixels | EncodedImage], Prompt]:
+        """Open the pictures, and build the prompt around them.
 
-    def _prompt(self, prompt: Messages, counts: list[int], raw: bool, continued: bool) -> Prompt:
+        ``earlier`` is how many pictures the conversation holds that it continues, None at its start.
+        """
+        if isinstance(images, str | bytes | PathLike | Image.Image | EncodedImage):
+            images = [images]
+        pictures = [self._open(image) for image in images]
+        counts = [
+            len(picture.features)
+            if isinstance(picture, EncodedImage)
+            else self.model.image_tokens(picture)
+            for picture in pictures
+        ]
+        return pictures, self._prompt(prompt, counts, raw, earlier)
+
+    def _open(self, image: Picture) -> Pixels | EncodedImage:
+        if isinstance(image, EncodedImage):
+            return image
+        return self._family.processor.prepare(open_image(image).pixels)
+
+    def _prompt(
+        self, prompt: Messages, counts: list[int], raw: bool, earlier: int | None
+    ) -> Prompt:
         """The prompt's ids, with ``counts`` tokens for each picture."""
-        image_token = self.model.config.image_token
+        image_token = self.model.image_token
         if raw:
             return raw_prompt(str(prompt), self.tokenizer, image_token, counts)
         messages, style = parse_messages(prompt, len(counts)), self._family.style
-        if continued:
+        if earlier is not None:
             return continue_prompt(
-                messages, style, self.tokenizer, image_token, counts, ended=False
+                messages, style, self.tokenizer, image_token, counts, ended=False, earlier=earlier
             )
-        return build_prompt(messages, style, self.tokenizer, image_token, counts)
-
-    @torch.inference_mode()
-    def _encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
-        """Features ``[image tokens, hidden]`` of every picture."""
-        return self.model.encode(pictures) if pictures else []
+        window = self._family.window
+        return build_prompt(messages, style, self.tokenizer, image_token, counts, window)

@@ -1,0 +1,186 @@
+"""Many requests at once: prefill one by one, decode together, a finished row's place goes on.
+
+No padding exists: every row brings its own slots, positions and step kind, so that an answer does
+not depend on who shares the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.cache.decode import Decoding
+from engine.cache.report import report
+from engine.cache.row import Row
+from engine.errors import EngineError, OptionError
+from engine.generation import Answer, OptionValues, make_options, refuse_nan
+from engine.result import Result, Timings
+from engine.session import Turn, make_pools, prefill
+
+if TYPE_CHECKING:
+    from engine.engine import Engine, Messages
+    from engine.pictures import Picture
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question of a batch: the arguments of ``Engine.generate``."""
+
+    prompt: Messages
+    images: Sequence[Picture] = ()
+    raw: bool = False
+    options: OptionValues = field(default_factory=OptionValues)
+
+    @classmethod
+    def parse(cls, value: Request | Mapping[str, Any]) -> Request:
+        """A request from a mapping {prompt, images, raw, max_new_tokens, ...}.
+
+        Raises OptionError naming what is missing or unknown.
+        """
+        if isinstance(value, Request):
+            return value
+        if not isinstance(value, Mapping):
+            raise OptionError(
+                f"a request is {type(value).__name__}", hint='write {"prompt": "...", "images": []}'
+            )
+        rest = dict(value)
+        if "prompt" not in rest:
+            raise OptionError("a request has no prompt", hint='add "prompt": "..."')
+        prompt, images = rest.pop("prompt"), rest.pop("images", ())
+        raw = bool(rest.pop("raw", False))
+        unknown = rest.keys() - OptionValues.__annotations__.keys()
+        if unknown:
+            known = ", ".join(["prompt", "images", "raw", *OptionValues.__annotations__])
+            raise OptionError(
+                f"a request has unknown keys: {', '.join(sorted(unknown))}", hint=f"known: {known}"
+            )
+        return cls(prompt, images, raw, OptionValues(**rest))  # type: ignore[typeddict-item]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that could not be answered; the others go on."""
+
+    index: int
+    error: EngineError
+
+
+@dataclass
+class _Running:
+    """A request being answered."""
+
+    index: int
+    turn: Turn
+    answer: Answer
+    row: Row
+    timings: Timings
+    token: int
+
+
+def generate_batch(
+    engine: Engine, requests: Iterable[Request | Mapping[str, Any]], rows: int = 8
+) -> Iterator[Result | Failure]:
+    """Answer ``requests``, ``rows`` at a time; yields each result as soon as it is done.
+
+    ``Result.index`` and ``Failure.index`` say which request it belongs to, counted from 0.
+    """
+    if rows < 1:
+        raise OptionError(f"rows is {rows}", hint="use 1 or more")
+    batch = _Batch(engine)
+    waiting = enumerate(requests)
+    while True:
+        while len(batch.running) < rows and (item := next(waiting, None)) is not None:
+            failed = batch.admit(*item)
+            if failed:
+                yield failed
+        yield from batch.finished()
+        if batch.running:
+            batch.step()
+        elif item is None:
+            return
+
+
+class _Batch:
+    """The rows that are decoded together, in pools they share."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.model, self.policy = engine, engine.model, engine.policy
+        self.pools = make_pools(self.model)
+        self.running: list[_Running] = []
+        self._decoding: Decoding | None = None
+
+    def admit(self, index: int, request: Request | Mapping[str, Any]) -> Failure | None:
+        """Prefill one more request; a bad one comes back as a Failure."""
+        try:
+            self._settle()
+            self.running.append(self._start(index, Request.parse(request)))
+        except EngineError as error:
+            return Failure(index, error)
+        return None
+
+    def _start(self, index: int, request: Request) -> _Running:
+        try:
+            options = make_options(**request.options)
+        except TypeError as error:
+            raise OptionError(f"a request's option has the wrong type: {error}") from error
+        timings = Timings(load=self.engine.load_seconds)
+        turn = self.engine.turn(request.prompt, request.images, timings, raw=request.raw)
+        answer = self.engine.answer(options)
+        began = perf_counter()
+        row, logits = prefill(self.model, self.pools, self.policy, turn, options.max_new_tokens)
+        try:
+            refuse_nan(logits)
+        except EngineError:
+            self._free(row)
+            raise
+        timings.prefill = perf_counter() - began
+        token = answer.choose(logits)
+        answer.take(token)
+        return _Running(index, turn, answer, row, timings, token)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token for every row."""
+        began = perf_counter()
+        if self._decoding is None:
+            rows = [each.row for each in self.running]
+            self._decoding = Decoding(self.pools, self.policy, rows)
+        decoder = self.model.decoder
+        tokens = torch.tensor([each.token for each in self.running], device=self.engine.device)
+        logits = decoder.logits(decoder(decoder.embed(tokens), self._decoding))
+        self._decoding.advance()
+        for each, scores in zip(self.running, logits, strict=True):
+            each.token = each.answer.choose(scores)
+            each.answer.take(each.token)
+            each.timings.steps += 1
+            each.timings.decode += perf_counter() - began
+
+    def finished(self) -> Iterator[Result]:
+        """Results of the rows that are over; their slots are given back."""
+        done = [each for each in self.running if each.answer.finish]
+        if not done:
+            return
+        self._settle()
+        self.running = [each for each in self.running if not each.answer.finish]
+        for each in done:
+            cache = report(each.row, self.pools, self.policy)
+            self._free(each.row)
+            result = each.answer.result(each.turn, each.timings, cache)
+            yield replace(result, index=each.index)
+
+    def _free(self, row: Row) -> None:
+        """Give a row's slots back."""
+        for pool, stored in zip(self.pools, row.layers, strict=True):
+            pool.give(stored.start, stored.capacity)
+
+    @torch.inference_mode()
+    def _settle(self) -> None:
+        """Write the decode state back to the rows, before their number changes."""
+        if self._decoding is not None:
+            for r, each in enumerate(self.running):
+                each.row = self._decoding.settle(r)
+            self._decoding = None

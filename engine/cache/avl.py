@@ -131,7 +131,8 @@ def without_the_least(layout: Layout, received: Received, share: Callable[[int],
     """New tokens that go on when of each new picture only the best ``share(size)`` do (FastV's
     cut).
 
-    Returns ascending indices into the new tokens, which are the last ones of ``layout``.
+    Returns ascending indices into the new tokens, which are the last of ``layout``. The very last
+    token always goes on, even if it is an image token: the answer begins from its hidden state.
     """
     first_new = layout.columns - len(received.q)
     gone = torch.zeros(layout.columns, dtype=torch.bool, device=layout.image_of.device)
@@ -139,4 +140,5 @@ def without_the_least(layout: Layout, received: Received, share: Callable[[int],
         columns = layout.picture(index)
         gone[columns] = True
         gone[best(columns, received, share(layout.image_sizes[index]))] = False
+    gone[-1] = False
     return (~gone[first_new:]).nonzero()[:, 0]

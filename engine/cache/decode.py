@@ -19,6 +19,7 @@ from engine.cache.policy import Budget, Policy
 from engine.cache.pool import Pool
 from engine.cache.row import Row, Stored
 from engine.cache.select import lightest, top
+from engine.errors import CapacityError
 
 FULL, CORE = 0, 1
 
@@ -57,7 +58,10 @@ class Decoding:
         self.seen = [layout.seen for layout in first]
         self.text_kept = [layout.columns - layout.text_start for layout in first]
         self.opening = torch.tensor([row.opening for row in rows], device=self.device)
-        self.evicts = any(self._budget(r) is not None for r in range(len(rows)))
+        self.evicts = [self._budget(r) is not None for r in range(len(rows))]
+        self._room = [
+            min(stored.capacity - stored.layout.text_start for stored in row.layers) for row in rows
+        ]
         # Without a picture there is no core; with one, all layers hold equally many image tokens.
         self.ranks = any(stored.core is not None for row in rows for stored in row.layers)
         self._pack_lists()
@@ -78,6 +82,11 @@ class Decoding:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the rows' new token and attend the step's lists."""
+        if self._overfull:
+            raise CapacityError(
+                f"row {self._overfull[0]} of the cache has no free slot for another token",
+                hint="reserve more with new_tokens when it is prefilled",
+            )
         pool, write = self.pools[layer], self._write[layer]
         head_dim = k.shape[-1]
         pool.k.view(-1, head_dim).index_copy_(0, write, k.reshape(-1, head_dim))
@@ -115,8 +124,9 @@ class Decoding:
         """Choose every row's list, and say where the new token goes."""
         kinds = [CORE if self.policy.attends_core(row.step + 1) else FULL for row in self.rows]
         reranks = self.ranks and any(self.policy.reranks(row.step + 1) for row in self.rows)
-        self._scores_wanted = self.evicts or reranks
+        self._scores_wanted = any(self.evicts) or reranks
         self.positions = torch.tensor(self.seen, device=self.device)
+        self._overfull = [r for r, kept in enumerate(self.text_kept) if kept >= self._room[r]]
         shared = [self.shared[kind][r] for r, kind in enumerate(kinds)]
         text = [kept + 1 for kept in self.text_kept]
         self._attended = [
@@ -222,9 +232,10 @@ class Decoding:
         self._text_start = torch.tensor(text_start, device=self.device).T
         kept = torch.tensor(self.text_kept, device=self.device)
         self._write_slots = (self._text_start + kept)[..., None].repeat(1, 1, self.kv_heads)
-        if not self.evicts:
+        if not any(self.evicts):
             return
-        shape = (len(self.pools), len(self.rows), self.kv_heads, _longest_text(self.rows))
+        # One more than fits: the place of the token after the last one that was promised room.
+        shape = (len(self.pools), len(self.rows), self.kv_heads, max(self._room) + 1)
         self.text_scores = torch.zeros(shape, device=self.device)
         self.text_positions = torch.full(shape, -1, device=self.device)
         for r, row in enumerate(self.rows):
@@ -239,7 +250,7 @@ class Decoding:
     def settle(self, r: int) -> Row:
         """Write row ``r``'s state back, its text slots closed up, so that a turn can follow."""
         row = self.rows[r]
-        if self.evicts:
+        if self.evicts[r]:
             self._close_up(r)
         for layer, stored in enumerate(row.layers):
             self._settle_layer(r, layer, stored)
@@ -248,6 +259,8 @@ class Decoding:
     def _close_up(self, r: int) -> None:
         """Move each head's last text token into that head's free slot."""
         last = self.text_kept[r]
+        if last == self._room[r]:  # the extent is full, and so without a gap
+            return
         free = self._write_slots[:, r] - self._text_start[:, r, None]
         for tensor in (self.text_scores, self.text_positions):
             state = tensor[:, r]
@@ -265,7 +278,7 @@ class Decoding:
     def _settle_layer(self, r: int, layer: int, stored: Stored) -> None:
         old, n = stored.layout, self.text_kept[r]
         shared = old.positions[:, : old.text_start]
-        if self.evicts:
+        if self.evicts[r]:
             text = self.text_positions[layer, r, :, :n].clone()
             stored.text_scores = self.text_scores[layer, r, :, :n].clone()
             shared = shared.expand(self.kv_heads, -1)
@@ -291,8 +304,3 @@ def _shared_slots(stored: Stored) -> tuple[Tensor, Tensor]:
     if stored.core is None:
         return every, every
     return every, torch.cat([stored.layout.fixed(), stored.core]).sort().values
-
-
-def _longest_text(rows: list[Row]) -> int:
-    """The most text slots any extent has."""
-    return max(s.capacity - s.layout.text_start for row in rows for s in row.layers)

@@ -43,12 +43,12 @@ class SnapKv(Policy):
             )
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
-        """Every head's own columns; a prompt that fits the budget is kept whole."""
+        """Every head's own columns; a prompt that fits the budget or the window is kept whole."""
         total = int(self.keep * layout.columns)
         window = min(self.window, len(received.q))
-        if self.keep == 1 or total >= layout.columns:
-            return Kept.everything(layout)
         before = layout.columns - window
+        if total >= layout.columns or not before:
+            return Kept.everything(layout)
         sums = received.from_last(window).unflatten(0, (received.k.shape[1], -1)).sum(1)
         smooth = F.avg_pool1d(sums[:, :before], self.kernel, stride=1, padding=self.kernel // 2)
         chosen = top(smooth, max(0, total - window))

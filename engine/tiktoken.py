@@ -128,14 +128,17 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _as_tokenizer_json(vocabulary: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": len(vocabulary) + number, "content": token, **flags}
-        | {"special": token not in GROUNDING}
-        for number, token in enumerate(SPECIALS)
+    added: list[dict[str, Any]] = [
+        {"id": number, "content": token, **flags, "special": token not in GROUNDING}
+        for number, token in enumerate(SPECIALS, len(vocabulary))
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    byte_level: dict[str, Any] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "use_regex": False,
+    }
     byte_level |= {"trim_offsets": False}
-    split = {"type": "Split", "pattern": {"Regex": _PATTERN}}
+    split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": _PATTERN}}
     split |= {"behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",

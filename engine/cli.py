@@ -70,6 +70,9 @@ def build_parser() -> Parser:
         help="a picture; repeatable; - is stdin",
     )
     add("--prompt", "-p", metavar="TEXT", help="the question; @FILE reads a file, - stdin")
+    add("--batch", metavar="FILE", help="answer a file of requests, one JSON object a line")
+    add("--output", metavar="FILE", help="where --batch writes (default: FILE.answers.jsonl)")
+    add("--rows", type=int, default=8, metavar="N", help="requests decoded together by --batch (8)")
     add("--raw", action="store_true", help="take the prompt verbatim, with no chat template")
     add = parser.add_argument_group("model").add_argument
     add(
@@ -156,6 +159,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if options.check:
         return _check()
+    if options.batch:
+        return _batch(options)
     if options.convert or options.vision_tower:
         return _convert(options)
     prompt = _read_prompt(options.prompt)
@@ -210,6 +215,23 @@ def _show_progress(name: str, done: int, total: int) -> None:
     if live or done == total:
         end = "\n" if done == total else "\r"
         print(f"{name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end=end, file=sys.stderr)
+
+
+def _batch(options: argparse.Namespace) -> int:
+    """Answer a file of requests into another, with a progress bar on stderr."""
+    from tqdm import tqdm
+
+    from engine.batch_file import count_lines, run_batch
+
+    source = Path(options.batch)
+    target = Path(options.output) if options.output else source.with_suffix(".answers.jsonl")
+    total = count_lines(source)
+    engine = _load(options)
+    with tqdm(total=total, unit="request", disable=options.quiet, file=sys.stderr) as bar:
+        for done in run_batch(engine, source, target, options.rows):
+            bar.update(done - bar.n)
+    print(target)
+    return 0
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -115,6 +115,11 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("information").add_argument
     add("--stats", action="store_true", help="times, tokens per tier and bytes, on stderr")
     add("--json", action="store_true", help="print one JSON object with everything")
+    add(
+        "--draw-boxes",
+        metavar="FILE",
+        help="paint the regions the answer names on the last picture (Qwen-VL)",
+    )
     add("--check", action="store_true", help="say what this machine offers, and leave")
     add("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
     add("--verbose", "-v", action="store_true", help="show the rendered prompt and its token ids")
@@ -164,6 +169,8 @@ def _run(arguments: list[str]) -> int:
     if options.convert or options.vision_tower:
         return _convert(options)
     prompt = _read_prompt(options.prompt)
+    if options.draw_boxes:
+        _check_drawing(options)
     pictures = _open_pictures(options.image)
     noise = Noise(options, pictures)
     engine = _load(options)
@@ -301,8 +308,34 @@ def _answer(
         _say(json.dumps(result.as_dict(), ensure_ascii=False) + "\n")
     else:
         _say("\n" if live else result.text + "\n")
+    if options.draw_boxes:
+        _draw_boxes(options.draw_boxes, pictures[-1], result, noise)
     noise.finished(result)
     return 0
+
+
+def _check_drawing(options: argparse.Namespace) -> None:
+    """Refuse at once what could only fail after the answer."""
+    if not options.image:
+        raise OptionError("--draw-boxes has no picture to draw on", hint="add --image FILE")
+    folder, name = os.path.split(options.draw_boxes)
+    if not name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        raise OptionError(
+            f"--draw-boxes {options.draw_boxes}: not a picture's name",
+            hint="end it in .png, .jpg or .webp",
+        )
+    if folder and not os.path.isdir(folder):
+        raise OptionError(f"--draw-boxes {options.draw_boxes}: no folder {folder}")
+
+
+def _draw_boxes(path: str, picture: LoadedImage, result: Result, noise: Noise) -> None:
+    """Write the picture with the answer's regions, if there are any."""
+    from engine.boxes import draw_boxes
+
+    if result.boxes:
+        draw_boxes(picture.pixels, result.boxes).save(path)
+    else:
+        noise.note(f"the answer names no regions; {path} is not written")
 
 
 def _say(text: str) -> None:
@@ -321,9 +354,10 @@ class Noise:
         self.wanted = not options.quiet and (sys.stderr.isatty() or options.verbose)
         for picture in pictures:
             for note in picture.notes:
-                self._note(f"{picture.name}: {note}")
+                self.note(f"{picture.name}: {note}")
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """One line on stderr, unless --quiet."""
         if not self.options.quiet:
             print(f"note: {text}", file=sys.stderr)
 

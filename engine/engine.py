@@ -237,7 +237,8 @@ class Engine:
     ) -> tuple[list[Pixels | EncodedImage], Prompt]:
         """Open the pictures, and build the prompt around them.
 
-        ``earlier`` is how many pictures the conversation holds that it continues, None at its start.
+        ``earlier`` is how many pictures the conversation holds that it continues, None at its
+        start.
         """
         if isinstance(images, str | bytes | PathLike | Image.Image | EncodedImage):
             images = [images]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from os import PathLike
 from time import perf_counter
 from typing import Any, Unpack
@@ -151,6 +152,12 @@ class Engine:
         which request a result belongs to.
         """
         return generate_batch(self, requests, rows)
+
+    def with_cache(self, cache: str | Policy) -> Engine:
+        """The same model in memory under another cache policy."""
+        other = copy(self)
+        other.policy = parse(cache)
+        return other
 
     def answer(self, options: Options) -> Answer:
         """An empty answer under this model's tokenizer and end tokens."""

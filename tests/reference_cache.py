@@ -178,7 +178,7 @@ class ReferenceAvl:
     def _filter(
         self, layer: int, last: Tensor, alive: list[int], old: int, actual: Actual
     ) -> list[int]:
-        """int(P * I) of every new picture and all else go on after layer L."""
+        """int(P * I) of every new picture and all else go on after layer L; the last token always."""
         theirs = actual.survivors(layer)
         assert theirs is not None, "nothing was filtered"
         going: list[int] = [p for p in alive if self.picture_of[p] < 0]
@@ -186,8 +186,10 @@ class ReferenceAvl:
             candidates = [p for p in alive if self.picture_of[p] == picture]
             kept = [p for p in theirs if self.picture_of[p] == picture]
             count = int(self.s.prefill * self.sizes[picture])
+            if len(kept) > count and kept[-1] == alive[-1]:
+                kept.pop()
             going += self.vision.settle(last, candidates, count, kept)
-        return sorted(going)
+        return sorted({*going, alive[-1]})
 
     def _evict_text(self, layer: int, weights: Tensor, rows: list[int], actual: Actual) -> None:
         """Per KV head: the most recent tokens, and of the others the heavy hitters."""

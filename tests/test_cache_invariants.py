@@ -1,0 +1,417 @@
+"""What must hold for every policy, every prompt and every step: driven with random q, k, v."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.attention import selective_attention
+from engine.cache.avl import Avl
+from engine.cache.decode import CORE, FULL, Decoding
+from engine.cache.fastv import FastV
+from engine.cache.full import Full
+from engine.cache.h2o import H2o
+from engine.cache.layout import Layout
+from engine.cache.pool import Pool
+from engine.cache.prefill import Prefill
+from engine.cache.random import Random
+from engine.cache.report import report
+from engine.cache.row import Row
+from engine.cache.select import heavy_and_recent, lightest, top
+from engine.cache.snapkv import SnapKv
+from engine.cache.streaming import Streaming
+
+LAYERS, HEADS, KV, DIM = 3, 4, 2, 16
+CPU = torch.device("cpu")
+QUICK = settings(max_examples=25, deadline=None)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    tokens: int
+    spans: list[tuple[int, int]]
+    steps: int
+    seed: int
+
+
+def make_pools():
+    return [Pool(KV, DIM, torch.float32, CPU) for _ in range(LAYERS)]
+
+
+def drawn(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(count, HEADS, DIM, generator=generator) * 2
+    return q, *torch.randn(2, count, KV, DIM, generator=generator)
+
+
+def prefill(pools, policy, prompt, past=None):
+    """Run a prefill's layers on random q, k, v; returns the row."""
+    layout = Layout.of_tokens(prompt.tokens, prompt.spans, CPU)
+    step = Prefill(pools, policy, layout, prompt.steps + 1, past)
+    alive = torch.arange(prompt.tokens)
+    for layer in range(LAYERS):
+        q, k, v = drawn(prompt.seed * 100 + layer, prompt.tokens)
+        out = step.view(layer).attend(q[alive], k[alive], v[alive])
+        assert out.shape == (len(alive), HEADS, DIM)
+        assert out.isfinite().all()
+        kept = step.narrow(layer)
+        alive = alive if kept is None else alive[kept]
+        assert alive[-1] == prompt.tokens - 1, "the last token's states answer: it must go on"
+    return step.row
+
+
+def step_inputs(row_seeds, layer):
+    parts = [drawn(seed * 1000 + layer, 1) for seed in row_seeds]
+    return [torch.cat(x) for x in zip(*parts, strict=True)]
+
+
+def decode(decoding, row_seeds):
+    """One step of all rows; returns ``[layers, rows, heads, head_dim]``."""
+    outs = [
+        decoding.view(layer).attend(*step_inputs(row_seeds, layer)).clone()
+        for layer in range(LAYERS)
+    ]
+    decoding.advance()
+    return torch.stack(outs)
+
+
+# -- strategies -----------------------------------------------------------------------------------
+
+shares = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
+
+
+@st.composite
+def avl_policies(draw):
+    low, middle, high = sorted(draw(st.tuples(shares, shares, shares)))
+    return Avl(
+        secondary=middle,
+        core=draw(st.sampled_from([None, low])),
+        every=draw(st.integers(0, 4)),
+        prefill=high,
+        layer=draw(st.integers(1, LAYERS + 1)),
+        text=draw(shares),
+        heavy=draw(shares),
+        floor=draw(st.integers(0, 12)),
+    )
+
+
+@st.composite
+def h2o_policies(draw):
+    heavy = draw(shares)
+    return H2o(heavy=heavy, recent=draw(st.floats(0, 1 - heavy)))
+
+
+policies = st.one_of(
+    st.just(Full()),
+    avl_policies(),
+    h2o_policies(),
+    st.builds(FastV, layer=st.integers(1, LAYERS), drop=shares),
+    st.builds(Streaming, sink=st.integers(0, 6), recent=shares),
+    st.builds(SnapKv, keep=shares, window=st.integers(1, 20), kernel=st.sampled_from([1, 3, 5, 7])),
+    st.builds(Random, keep=shares, seed=st.integers(0, 5)),
+)
+
+
+@st.composite
+def prompts(draw, most_steps=12):
+    parts = draw(st.lists(st.tuples(st.booleans(), st.integers(1, 14)), min_size=1, max_size=5))
+    spans, at = [], 0
+    for is_picture, length in parts:
+        if is_picture:
+            spans.append((at, at + length))
+        at += length
+    return Prompt(at, spans, draw(st.integers(0, most_steps)), draw(st.integers(0, 999)))
+
+
+# -- one row --------------------------------------------------------------------------------------
+
+
+def check_lists(decoding):
+    """Slots sorted, unique and inside the extent; core inside secondary; writes inside the list."""
+    for r, row in enumerate(decoding.rows):
+        for layer, stored in enumerate(row.layers):
+            end = stored.start + stored.capacity
+            listed = []
+            for kind in (FULL, CORE):
+                count = decoding.shared[kind][r][layer] + decoding.text_kept[r]
+                slots = decoding.lists[kind][layer, r, :count].tolist()
+                assert slots == sorted(set(slots))
+                assert all(stored.start <= slot < end for slot in slots)
+                listed.append(set(slots))
+            full, core = listed
+            assert core <= full
+            assert full == set(range(stored.start, stored.start + len(full)))
+            first = stored.start + stored.layout.text_start
+            for slot in decoding._write_slots[layer, r].tolist():
+                assert first <= slot <= first + decoding.text_kept[r]
+
+
+def check_recent(decoding, policy):
+    """The latest tokens of the budget are kept by every head, each token once."""
+    for r, row in enumerate(decoding.rows):
+        seen, n = decoding.seen[r], decoding.text_kept[r]
+        layout = row.layers[0].layout
+        more = seen - layout.seen
+        budget = policy.text_budget(*layout.lengths(more))
+        assert decoding.evicts[r] == (budget is not None)
+        if budget is None:
+            continue
+        assert n <= budget.total
+        places = decoding.text_positions[:, r, :, : n + 1].flatten(0, 1).tolist()
+        evictable = seen if layout.text_seen == layout.seen else layout.text_seen + more
+        recent = range(seen - min(budget.recent, n, evictable), seen)
+        for head in places:
+            kept = [p for p in head if p != seen]
+            assert len(set(kept)) == n
+            assert set(recent) <= set(kept)
+
+
+@QUICK
+@given(policies, prompts())
+def test_every_step_keeps_the_invariants(policy, prompt):
+    pools = make_pools()
+    row = prefill(pools, policy, prompt)
+    decoding = Decoding(pools, policy, [row])
+    for step in range(prompt.steps):
+        assert decoding.positions.tolist() == [prompt.tokens + step]
+        check_lists(decoding)
+        assert decode(decoding, [prompt.seed + step]).isfinite().all()
+        check_recent(decoding, policy)
+    row = decoding.settle(0)
+    assert row.seen == prompt.tokens + prompt.steps
+    assert row.step == len(row.attended_share) == prompt.steps
+    assert all(0 < share <= 1 for share in row.attended_share)
+    check_settled(row, pools, policy)
+
+
+def check_settled(row, pools, policy):
+    """Positions lie below ``seen``, once per head; bytes reported are bytes held."""
+    for stored in row.layers:
+        layout = stored.layout
+        assert layout.columns <= stored.capacity
+        for head in layout.positions.tolist():
+            assert len(set(head)) == len(head)
+            assert all(0 <= p < row.seen for p in head)
+        if stored.core is not None:
+            core = stored.core.tolist()
+            assert core == sorted(set(core))
+            assert (layout.image_of[core] >= 0).all()
+    counted = report(row, pools, policy)
+    token = 2 * KV * DIM * 4
+    used = sum(stored.layout.columns for stored in row.layers) * token
+    assert counted.bytes_used == used <= counted.bytes_allocated
+    assert counted.bytes_allocated == sum(len(p.k) for p in pools) * token
+    assert counted.bytes_full == LAYERS * row.seen * token
+
+
+@QUICK
+@given(policies, st.lists(prompts(most_steps=7), min_size=2, max_size=3))
+def test_turns_follow_each_other(policy, turns):
+    pools, row, seen = make_pools(), None, 0
+    for prompt in turns:
+        row = prefill(pools, policy, prompt, row)
+        decoding = Decoding(pools, policy, [row])
+        for step in range(prompt.steps):
+            check_lists(decoding)
+            decode(decoding, [prompt.seed + step])
+            check_recent(decoding, policy)
+        row = decoding.settle(0)
+        seen += prompt.tokens + prompt.steps
+        assert row.seen == seen
+        check_settled(row, pools, policy)
+    for pool, stored in zip(pools, row.layers, strict=True):
+        assert stored.start + stored.capacity <= pool.slots
+
+
+@QUICK
+@given(policies, prompts())
+def test_a_settled_row_goes_on_as_if_it_had_not_been_settled(policy, prompt):
+    outs = []
+    for settles in (False, True):
+        pools = make_pools()
+        decoding = Decoding(pools, policy, [prefill(pools, policy, prompt)])
+        steps = []
+        for step in range(prompt.steps):
+            if settles:
+                decoding = Decoding(pools, policy, [decoding.settle(0)])
+            steps.append(decode(decoding, [prompt.seed + step]))
+        outs.append(steps)
+    for alone, settled in zip(*outs, strict=True):
+        torch.testing.assert_close(alone, settled, atol=1e-5, rtol=1e-4)
+
+
+def test_evicting_much_leaves_positions_equal_to_tokens_seen():
+    policy = Avl(secondary=0.1, core=0.05, prefill=0.2, text=0.1, floor=1)
+    pools, prompt = make_pools(), Prompt(60, [(2, 50)], 80, 1)
+    decoding = Decoding(pools, policy, [prefill(pools, policy, prompt)])
+    for step in range(80):
+        assert int(decoding.positions) == 60 + step
+        decode(decoding, [step])
+    row = decoding.settle(0)
+    assert row.seen == 140
+    assert [s.layout.columns for s in row.layers] == [2 + 4 + round(0.1 * 90)] * LAYERS
+
+
+def test_exactly_the_promised_number_of_tokens_can_be_decoded():
+    """``new_tokens`` steps fit, whatever the policy; nothing is ever written beyond an extent."""
+    for policy in (Full(), Avl(text=0.9, floor=2), Avl(floor=99), H2o(), Streaming(), SnapKv()):
+        pools, prompt = make_pools(), Prompt(30, [(2, 20)], 0, 1)
+        layout = Layout.of_tokens(30, prompt.spans, CPU)
+        step = Prefill(pools, policy, layout, 9)
+        for layer in range(LAYERS):
+            step.view(layer).attend(*drawn(layer, len(layout.image_of)))
+        decoding = Decoding(pools, policy, [step.row])
+        for n in range(9):
+            decode(decoding, [n])
+        row = decoding.settle(0)
+        assert all(s.layout.columns <= s.capacity for s in row.layers)
+
+
+# -- several rows ---------------------------------------------------------------------------------
+
+
+def alone(policy, prompt, lead, steps):
+    """A row in a cache of its own: ``lead`` steps, then ``steps`` whose outputs are returned."""
+    pools = make_pools()
+    decoding = Decoding(pools, policy, [prefill(pools, policy, prompt)])
+    outs = [decode(decoding, [prompt.seed + step]) for step in range(lead + steps)]
+    return outs[lead:], decoding.settle(0), pools
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    policies,
+    st.lists(st.tuples(prompts(), st.integers(0, 4)), min_size=2, max_size=3),
+    st.integers(1, 8),
+)
+def test_rows_together_are_rows_alone(policy, starts, steps):
+    pools, rows = make_pools(), []
+    for prompt, lead in starts:
+        room = Prompt(prompt.tokens, prompt.spans, lead + steps, prompt.seed)
+        decoding = Decoding(pools, policy, [prefill(pools, policy, room)])
+        for step in range(lead):
+            decode(decoding, [prompt.seed + step])
+        rows.append(decoding.settle(0))
+    together = Decoding(pools, policy, rows)
+    outs = []
+    for step in range(steps):
+        check_lists(together)
+        outs.append(decode(together, [p.seed + lead + step for p, lead in starts]))
+        check_recent(together, policy)
+    for r, (prompt, lead) in enumerate(starts):
+        room = Prompt(prompt.tokens, prompt.spans, lead + steps, prompt.seed)
+        expected, row, _ = alone(policy, room, lead, steps)
+        for step in range(steps):
+            torch.testing.assert_close(outs[step][:, r], expected[step][:, 0], atol=1e-5, rtol=1e-4)
+        same_row(together.settle(r), row)
+
+
+def same_row(row, expected):
+    assert row.step == expected.step
+    assert row.attended_share == pytest.approx(expected.attended_share)
+    for mine, theirs in zip(row.layers, expected.layers, strict=True):
+        ours, other = (x.layout.positions.expand(KV, -1) for x in (mine, theirs))
+        start = mine.layout.text_start
+        assert start == theirs.layout.text_start
+        assert torch.equal(ours[:, :start], other[:, :start])
+        assert torch.equal(ours[:, start:].sort().values, other[:, start:].sort().values)
+        assert (mine.core is None) == (theirs.core is None)
+        assert mine.core is None or torch.equal(mine.core, theirs.core)
+
+
+# -- pools ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=40))
+def test_extents_never_overlap_and_keep_what_was_written(actions):
+    """Numbers below are arbitrary: take n slots, or give back the (n mod owned)-th extent."""
+    pool, owned, mark = Pool(1, 1, torch.float32, CPU), {}, 0.0
+    most = 0
+    for takes, n in actions:
+        if takes:
+            start, mark = pool.take(n), mark + 1
+            pool.k[start : start + n] = pool.v[start : start + n] = mark
+            owned[mark] = (start, n)
+        elif owned:
+            key = list(owned)[n % len(owned)]
+            pool.give(*owned.pop(key))
+        covered = [slot for start, n in owned.values() for slot in range(start, start + n)]
+        assert len(covered) == len(set(covered))
+        most = max(most, len(covered))
+        assert most <= pool.slots == len(pool.k) == len(pool.v)
+        for value, (start, n) in owned.items():
+            assert (pool.k[start : start + n] == value).all()
+            assert (pool.v[start : start + n] == value).all()
+    for extent in owned.values():
+        pool.give(*extent)
+    if pool.slots:
+        before = pool.slots
+        assert pool.take(before) == 0, "all holes join to one"
+        assert pool.slots == before
+
+
+def test_a_returned_extent_is_used_again():
+    pool = Pool(1, 1, torch.float32, CPU)
+    first, second = pool.take(10), pool.take(5)
+    pool.give(first, 10)
+    assert (pool.take(4), pool.take(6)) == (0, 4)
+    assert (second, pool.slots) == (10, 15)
+    pool.give(second, 5)
+    assert pool.take(8) == 10, "the last hole is extended, not skipped"
+    assert pool.slots == 18
+
+
+# -- selections -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 14))
+def test_top_is_a_stable_sort(scores, count):
+    expected = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+    assert top(torch.tensor(scores, dtype=torch.float32), count).tolist() == expected
+
+
+@given(st.data())
+def test_heavy_and_recent_and_lightest_are_one_rule(data):
+    """Keeping n - 1 of n tokens and evicting the lightest are the same choice, ties included."""
+    n = data.draw(st.integers(1, 10))
+    scores = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    positions = data.draw(st.permutations(range(n)))
+    recent = data.draw(st.integers(0, n - 1))
+    values = torch.tensor([scores], dtype=torch.float32), torch.tensor([positions])
+    kept = heavy_and_recent(*values, n - 1, recent)[0].tolist()
+    gone = int(lightest(*values, recent))
+    assert sorted([*kept, gone]) == list(range(n))
+    latest = sorted(range(n), key=lambda i: -positions[i])[:recent]
+    others = [i for i in range(n) if i not in latest]
+    assert gone == max(others, key=lambda i: (-scores[i], positions[i]))
+
+
+def test_nothing_attended_gives_zeros():
+    q, k, v = drawn(0, 3)
+    nothing = torch.zeros(3, 1, dtype=torch.int32)
+    slots = torch.zeros(3, 1, 4, dtype=torch.int32)
+    result = selective_attention(q, k, v, slots, nothing, want_logits=True)
+    assert (result.out == 0).all()
+    assert (result.lse == -torch.inf).all()
+
+
+def test_a_budget_of_nothing_attends_the_token_itself():
+    """A prompt that is all picture, none of it kept: the only value left is the token's own."""
+    policy = Avl(secondary=0.0, core=0.0, prefill=0.0, text=0.0, floor=0)
+    pools, prompt = make_pools(), Prompt(12, [(0, 12)], 3, 4)
+    decoding = Decoding(pools, policy, [prefill(pools, policy, prompt)])
+    assert [s.layout.columns for s in decoding.rows[0].layers] == [0] * LAYERS
+    for step in range(3):
+        out = decode(decoding, [step])
+        for layer in range(LAYERS):
+            v = step_inputs([step], layer)[2]
+            torch.testing.assert_close(out[layer], v.repeat_interleave(HEADS // KV, 1))
+
+
+def test_an_empty_row_reports_nothing():
+    assert Row().seen == 0

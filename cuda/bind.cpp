@@ -93,10 +93,12 @@ class AttentionPlan {
     require(a_.heads % a_.kv_heads == 0, "heads must be a multiple of kv_heads");
     require(a_.heads / a_.kv_heads <= 64, "at most 64 heads may share a kv head");
     a_.head_dim = size(f, "head_dim", 1, 1024);
-    a_.width = size(f, "width", 0, most);
+    a_.width = size(f, "width", 0, 1 << 28);
     a_.pool_slots = size(f, "pool_slots", 0, most);
     a_.threads = size(f, "threads", 1, 1024);
     a_.splits = size(f, "splits", 1, 65535);
+    a_.device = size(f, "device", 0, 1024);
+    a_.level = size(f, "level", 1, 4);
     a_.scale = f["scale"].cast<float>();
     a_.slots_list = size(f, "slots_list", 0, most);
     a_.count_list = size(f, "count_list", 0, most);

@@ -1,20 +1,107 @@
-// Starts the kernels: chooses the template for dtype, head size and heads per kv head.
+// Starts the kernels: chooses the template for dtype, head size and query heads per kv head.
 #include "launch.h"
+
+#include "attention.cuh"
+#include "levels.cuh"
+#include "products.cuh"
 
 namespace avl {
 
-int cuda_attention(const AttentionArgs&, void*) {
-  return unsupported;
+#ifdef AVL_EMULATED
+static int launched() {
+  return ok;
 }
-int cuda_qk(const AttentionArgs&, void*) {
-  return unsupported;
+const char* cuda_error_text() {
+  return "emulated";
 }
-int cuda_pv(const AttentionArgs&, void*) {
-  return unsupported;
+struct OnDevice {
+  explicit OnDevice(int) {}
+};
+#else
+static int launched() {
+  return cudaPeekAtLastError() == cudaSuccess ? ok : cuda_error;
 }
-
 const char* cuda_error_text() {
   return cudaGetErrorString(cudaGetLastError());
+}
+
+// Launch on the tensors' device, then return to the one that was current.
+struct OnDevice {
+  int before = 0;
+  explicit OnDevice(int device) {
+    cudaGetDevice(&before);
+    cudaSetDevice(device);
+  }
+  ~OnDevice() { cudaSetDevice(before); }
+};
+#endif
+
+static unsigned parts(int64_t n, int64_t each) {
+  return unsigned((n + each - 1) / each);
+}
+
+template <class T, int LANES>
+static void start_attention(const AttentionArgs& a, void* stream) {
+  const int group = a.heads / a.kv_heads;
+  if (group == 1) {
+    const dim3 grid(a.splits, a.kv_heads, a.rows);
+    AVL_LAUNCH((attention_kernel<T, LANES, 1>), grid, THREADS, stream, a, 1);
+  } else {
+    const int chunks = (group + 3) / 4;
+    const dim3 grid(a.splits, a.kv_heads * chunks, a.rows);
+    AVL_LAUNCH((attention_kernel<T, LANES, 4>), grid, THREADS, stream, a, chunks);
+  }
+}
+
+template <class T, int LANES>
+static void start_level(const AttentionArgs& a, void* stream) {
+  const dim3 grid(a.heads, a.rows);
+  if (a.level == 1)
+    AVL_LAUNCH((level1_kernel<T>), grid, 1, stream, a);
+  else if (a.level == 2)
+    AVL_LAUNCH((level2_kernel<T, LANES>), grid, 32, stream, a);
+  else if (a.level == 3)
+    AVL_LAUNCH((level3_kernel<T, LANES>), grid, THREADS, stream, a);
+  else
+    start_attention<T, LANES>(a, stream);
+}
+
+template <class T, int LANES>
+static void start_qk(const AttentionArgs& a, void* stream) {
+  const dim3 grid(parts(a.width, 4 * THREADS / LANES), a.kv_heads, a.rows);
+  AVL_LAUNCH((qk_kernel<T, LANES>), grid, THREADS, stream, a);
+}
+
+template <class T, int LANES>
+static void start_pv(const AttentionArgs& a, void* stream) {
+  AVL_LAUNCH((pv_kernel<T, LANES>), dim3(a.heads, a.rows), THREADS, stream, a);
+}
+
+// Calls start<T, LANES>: 8 lanes hold heads of up to 64 numbers, 16 lanes up to 128.
+#define AVL_CHOOSE(start, T) a.head_dim <= 64 ? start<T, 8>(a, stream) : start<T, 16>(a, stream)
+#define AVL_START(start)                                                            \
+  if (a.head_dim % CHUNK || a.head_dim > 128 || a.rows > 65535) return unsupported; \
+  if (a.rows == 0) return ok;                                                       \
+  const OnDevice here(a.device);                                                    \
+  switch (a.dtype) {                                                                \
+    case DType::f32: AVL_CHOOSE(start, float); break;                               \
+    case DType::f16: AVL_CHOOSE(start, fp16); break;                                \
+    case DType::bf16: AVL_CHOOSE(start, bf16); break;                               \
+  }                                                                                 \
+  return launched();
+
+int cuda_attention(const AttentionArgs& a, void* stream) {
+  if (a.level == 1 && !a.logits) return unsupported;  // it keeps its scores there
+  AVL_START(start_level)
+}
+
+int cuda_qk(const AttentionArgs& a, void* stream) {
+  if (a.width == 0) return ok;
+  AVL_START(start_qk)
+}
+
+int cuda_pv(const AttentionArgs& a, void* stream) {
+  AVL_START(start_pv)
 }
 
 }  // namespace avl

@@ -80,13 +80,14 @@ static void score_block(const AttentionArgs& a, const Part& part, const int64_t*
                         const float* q, float* logits) {
   const int group = a.heads / a.kv_heads;
   const T* k = static_cast<const T*>(a.k) + part.kv_head * a.k_head;
-  const T* v = static_cast<const T*>(a.v) + part.kv_head * a.v_head;
+  const T* v = static_cast<const T*>(a.v);  // null for qk
+  if (v) v += part.kv_head * a.v_head;
   for (int t = 0; t < n; ++t) {
     const T* next = k + slot[t + AHEAD < n ? t + AHEAD : n - 1] * a.k_slot;
     for (int h = 0; h < part.kv_heads; ++h) {
       const T* row = k + slot[t] * a.k_slot + h * a.k_head;
       prefetch_row<T, D>(next + h * a.k_head);
-      if (a.v) prefetch_row<T, D>(v + slot[t] * a.v_slot + h * a.v_head);
+      if (v) prefetch_row<T, D>(v + slot[t] * a.v_slot + h * a.v_head);
       for (int g = 0; g < group; ++g) {
         const int head = h * group + g;
         logits[head * BLOCK + t] = dot<T, D>(q + head * D, row);

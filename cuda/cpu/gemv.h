@@ -52,11 +52,13 @@ static void gemv_block(const GemvArgs& a, int64_t first) {
     const int64_t out = first + o < a.out ? first + o : a.out - 1;
     w[o] = static_cast<const T*>(a.weight) + out * a.in;
   }
+  const typename L::X* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = input_row<T>(a, r);
   vf acc[OUTS][R] = {};
   int64_t i = 0;
   for (; i + L::width <= a.in; i += L::width) {
     L x[R];
-    for (int r = 0; r < R; ++r) x[r] = L::input(input_row<T>(a, r) + i);
+    for (int r = 0; r < R; ++r) x[r] = L::input(rows[r] + i);
     for (int o = 0; o < OUTS; ++o) {
       const L weight = L::weight(w[o] + i);
       for (int r = 0; r < R; ++r) acc[o][r] = L::multiply_add(acc[o][r], weight, x[r]);
@@ -65,7 +67,7 @@ static void gemv_block(const GemvArgs& a, int64_t first) {
   for (int o = 0; o < OUTS && first + o < a.out; ++o)
     for (int r = 0; r < R; ++r) {
       float y = sum(acc[o][r]);
-      for (int64_t j = i; j < a.in; ++j) y += to_float(w[o][j]) * to_float(input_row<T>(a, r)[j]);
+      for (int64_t j = i; j < a.in; ++j) y += to_float(w[o][j]) * to_float(rows[r][j]);
       if (a.bias) y += to_float(static_cast<const T*>(a.bias)[first + o]);
       static_cast<T*>(a.y)[r * a.out + first + o] = from_float<T>(y);
     }

@@ -1,0 +1,121 @@
+// What every kernel uses: 16-byte loads of eight numbers, sums over a group of lanes, the ticket.
+//
+// The same source runs on a GPU and, with AVL_EMULATED, on the host (emulator/block.h).
+#pragma once
+
+#include "args.h"
+
+#ifdef AVL_EMULATED
+#include "emulator/block.h"
+#else
+#define AVL_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+#include "numeric.h"
+
+namespace avl {
+
+constexpr int THREADS = 256;  // of every block
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int CHUNK = 8;  // numbers one lane holds of a row
+#define AVL_LOWEST (-INFINITY)
+
+// Eight numbers as they lie in memory. K and V are read once: do not let them fill the L1 cache.
+template <class T>
+struct Eight {
+  static constexpr int WORDS = sizeof(T) * CHUNK / 16;
+  uint4 word[WORDS];
+};
+
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+#ifdef AVL_EMULATED
+  return *p;
+#else
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p));
+  return x;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ Eight<T> load_eight(const T* p) {
+  Eight<T> x;
+#pragma unroll
+  for (int i = 0; i < Eight<T>::WORDS; ++i)
+    x.word[i] = load_once(reinterpret_cast<const uint4*>(p) + i);
+  return x;
+}
+
+template <class T>
+__device__ __forceinline__ Eight<T> zero_eight() {
+  Eight<T> x;
+#pragma unroll
+  for (int i = 0; i < Eight<T>::WORDS; ++i) x.word[i] = uint4{0, 0, 0, 0};
+  return x;
+}
+
+__device__ __forceinline__ float number(const Eight<float>& x, int i) {
+  const uint4& w = x.word[i / 4];
+  return float_of(i % 4 == 0 ? w.x : i % 4 == 1 ? w.y : i % 4 == 2 ? w.z : w.w);
+}
+
+template <class T>  // bf16 and fp16: two in each 32-bit word
+__device__ __forceinline__ float number(const Eight<T>& x, int i) {
+  const uint4& w = x.word[0];
+  const uint32_t pair = i < 2 ? w.x : i < 4 ? w.y : i < 6 ? w.z : w.w;
+  return to_float(T{static_cast<uint16_t>(i % 2 ? pair >> 16 : pair & 0xffff)});
+}
+
+// Sum over LANES neighbouring lanes; every lane of the warp must call it.
+template <int LANES>
+__device__ __forceinline__ float lane_sum(float x) {
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+  return x;
+}
+
+// The entries of one list, checked: a slot or a count out of range sets the flag and is left out.
+struct List {
+  const int32_t* slots;  // null: identity
+  int count;
+  int64_t pool_slots;
+  int32_t* error;
+
+  __device__ __forceinline__ List(const AttentionArgs& a, int row, int kv_head)
+      : slots(a.slots ? a.slots + row * a.slots_row + kv_head * a.slots_list : nullptr),
+        count(a.count ? a.count[row * a.count_row + kv_head * a.count_list] : a.width),
+        pool_slots(a.pool_slots),
+        error(a.error) {
+    if (count < 0 || count > a.width) {
+      *error = 1;
+      count = 0;
+    }
+  }
+
+  // The slot of entry i, or -1 where there is none to use.
+  __device__ __forceinline__ int64_t operator[](int i) const {
+    if (i >= count) return -1;
+    const int64_t slot = slots ? slots[i] : i;
+    if (slot >= 0 && slot < pool_slots) return slot;
+    *error = 1;
+    return -1;
+  }
+};
+
+// True in the last of `blocks` thread blocks to arrive, which then sees what the others wrote. The
+// ticket counts to blocks - 1 and wraps to zero, ready for the next launch. Every thread must call.
+__device__ __forceinline__ bool last_to_arrive(int32_t* ticket, int blocks) {
+  __shared__ bool last;
+  __threadfence();  // publish what this thread wrote ...
+  __syncthreads();  // ... and wait until all threads of the block have
+  if (threadIdx.x == 0)
+    last = atomicInc(reinterpret_cast<unsigned*>(ticket), blocks - 1) == unsigned(blocks - 1);
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+}  // namespace avl

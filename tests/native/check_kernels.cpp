@@ -1,0 +1,292 @@
+// Runs the attention kernels - CUDA's in the block emulator, the CPU's as they are - against a
+// reference in double. Meant to be built with AddressSanitizer: every buffer has exactly the size
+// it needs, inputs that must not be read are NaN, outputs start as NaN.
+//
+//   check_kernels [emulated|cpu]     prints one line for each mistake; exit code 1 if there was one
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#define AVL_EMULATED
+#include "../../cuda/cpu/kernels.h"
+#include "../../cuda/launch.cu"
+
+namespace {
+
+using namespace avl;
+
+struct Case {
+  DType dtype;
+  int rows, kv_heads, group, head_dim, n;
+  bool per_head;
+  int splits, level;
+  const char* isa;  // null: emulated
+};
+
+int mistakes = 0;
+
+void mistake(const Case& c, const char* op, const char* what, double got, double limit) {
+  if (++mistakes > 20) return;
+  std::printf(
+      "%s %s: %s: %g, limit %g (dtype %d, rows %d, kv heads %d x %d, size %d, n %d, per head"
+      " %d, splits %d, level %d, order %d)\n",
+      c.isa ? c.isa : "emulated", op, what, got, limit, int(c.dtype), c.rows, c.kv_heads, c.group,
+      c.head_dim, c.n, c.per_head, c.splits, c.level, emulator::order);
+}
+
+// Numbers of any dtype in a buffer of exactly their size, on a 16-byte boundary.
+struct Numbers {
+  DType dtype;
+  size_t size;
+  std::unique_ptr<char[]> bytes;
+
+  Numbers(DType dtype, size_t size) : dtype(dtype), size(size), bytes(new char[size * width()]) {}
+  size_t width() const { return dtype == DType::f32 ? 4 : 2; }
+  void set(size_t i, float x) {
+    char* at = bytes.get() + i * width();
+    if (dtype == DType::f32) std::memcpy(at, &x, 4);
+    const uint16_t half = dtype == DType::f16 ? from_float<fp16>(x).bits : from_float<bf16>(x).bits;
+    if (dtype != DType::f32) std::memcpy(at, &half, 2);
+  }
+  float get(size_t i) const {
+    const char* at = bytes.get() + i * width();
+    float x;
+    uint16_t half;
+    if (dtype == DType::f32) return std::memcpy(&x, at, 4), x;
+    std::memcpy(&half, at, 2);
+    return dtype == DType::f16 ? to_float(fp16{half}) : to_float(bf16{half});
+  }
+  void fill(float x) {
+    for (size_t i = 0; i < size; ++i) set(i, x);
+  }
+};
+
+template <class T>
+std::unique_ptr<T[]> filled(size_t size, T value) {
+  std::unique_ptr<T[]> made(new T[size]);
+  for (size_t i = 0; i < size; ++i) made[i] = value;
+  return made;
+}
+
+// One call's inputs and outputs, and the reference.
+struct Problem {
+  Case c;
+  int heads, width, pool, lists;
+  Numbers q, k, v, out;
+  std::unique_ptr<int32_t[]> slots, count, tickets;
+  std::unique_ptr<float[]> logits, lse, partials, p, product;
+  int32_t error = 0;
+  AttentionArgs a{};
+
+  explicit Problem(const Case& c)
+      : c(c),
+        heads(c.kv_heads * c.group),
+        width(c.n + 3),
+        pool(c.n + c.n / 3 + 2),
+        lists(c.per_head ? c.kv_heads : 1),
+        q(c.dtype, size_t(c.rows) * heads * c.head_dim),
+        k(c.dtype, size_t(pool) * c.kv_heads * c.head_dim),
+        v(c.dtype, k.size),
+        out(c.dtype, q.size) {
+    fill();
+    point();
+  }
+
+  int entries(int row, int kv_head) const {
+    return count[row * lists + (c.per_head ? kv_head : 0)];
+  }
+  int slot(int row, int kv_head, int i) const {
+    return slots[(row * lists + (c.per_head ? kv_head : 0)) * width + i];
+  }
+
+  void fill() {
+    std::mt19937 random(c.n * 31 + c.head_dim);
+    std::normal_distribution<float> normal;
+    k.fill(NAN), v.fill(NAN), out.fill(NAN);
+    for (size_t i = 0; i < q.size; ++i) q.set(i, 2 * normal(random));
+    slots = filled<int32_t>(size_t(c.rows) * lists * width, 1 << 30);
+    count = filled<int32_t>(c.rows * lists, c.n);
+    for (int l = 0; l < lists; ++l) count[(c.rows - 1) * lists + l] = c.n - (c.n + l) / 2;
+    for (int row = 0; row < c.rows; ++row)
+      for (int l = 0; l < lists; ++l)
+        for (int i = 0; i < count[row * lists + l]; ++i)
+          slots[(row * lists + l) * width + i] = (i * 7 + row + l) % pool;
+    for (int row = 0; row < c.rows; ++row)
+      for (int h = 0; h < c.kv_heads; ++h)
+        for (int i = 0; i < entries(row, h); ++i)
+          for (int d = 0; d < c.head_dim; ++d) {
+            const size_t at = (size_t(slot(row, h, i)) * c.kv_heads + h) * c.head_dim + d;
+            k.set(at, normal(random)), v.set(at, normal(random));
+          }
+    const size_t all = size_t(c.rows) * heads;
+    logits = filled<float>(all * width, NAN);
+    p = filled<float>(all * width, 0.25f);
+    lse = filled<float>(all, NAN);
+    product = filled<float>(all * c.head_dim, NAN);
+    partials = filled<float>(all * c.splits * (c.head_dim + 2), NAN);
+    tickets = filled<int32_t>(all, 0);
+  }
+
+  void point() {
+    a.dtype = c.dtype;
+    a.rows = c.rows, a.heads = heads, a.kv_heads = c.kv_heads, a.head_dim = c.head_dim;
+    a.width = width, a.pool_slots = pool, a.scale = 1 / std::sqrt(float(c.head_dim));
+    a.q = q.bytes.get(), a.k = k.bytes.get(), a.v = v.bytes.get(), a.out = out.bytes.get();
+    a.q_head = c.head_dim, a.q_row = heads * c.head_dim;
+    a.k_head = a.v_head = c.head_dim, a.k_slot = a.v_slot = c.kv_heads * c.head_dim;
+    a.slots = slots.get(), a.slots_row = lists * width, a.slots_list = c.per_head ? width : 0;
+    a.count = count.get(), a.count_row = lists, a.count_list = c.per_head;
+    a.logits = logits.get(), a.lse = lse.get(), a.p = p.get(), a.error = &error;
+    a.threads = 2, a.splits = c.splits, a.level = c.level;
+    a.partials = partials.get(), a.tickets = tickets.get();
+  }
+
+  double key(int row, int head, int i) const {
+    double sum = 0;
+    const size_t at =
+        (size_t(slot(row, head / c.group, i)) * c.kv_heads + head / c.group) * c.head_dim;
+    for (int d = 0; d < c.head_dim; ++d)
+      sum += double(q.get((size_t(row) * heads + head) * c.head_dim + d)) * k.get(at + d);
+    return sum;
+  }
+  double value(int row, int head, int i, int d) const {
+    return v.get((size_t(slot(row, head / c.group, i)) * c.kv_heads + head / c.group) * c.head_dim +
+                 d);
+  }
+};
+
+// got may differ from want by `limit`; NaN never passes.
+void expect(const Case& c, const char* op, const char* what, double got, double want,
+            double limit) {
+  if (got == want || std::fabs(got - want) <= limit) return;
+  mistake(c, op, what, std::fabs(got - want), limit);
+}
+
+void check_attention(const Problem& p) {
+  const Case& c = p.c;
+  const double half_ulp = c.dtype == DType::f32 ? 1e-6 : c.dtype == DType::f16 ? 5e-4 : 4e-3;
+  for (int row = 0; row < c.rows; ++row)
+    for (int head = 0; head < p.heads; ++head) {
+      const int n = p.entries(row, head / c.group);
+      const size_t at = size_t(row) * p.heads + head;
+      std::vector<double> score(n), out(c.head_dim);
+      double m = -INFINITY, l = 0;
+      for (int i = 0; i < n; ++i) m = std::max(m, score[i] = p.key(row, head, i) * p.a.scale);
+      for (int i = 0; i < n; ++i) l += std::exp(score[i] - m);
+      for (int i = 0; i < n; ++i)
+        for (int d = 0; d < c.head_dim; ++d)
+          out[d] += std::exp(score[i] - m) / l * p.value(row, head, i, d);
+      for (int d = 0; d < c.head_dim; ++d)
+        expect(c, "attention", "out", p.out.get(at * c.head_dim + d), out[d],
+               half_ulp * std::fabs(out[d]) + 1e-5);
+      expect(c, "attention", "lse", p.lse[at], n ? m + std::log(l) : -INFINITY, 1e-4);
+      for (int i = 0; i < p.width; ++i)
+        expect(c, "attention", "logit", p.logits[at * p.width + i], i < n ? score[i] : -INFINITY,
+               1e-4);
+      if (p.tickets[at]) mistake(c, "attention", "ticket left at", p.tickets[at], 0);
+    }
+}
+
+void check_products(const Problem& p) {
+  for (int row = 0; row < p.c.rows; ++row)
+    for (int head = 0; head < p.heads; ++head) {
+      const int n = p.entries(row, head / p.c.group);
+      const size_t at = size_t(row) * p.heads + head;
+      for (int i = 0; i < p.width; ++i)
+        expect(p.c, "qk", "score", p.logits[at * p.width + i],
+               i < n ? p.key(row, head, i) : -INFINITY, 1e-4);
+      for (int d = 0; d < p.c.head_dim; ++d) {
+        double sum = 0;
+        for (int i = 0; i < n; ++i) sum += 0.25 * p.value(row, head, i, d);
+        expect(p.c, "pv", "sum", p.product[at * p.c.head_dim + d], sum, 1e-4);
+      }
+    }
+}
+
+void check(const Case& c) {
+  const CpuKernels* cpu = c.isa ? cpu_kernels(c.isa) : nullptr;
+  if (c.isa && !cpu) return;
+  Problem p(c);
+  for (int time = 0; time < 2; ++time) {  // twice: nothing may be left over
+    std::memset(p.partials.get(), 0xff,
+                sizeof(float) * p.heads * c.rows * c.splits * (c.head_dim + 2));
+    cpu ? cpu->attention(p.a) : cuda_attention(p.a, nullptr);
+    check_attention(p);
+  }
+  if (c.level == 4) {
+    AttentionArgs qk = p.a, pv = p.a;
+    qk.v = nullptr;
+    pv.out = p.product.get();
+    cpu ? cpu->qk(qk) : cuda_qk(qk, nullptr);
+    cpu ? cpu->pv(pv) : cuda_pv(pv, nullptr);
+    check_products(p);
+  }
+  if (p.error) mistake(c, "all", "error flag", p.error, 0);
+  if (c.n == 0) return;
+  const int32_t good = p.slots[0];
+  for (int32_t bad : {-1, p.pool, 1 << 30, -(1 << 30)}) {  // must be refused, and not be read
+    p.slots[0] = bad, p.error = 0;
+    cpu ? cpu->attention(p.a) : cuda_attention(p.a, nullptr);
+    if (!p.error) mistake(c, "attention", "accepted slot", bad, p.pool);
+  }
+  p.slots[0] = good, p.count[0] = p.width + 1, p.error = 0;
+  cpu ? cpu->attention(p.a) : cuda_attention(p.a, nullptr);
+  if (!p.error) mistake(c, "attention", "accepted count", p.width + 1, p.width);
+}
+
+void check_gemv(const char* isa) {
+  const CpuKernels* cpu = cpu_kernels(isa);
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16})
+    for (int rows = 1; cpu && rows <= 4; ++rows) {
+      const int in = 67, out = 6;
+      Numbers x(dtype, rows * in), w(dtype, out * in), bias(dtype, out), y(dtype, rows * out);
+      for (size_t i = 0; i < x.size; ++i) x.set(i, float(int(i % 11) - 5));
+      for (size_t i = 0; i < w.size; ++i) w.set(i, float(int(i % 7) - 3));
+      bias.fill(2), y.fill(NAN);
+      std::unique_ptr<float[]> x32(new float[rows * in]);
+      cpu->gemv({dtype, rows, in, out, x.bytes.get(), in, w.bytes.get(), bias.bytes.get(),
+                 y.bytes.get(), x32.get(), 2});
+      for (int r = 0; r < rows; ++r)
+        for (int o = 0; o < out; ++o) {
+          double want = 2;
+          for (int i = 0; i < in; ++i) want += double(x.get(r * in + i)) * w.get(o * in + i);
+          const Case c{dtype, rows, 0, 0, in, out, false, 0, 0, isa};
+          expect(c, "gemv", "y", y.get(r * out + o), want, std::fabs(want) / 128);
+        }
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string which = argc > 1 ? argv[1] : "emulated";
+  const Case shapes[] = {
+      // dtype, rows, kv heads, group, size, n, per head, splits, level
+      {DType::bf16, 2, 2, 1, 128, 65, false, 1, 4, nullptr},
+      {DType::bf16, 1, 1, 1, 128, 300, false, 2, 4, nullptr},
+      {DType::f32, 2, 2, 4, 64, 7, true, 2, 4, nullptr},
+      {DType::f16, 1, 2, 7, 96, 64, true, 2, 4, nullptr},
+      {DType::f32, 2, 1, 2, 16, 1, false, 2, 4, nullptr},
+      {DType::bf16, 1, 2, 1, 32, 0, false, 2, 4, nullptr},
+      {DType::f32, 2, 2, 1, 80, 40, false, 1, 1, nullptr},
+      {DType::bf16, 2, 1, 3, 64, 63, true, 1, 2, nullptr},
+      {DType::f16, 2, 2, 2, 128, 33, false, 1, 3, nullptr},
+  };
+  for (Case c : shapes) {
+    if (which == "cpu") {
+      c.splits = 2;
+      for (const char* isa : {"baseline", "avx2", "avx512"})
+        if (c.level == 4) c.isa = isa, check(c);
+    } else {
+      for (emulator::order = 0; emulator::order < 3; ++emulator::order) check(c);
+    }
+  }
+  if (which == "cpu")
+    for (const char* isa : {"baseline", "avx2", "avx512"}) check_gemv(isa);
+  std::printf("%s: %d mistakes\n", which.c_str(), mistakes);
+  return mistakes > 0;
+}

@@ -3,8 +3,8 @@
 Every policy answers the same held-out pictures, greedily. Beside the score of the answers it is
 compared with the full cache on the same pictures: paired bootstrap intervals of the difference, the
 first differing token, and the mean KL divergence of the next-token distributions while both are
-forced along the full cache's answer. Text pages and scenes are reported apart: on scenes even random
-eviction does well, and a policy that beats the full cache is an alarm, not a success.
+forced along the full cache's answer. Text pages and scenes are reported apart: on scenes even
+random eviction does well, and a policy that beats the full cache is an alarm, not a success.
 
 Answers are kept in `runs/quality/` as they come, so that an interrupted run goes on where it was.
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """Several turns with one model; made by ``Engine.chat``.
+    """Several turns with one model; made by ``Engine.chat``. ``token_ids`` are those of all turns.
 
     Under a policy that evicts, the next turn sees what was kept: the core is chosen again from the
     turn's last prompt token, positions go on, and tokens that were freed do not come back. A new
@@ -31,7 +31,7 @@ class Chat:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._session = Session(engine.model, engine.policy)
-        self._ids: list[int] = []
+        self.token_ids: list[int] = []
         self._sizes: Sequence[tuple[int, int]] = ()
 
     def send(
@@ -51,13 +51,13 @@ class Chat:
         """
         chosen, timings = make_options(**options), Timings(load=self._engine.load_seconds)
         # The last tokens of an answer are not in the cache yet: they come before the new turn.
-        pending = self._ids[self._session.seen :]
-        after = pending if self._ids else None
+        pending = self.token_ids[self._session.seen :]
+        after = pending if self.token_ids else None
         turn = self._engine.turn(text, images, timings, after=after, earlier=self._sizes)
         answer = self._engine.answer(chosen)
-        asked, seen = [*self._ids, *turn.token_ids[len(pending) :]], self._session.seen
+        asked, seen = [*self.token_ids, *turn.token_ids[len(pending) :]], self._session.seen
         try:
             yield from generate(self._session, turn, answer, chosen.max_new_tokens, timings)
         finally:
             if self._session.seen > seen:  # otherwise the turn was refused, and nothing changed
-                self._ids, self._sizes = asked + answer.token_ids, turn.sizes
+                self.token_ids, self._sizes = asked + answer.token_ids, turn.sizes

@@ -57,9 +57,7 @@ def spelled_next(tensors: dict[tuple[str, str], Tensor], layout: str) -> dict[st
     return plain.spelled(kept, layout) | {name: tensors["newline", "image_newline"]}
 
 
-def write_next(
-    folder: Path, name: str, layout: str = "hub", shape: Shape | None = None
-) -> Path:
+def write_next(folder: Path, name: str, layout: str = "hub", shape: Shape | None = None) -> Path:
     """Write a complete checkpoint of the text model ``name`` (a key of NEXT_SHAPES)."""
     shape = shape or NEXT_SHAPES[name]
     if layout == "original":
@@ -70,7 +68,7 @@ def write_next(
         plain.edit_json(folder / "config.json", **next_config(shape))
         plain.edit_json(folder / "preprocessor_config.json", **next_preprocessor(shape))
         plain.edit_json(folder / "processor_config.json", processor_class="LlavaNextProcessor")
-    if name in ("yi", "qwen2"):
+    if name in ("yi", "qwen2") and layout != "original":
         _add_chatml(folder)
     plain.save(spelled_next(draw_next(shape), layout), folder)
     return folder
@@ -98,7 +96,12 @@ def next_preprocessor(shape: Shape) -> dict[str, Any]:
 def write_original(folder: Path, name: str, shape: Shape) -> None:
     """The original layout: flat config, pinpoints as (width, height), its own tower inside."""
     plain.write_llava(folder, shape if shape.family == "llama" else replace(shape), "original")
-    kinds = {"vicuna": "llava", "yi": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
+    kinds = {
+        "vicuna": "llava",
+        "yi": "llava_llama",
+        "mistral": "llava_mistral",
+        "qwen2": "llava_qwen",
+    }
     plain.edit_json(
         folder / "config.json",
         "_test_only_vision_config",

@@ -66,6 +66,8 @@ def convert(
     config = read_json(source / "config.json")
     sources = _sources(source, target, tower)
     target.mkdir(parents=True, exist_ok=True)
+    for leftover in (target / INDEX, *target.glob("*" + PART)):
+        leftover.unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
     total = 0
     for number, item in enumerate(sources, 1):
@@ -228,8 +230,11 @@ def _copy_beside(
     """Copy configuration and tokenizer; with a joined tower, its configuration as well."""
     for path in sorted(source.iterdir()):
         wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE)
-        if wanted and path.is_file() and not path.name.endswith(".index.json"):
+        own = path.name == "config.json" or path.name.endswith(".index.json")
+        if wanted and path.is_file() and not own:
             _write_whole(target / path.name, path.read_bytes())
+    changed = config if tower is None else {**config, "mm_vision_tower": TOWER}
+    _write_whole(target / "config.json", json.dumps(changed, indent=2).encode())
     if tower is None:
         return
     joined = target / TOWER
@@ -238,8 +243,6 @@ def _copy_beside(
     pictures = tower / "preprocessor_config.json"
     if pictures.exists() and not (source / pictures.name).exists():
         _write_whole(target / pictures.name, pictures.read_bytes())
-    renamed = {**config, "mm_vision_tower": TOWER}
-    _write_whole(target / "config.json", json.dumps(renamed, indent=2).encode())
 
 
 # --- by name -------------------------------------------------------------------------------------

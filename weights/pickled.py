@@ -6,6 +6,7 @@ and stops at any other one; here that becomes an error which names the file.
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def _load(path: Path) -> Mapping[object, object]:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
         # Files of before torch 1.6 are no archives and cannot be mapped: they are read whole.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings(action="ignore"):  # what it warns of, it reads or refuses
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks to run {found[1]}" if found else "holds more than tensors"

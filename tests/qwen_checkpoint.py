@@ -1,6 +1,7 @@
 """A small Qwen-VL with seeded random weights and a vocabulary of its own, as it is published."""
 
 import base64
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -38,14 +39,14 @@ class QwenShape:
 
 
 def toy_tokens(merges: int = 90) -> list[bytes]:
-    """Byte tokens in a shuffled order, then the commonest pairs of the corpus, one after another."""
+    """Byte tokens in a shuffled order, then the commonest pairs of the corpus, one by one."""
     order = torch.randperm(256, generator=torch.Generator().manual_seed(3)).tolist()
     tokens = [bytes([byte]) for byte in order]
     words = [[bytes([b]) for b in f" {word}".encode()] for word in CORPUS.split(" ")]
     while len(tokens) < 256 + merges:
         counts: dict[bytes, int] = {}
         for word in words:
-            for a, b in zip(word, word[1:], strict=False):
+            for a, b in itertools.pairwise(word):
                 counts[a + b] = counts.get(a + b, 0) + 1
         best = max(counts, key=lambda pair: (counts[pair], pair))
         tokens.append(best)

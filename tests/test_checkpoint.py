@@ -169,7 +169,7 @@ def test_read_equals_the_library(dtype: torch.dtype, tmp_path: Path) -> None:
         "row": (7,),
         "odd": (3, 5, 2),
     }
-    shapes["large"] = (1100, 1024)  # above the size from which huge pages are asked for
+    shapes["large"] = (1100, 1024)  # of many pages
     tensors = {
         name: torch.randint(0, 2, shape, generator=generator).to(dtype)
         if not dtype.is_floating_point

@@ -22,8 +22,6 @@ from weights.names import Rename, target_names
 
 __all__ = ["Checkpoint", "TensorInfo", "load_weights", "read_json"]
 
-HUGE_PAGE = 2 << 20
-
 
 class Checkpoint:
     """The tensors of one folder, by the names they have on disk.
@@ -62,7 +60,7 @@ class Checkpoint:
         self, info: TensorInfo, device: str | torch.device, dtype: torch.dtype | None
     ) -> torch.Tensor:
         """Copies what `info` describes: a tensor, or rows of one (`TensorInfo.split`)."""
-        target = _allocate(info.shape, dtype or info.dtype, torch.device(device))
+        target = torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
         if info.nbytes:
             with self._mapped(info) as source:
                 target.copy_(source)
@@ -167,20 +165,6 @@ def load_weights(
         owner, leaf = _owner(module, name)
         owner._parameters[leaf] = module.get_parameter(other)
     return ignored
-
-
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor; large ones on a CPU lie in huge pages where the system has them.
-
-    First use of a 4 KB page costs more than copying it: 512 times fewer pages make loading several
-    times faster, and give decoding fewer address translations.
-    """
-    empty = torch.empty(shape, dtype=dtype, device="meta")
-    if device.type != "cpu" or empty.nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, empty.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor keeps `memory` alive
 
 
 def _match_names(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import selective_attention
+from engine.cache.observe import attended_positions, show_step
 from engine.cache.policy import Budget, Policy
 from engine.cache.pool import Pool
 from engine.cache.row import Row, Stored
@@ -66,8 +67,8 @@ class Decoding:
         self.ranks = any(stored.core is not None for row in rows for stored in row.layers)
         self._pack_lists()
         self._pack_text()
-        self._logits: list[Tensor | None] = [None] * len(pools)
-        self._lse: list[Tensor | None] = [None] * len(pools)
+        self.logits: list[Tensor | None] = [None] * len(pools)
+        self.lse: list[Tensor | None] = [None] * len(pools)
         self._prepare()
 
     # -- one step ---------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class Decoding:
         if self._run is not None:
             start, end = self._run[layer]
             result = selective_attention(
-                q, pool.k[start:end], pool.v[start:end], want_logits=self._scores_wanted
+                q, pool.k[start:end], pool.v[start:end], want_logits=self._weights_wanted
             )
         else:
             result = selective_attention(
@@ -103,28 +104,34 @@ class Decoding:
                 pool.v,
                 self._slots[layer],
                 self._counts[layer],
-                want_logits=self._scores_wanted,
+                want_logits=self._weights_wanted,
             )
-        self._logits[layer], self._lse[layer] = result.logits, result.lse
+        self.logits[layer], self.lse[layer] = result.logits, result.lse
         return result.out
 
     def advance(self) -> None:
         """Close the step: account, rank, evict or extend, and set up the next one."""
         weights = self._step_weights() if self._scores_wanted else None
         for r, row in enumerate(self.rows):
+            attended = None if row.observer is None else attended_positions(self, r)
             row.step += 1
             row.attended_share.append(self._attended[r] / (self.seen[r] + 1))
             if self.ranks and weights is not None and self.policy.reranks(row.step):
                 self._rerank(r, weights)
             self.seen[r] += 1
             self._make_room(r, weights)
+            if attended is not None:
+                show_step(self, r, attended)
         self._prepare()
 
     def _prepare(self) -> None:
         """Choose every row's list, and say where the new token goes."""
         kinds = [CORE if self.policy.attends_core(row.step + 1) else FULL for row in self.rows]
+        self.kinds = kinds
         reranks = self.ranks and any(self.policy.reranks(row.step + 1) for row in self.rows)
         self._scores_wanted = any(self.evicts) or reranks
+        watched = any(row.observer is not None for row in self.rows)
+        self._weights_wanted = self._scores_wanted or watched
         self.positions = torch.tensor(self.seen, device=self.device)
         self._overfull = [r for r, kept in enumerate(self.text_kept) if kept >= self._room[r]]
         shared = [self.shared[kind][r] for r, kind in enumerate(kinds)]
@@ -149,8 +156,8 @@ class Decoding:
 
     def _step_weights(self) -> Tensor:
         """Softmax weights of the step over its lists: ``[layers, rows, heads, max]`` fp32."""
-        logits = torch.stack([x for x in self._logits if x is not None])
-        lse = torch.stack([x for x in self._lse if x is not None])
+        logits = torch.stack([x for x in self.logits if x is not None])
+        lse = torch.stack([x for x in self.lse if x is not None])
         return (logits - lse[..., None]).exp()
 
     def _rerank(self, r: int, weights: Tensor) -> None:
@@ -192,7 +199,7 @@ class Decoding:
         positions.scatter_(-1, free[..., None], self.seen[r])
         self._write_slots[:, r] = self._text_start[:, r, None] + free
 
-    # -- packing rows into tensors, and back ------------------------------------------------------
+    # -- packing rows into tensors ---------------------------------------------------------------
 
     def _pack_lists(self) -> None:
         """Build both lists, their text tails written ahead to the end of the extents."""
@@ -247,6 +254,36 @@ class Decoding:
                 if stored.text_scores is not None:
                     self.text_scores[layer, r, :, :n] = stored.text_scores
 
+    # -- what lies where --------------------------------------------------------------------------
+
+    def text_of(self, r: int, layer: int, n: int) -> Tensor:
+        """Positions ``[1 or kv_heads, n]`` of row ``r``'s text, maybe with the one being written."""
+        layout = self.rows[r].layers[layer].layout
+        if not self.evicts[r]:
+            old = layout.positions[:, layout.text_start :]
+            new = torch.arange(layout.seen, layout.seen + n - old.shape[1], device=self.device)
+            return torch.cat([old, new.expand(len(old), -1)], 1)
+        places = self.text_positions[layer, r, :, : self.text_kept[r] + 1]
+        if n > self.text_kept[r]:
+            return places.clone()
+        # Without the free slot, which carries the next position.
+        return places[places != self.seen[r]].view(self.kv_heads, n)
+
+    def core_positions(self, r: int, layer: int) -> Tensor | None:
+        """Positions of row ``r``'s core image tokens; None without a core tier."""
+        stored = self.rows[r].layers[layer]
+        if stored.core is None:
+            return None
+        return stored.layout.positions[0, self._core_slots(r, layer)]
+
+    def _core_slots(self, r: int, layer: int) -> Tensor:
+        """Slots of the core image tokens, relative to the extent."""
+        stored = self.rows[r].layers[layer]
+        listed = self.lists[CORE][layer, r, : self.shared[CORE][r][layer]].long() - stored.start
+        return listed[stored.layout.image_of[listed] >= 0]
+
+    # -- back to rows -----------------------------------------------------------------------------
+
     def settle(self, r: int) -> Row:
         """Write row ``r``'s state back, its text slots closed up, so that a turn can follow."""
         row = self.rows[r]
@@ -278,13 +315,12 @@ class Decoding:
     def _settle_layer(self, r: int, layer: int, stored: Stored) -> None:
         old, n = stored.layout, self.text_kept[r]
         shared = old.positions[:, : old.text_start]
-        if self.evicts[r]:
+        if self.evicts[r]:  # in the order of the slots, which are closed up by now
             text = self.text_positions[layer, r, :, :n].clone()
             stored.text_scores = self.text_scores[layer, r, :, :n].clone()
             shared = shared.expand(self.kv_heads, -1)
         else:
-            new = torch.arange(old.seen, self.seen[r], device=self.device)
-            text = torch.cat([old.positions[:, old.text_start :], new.expand(len(shared), -1)], 1)
+            text = self.text_of(r, layer, n)
         stored.layout = replace(
             old,
             image_of=torch.cat([old.image_of[: old.text_start], text.new_full((n,), -1)]),
@@ -293,9 +329,7 @@ class Decoding:
             seen=self.seen[r],
         )
         if stored.core is not None:
-            size = self.shared[CORE][r][layer]
-            core = self.lists[CORE][layer, r, :size].long() - stored.start
-            stored.core = core[old.image_of[core] >= 0]
+            stored.core = self._core_slots(r, layer)
 
 
 def _shared_slots(stored: Stored) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cache.layout import Kept, Layout
+from engine.cache.observe import Observer, show_prefill
 from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.received import Received
@@ -83,14 +84,19 @@ class Prefill:
         turn: Layout,
         new_tokens: int,
         past: Row | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """``turn`` describes the new tokens alone; ``new_tokens`` will be decoded afterwards."""
+        """``turn`` describes the new tokens alone; ``new_tokens`` will be decoded afterwards.
+
+        ``observer`` stays with the row, later turns included.
+        """
         self.pools, self.policy, self.new_tokens = pools, policy, new_tokens
         self.past = past or Row()
         self.positions = turn.positions[0] + self.past.seen
         self.row = Row(
             image_spans=[*self.past.image_spans, *_spans(turn, self.past.seen)],
             opening=self.past.opening or turn.columns,
+            observer=observer or self.past.observer,
         )
         self.opening = torch.tensor([self.row.opening], device=self.positions.device)
         self._turn = turn
@@ -117,6 +123,8 @@ class Prefill:
         kept = self.policy.retain(layer, layout, received)
         self._narrowed = self.policy.narrow(layer, layout, received)
         self.row.layers.append(self._store(self.pools[layer], k, v, layout, kept))
+        if self.row.observer is not None:
+            show_prefill(self.row, layer, layout, received, self.row.layers[layer])
         return out
 
     def _behind_past(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from engine.cache.layout import Layout
+from engine.cache.observe import Observer
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Row:
 
     ``image_spans`` are the positions of every picture's tokens; ``opening`` is how many tokens the
     first prefill had (see ``Step``); ``attended_share`` collects, for
-    every decode step, the share of the tokens seen that were multiplied with (mean over layers).
+    every decode step, the share of the tokens seen that were multiplied with (mean over layers);
+    ``observer`` is told of every layer of every pass.
     """
 
     layers: list[Stored] = field(default_factory=list)
@@ -39,6 +41,7 @@ class Row:
     opening: int = 0
     step: int = 0
     attended_share: list[float] = field(default_factory=list)
+    observer: Observer | None = None
 
     @property
     def seen(self) -> int:

@@ -17,7 +17,8 @@ from engine.cache.decode import Decoding
 from engine.cache.report import report
 from engine.cache.row import Row
 from engine.errors import EngineError, OptionError
-from engine.generation import Answer, OptionValues, make_options, refuse_nan
+from engine.generation import Answer, refuse_nan
+from engine.options import OptionValues, make_options
 from engine.result import Result, Timings
 from engine.session import Turn, make_pools, prefill
 

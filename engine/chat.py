@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Unpack
 
-from engine.generation import OptionValues, generate, make_options
+from engine.generation import generate
+from engine.options import OptionValues, make_options
 from engine.result import Result, Timings
 from engine.session import Session
 

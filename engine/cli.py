@@ -7,125 +7,25 @@ only then torch and the model are loaded, so that a typo fails in a fraction of 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from engine.errors import EngineError, OptionError
-from engine.templates import STYLES
+from engine.flags import build_parser
+from engine.noise import Noise
+from engine.options import OptionValues, make_options
 
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.image import LoadedImage
-    from engine.prompt import Prompt
     from engine.result import Result
 
 INTERRUPTED = 130
-
-EXAMPLES = """examples:
-  python main.py --image car.jpg --prompt "What colour is the car?"
-  python main.py --image page.png --prompt "Read all the text." --cache full --stats
-  python main.py --model ./llava-1.5-7b-hf --image a.jpg --prompt "Describe it." --json
-
-The default cache, avl, is an approximation: it frees and skips image tokens that are attended
-little. --cache full is the exact model. Without --model the embedded tiny model answers; it knows
-drawings and printed text only. Greedy by default: the same command gives the same text.
-
-exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
-context too long, 130 interrupted"""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are our errors and name the closest flag."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage and leaving."""
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown, flags, n=1)
-        hint = f"did you mean {close[0]}?" if close else "python main.py --help lists all flags"
-        raise OptionError(message, hint=hint)
-
-
-def build_parser() -> Parser:
-    """All flags, in groups."""
-    parser = Parser(
-        prog="main.py",
-        description="Answer a question about pictures with a large vision-language model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument_group("input").add_argument
-    add(
-        "--image",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a picture; repeatable; - is stdin",
-    )
-    add("--prompt", "-p", metavar="TEXT", help="the question; @FILE reads a file, - stdin")
-    add("--batch", metavar="FILE", help="answer a file of requests, one JSON object a line")
-    add("--output", metavar="FILE", help="where --batch writes (default: FILE.answers.jsonl)")
-    add("--rows", type=int, default=8, metavar="N", help="requests decoded together by --batch (8)")
-    add("--raw", action="store_true", help="take the prompt verbatim, with no chat template")
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        "-m",
-        metavar="DIR_OR_ID",
-        help="folder or hub name (default: the embedded model)",
-    )
-    add("--revision", metavar="SHA", help="branch, tag or commit of a hub model")
-    add("--offline", action="store_true", help="never download")
-    add("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
-    add = parser.add_argument_group("conversion").add_argument
-    add(
-        "--convert",
-        metavar="DIR",
-        help="write --model's pickled weights (.bin) to DIR as safetensors, and leave",
-    )
-    add(
-        "--vision-tower",
-        metavar="DIR_OR_ID",
-        help="join this tower in (default: the one that the model names)",
-    )
-    add = parser.add_argument_group("generation").add_argument
-    add("--max-new-tokens", "-n", type=int, default=256, metavar="N", help="longest answer (256)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
-    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0 is all")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of mass P")
-    add("--seed", type=int, default=0, help="of the draw (0)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    add("--no-stream", action="store_true", help="print the answer only when it is complete")
-    add = parser.add_argument_group("cache").add_argument
-    add(
-        "--cache",
-        metavar="SPEC",
-        help="full (exact), avl (default), h2o, fastv, streaming, snapkv, random; with parameters: "
-        "avl:secondary=0.45,core=0.30,every=3,prefill=0.9,text=0.7",
-    )
-    add = parser.add_argument_group("information").add_argument
-    add("--stats", action="store_true", help="times, tokens per tier and bytes, on stderr")
-    add("--json", action="store_true", help="print one JSON object with everything")
-    add(
-        "--draw-boxes",
-        metavar="FILE",
-        help="paint the regions the answer names on the last picture (Qwen-VL)",
-    )
-    add("--check", action="store_true", help="say what this machine offers, and leave")
-    add("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
-    add("--verbose", "-v", action="store_true", help="show the rendered prompt and its token ids")
-    add("--debug", action="store_true", help="full traceback on errors")
-    add("--version", action="store_true", help="print the version, and leave")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,7 +68,7 @@ def _run(arguments: list[str]) -> int:
         return _batch(options)
     if options.convert or options.vision_tower:
         return _convert(options)
-    prompt = _read_prompt(options.prompt)
+    prompt, generation = _read_prompt(options.prompt), _generation(options)
     if options.draw_boxes:
         _check_drawing(options)
     pictures = _open_pictures(options.image)
@@ -177,7 +77,24 @@ def _run(arguments: list[str]) -> int:
     noise.loaded(engine)
     if options.verbose and not options.quiet:
         noise.prompt(engine.render(prompt, [p.pixels for p in pictures], raw=options.raw))
-    return _answer(engine, options, prompt, pictures, noise)
+    pieces = engine.stream(
+        prompt, [picture.pixels for picture in pictures], raw=options.raw, **generation
+    )
+    return _answer(pieces, options, pictures, noise)
+
+
+def _generation(options: argparse.Namespace) -> OptionValues:
+    """The flags of an answer, their ranges checked."""
+    values = OptionValues(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=options.stop,
+    )
+    make_options(**values)
+    return values
 
 
 def _version() -> str:
@@ -276,25 +193,13 @@ def _load(options: argparse.Namespace) -> Engine:
 
 
 def _answer(
-    engine: Engine,
+    pieces: Iterable[str | Result],
     options: argparse.Namespace,
-    prompt: str,
     pictures: list[LoadedImage],
     noise: Noise,
 ) -> int:
-    """Generate and print; an interrupt keeps what was said so far."""
+    """Print an answer as it comes; an interrupt keeps what was said so far."""
     live = not (options.json or options.no_stream)
-    pieces = engine.stream(
-        prompt,
-        [picture.pixels for picture in pictures],
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop=options.stop,
-        raw=options.raw,
-    )
     try:
         for piece in pieces:
             if not isinstance(piece, str):
@@ -344,73 +249,3 @@ def _say(text: str) -> None:
         text = "".join(c for c in text if c in "\n\t" or c.isprintable())
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-class Noise:
-    """What goes to stderr beside errors: only on a terminal, or where it is asked for."""
-
-    def __init__(self, options: argparse.Namespace, pictures: Iterable[LoadedImage]) -> None:
-        self.options = options
-        self.wanted = not options.quiet and (sys.stderr.isatty() or options.verbose)
-        for picture in pictures:
-            for note in picture.notes:
-                self.note(f"{picture.name}: {note}")
-
-    def note(self, text: str) -> None:
-        """One line on stderr, unless --quiet."""
-        if not self.options.quiet:
-            print(f"note: {text}", file=sys.stderr)
-
-    def loaded(self, engine: Engine) -> None:
-        """The load line, and that the default cache is an approximation."""
-        if not self.wanted:
-            return
-        from engine.native import backend
-
-        dtype = str(engine.dtype).removeprefix("torch.")
-        print(
-            f"{engine.name} loaded in {engine.load_seconds:.1f} s: {dtype} on {engine.device}, "
-            f"{backend().name} kernels, cache {engine.policy.spec}",
-            file=sys.stderr,
-        )
-        if self.options.model is None:
-            print(
-                "the embedded tiny model knows drawings and printed text; "
-                "--model FOLDER runs a real one",
-                file=sys.stderr,
-            )
-        if self.options.cache is None:
-            print(
-                "the default cache approximates the model; --cache full is exact", file=sys.stderr
-            )
-
-    def prompt(self, prompt: Prompt) -> None:
-        """The rendered prompt and its ids, a picture's as how many times its id."""
-        ids: list[str] = []
-        for segment in prompt.segments:
-            part = prompt.token_ids[segment.start : segment.end]
-            ids += map(str, part) if segment.kind == "text" else [f"{part[0]}*{len(part)}"]
-        print(f"prompt: {prompt.text!r}\nids: {' '.join(ids)}", file=sys.stderr)
-
-    def finished(self, result: Result) -> None:
-        """The summary line, or all figures with --stats."""
-        if self.options.quiet or not (self.wanted or self.options.stats):
-            return
-        times, cache = result.timings, result.cache
-        print(
-            f"{cache.image_tokens} image tokens: {cache.core.mean:.0f} core, "
-            f"{cache.stored.mean:.0f} stored, {cache.minor.mean:.0f} freed | "
-            f"first token {times.ttft * 1e3:.0f} ms, {times.tokens_per_second:.1f} tokens/s | "
-            f"cache {cache.bytes_used / 1e6:.2f} MB of {cache.bytes_full / 1e6:.2f} MB full",
-            file=sys.stderr,
-        )
-        if self.options.stats:
-            print(
-                f"{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated, "
-                f"ended by {result.finish_reason} | load {times.load:.2f} s, "
-                f"picture {times.picture * 1e3:.0f} ms, prefill {times.prefill * 1e3:.0f} ms, "
-                f"{times.per_token * 1e3:.1f} ms per token | stored {cache.stored_share:.1%}, "
-                f"used {cache.used_share:.1%}, text {cache.text.mean:.0f} kept, "
-                f"{cache.bytes_allocated / 1e6:.2f} MB allocated",
-                file=sys.stderr,
-            )

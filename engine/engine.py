@@ -18,9 +18,10 @@ from engine.cache.prefill import Uncached
 from engine.cache.specs import parse
 from engine.chat import Chat
 from engine.errors import OptionError
-from engine.generation import Answer, Options, OptionValues, generate, make_options
+from engine.generation import Answer, generate
 from engine.image import open_image
 from engine.loading import Loaded, load
+from engine.options import Options, OptionValues, make_options
 from engine.pictures import EncodedImage, Picture, PictureEncoder
 from engine.preprocess import Pixels
 from engine.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt

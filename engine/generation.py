@@ -3,73 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from engine.boxes import parse_boxes
 from engine.cache.report import CacheReport
-from engine.errors import CheckpointError, OptionError
+from engine.errors import CheckpointError
+from engine.options import Options
 from engine.result import FinishReason, Result, Timings
-from engine.sampling import Sampler, Sampling
+from engine.sampling import Sampler
 from engine.session import Session, Turn
 from engine.tokenizer import StreamDecoder, Tokenizer
-
-
-class OptionValues(TypedDict, total=False):
-    """The keyword arguments that every way of asking takes; see ``make_options``."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    stop: Sequence[str]
-    ignore_eos: bool
-
-
-@dataclass(frozen=True)
-class Options:
-    """How long an answer may get, how its tokens are drawn, and what ends it."""
-
-    max_new_tokens: int = 256
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens is {self.max_new_tokens}", hint="use 1 or more")
-        if any(not text for text in self.stop):
-            raise OptionError("a stop text is empty", hint="leave it out to stop at the end token")
-
-
-def make_options(
-    *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    ignore_eos: bool = False,
-) -> Options:
-    """Options from plain values.
-
-    Args:
-        max_new_tokens: the answer's length limit.
-        temperature, top_k, top_p, seed: see ``Sampling``; temperature 0 is greedy.
-        stop: texts before which the answer ends.
-        ignore_eos: go on at the end token, for measurements.
-
-    Raises:
-        OptionError: a value is out of its range.
-    """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    return Options(max_new_tokens, Sampling(temperature, top_k, top_p, seed), stops, ignore_eos)
 
 
 class StopTexts:

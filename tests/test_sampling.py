@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import OptionError
-from engine.sampling import Sampler, Sampling
+from engine.options import Sampling
+from engine.sampling import Sampler
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -1.5, 3.0]
 

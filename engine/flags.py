@@ -1,0 +1,110 @@
+"""The flags of the command line: what they are called, and the closest one to a typo."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import NoReturn
+
+from engine.errors import OptionError
+from engine.templates import STYLES
+
+EXAMPLES = """examples:
+  python main.py --image car.jpg --prompt "What colour is the car?"
+  python main.py --image page.png --prompt "Read all the text." --cache full --stats
+  python main.py --model ./llava-1.5-7b-hf --image a.jpg --prompt "Describe it." --json
+
+The default cache, avl, is an approximation: it frees and skips image tokens that are attended
+little. --cache full is the exact model. Without --model the embedded tiny model answers; it knows
+drawings and printed text only. Greedy by default: the same command gives the same text.
+
+exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
+context too long, 130 interrupted"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are our errors and name the closest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and leaving."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown, flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else "python main.py --help lists all flags"
+        raise OptionError(message, hint=hint)
+
+
+def build_parser() -> Parser:
+    """All flags, in groups."""
+    parser = Parser(
+        prog="main.py",
+        description="Answer a question about pictures with a large vision-language model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("input").add_argument
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a picture; repeatable; - is stdin",
+    )
+    add("--prompt", "-p", metavar="TEXT", help="the question; @FILE reads a file, - stdin")
+    add("--batch", metavar="FILE", help="answer a file of requests, one JSON object a line")
+    add("--output", metavar="FILE", help="where --batch writes (default: FILE.answers.jsonl)")
+    add("--rows", type=int, default=8, metavar="N", help="requests decoded together by --batch (8)")
+    add("--raw", action="store_true", help="take the prompt verbatim, with no chat template")
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        "-m",
+        metavar="DIR_OR_ID",
+        help="folder or hub name (default: the embedded model)",
+    )
+    add("--revision", metavar="SHA", help="branch, tag or commit of a hub model")
+    add("--offline", action="store_true", help="never download")
+    add("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
+    add = parser.add_argument_group("conversion").add_argument
+    add(
+        "--convert",
+        metavar="DIR",
+        help="write --model's pickled weights (.bin) to DIR as safetensors, and leave",
+    )
+    add(
+        "--vision-tower",
+        metavar="DIR_OR_ID",
+        help="join this tower in (default: the one that the model names)",
+    )
+    add = parser.add_argument_group("generation").add_argument
+    add("--max-new-tokens", "-n", type=int, default=256, metavar="N", help="longest answer (256)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
+    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0 is all")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of mass P")
+    add("--seed", type=int, default=0, help="of the draw (0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    add("--no-stream", action="store_true", help="print the answer only when it is complete")
+    add = parser.add_argument_group("cache").add_argument
+    add(
+        "--cache",
+        metavar="SPEC",
+        help="full (exact), avl (default), h2o, fastv, streaming, snapkv, random; with parameters: "
+        "avl:secondary=0.45,core=0.30,every=3,prefill=0.9,text=0.7",
+    )
+    add = parser.add_argument_group("information").add_argument
+    add("--stats", action="store_true", help="times, tokens per tier and bytes, on stderr")
+    add("--json", action="store_true", help="print one JSON object with everything")
+    add(
+        "--draw-boxes",
+        metavar="FILE",
+        help="paint the regions the answer names on the last picture (Qwen-VL)",
+    )
+    add("--check", action="store_true", help="say what this machine offers, and leave")
+    add("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
+    add("--verbose", "-v", action="store_true", help="show the rendered prompt and its token ids")
+    add("--debug", action="store_true", help="full traceback on errors")
+    add("--version", action="store_true", help="print the version, and leave")
+    return parser

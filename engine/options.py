@@ -1,0 +1,90 @@
+"""What a request may ask for, checked at once; without torch, so that a wrong flag fails fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from engine.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: 0 is greedy (the lowest id wins a tie); 1 the model's own distribution.
+        top_k: draw among the k likeliest tokens; 0 is all.
+        top_p: draw among the fewest likeliest tokens whose probabilities reach p; 1 is all.
+        seed: of the generator; the same seed and request give the same answer.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise OptionError(f"temperature is {self.temperature}", hint="use 0 (greedy) or more")
+        if self.top_k < 0:
+            raise OptionError(f"top_k is {self.top_k}", hint="use 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise OptionError(f"top_p is {self.top_p}", hint="use a value above 0 and up to 1")
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"seed is {self.seed}", hint="use 0 to 9223372036854775807")
+
+
+class OptionValues(TypedDict, total=False):
+    """The keyword arguments that every way of asking takes; see ``make_options``."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: Sequence[str]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long an answer may get, how its tokens are drawn, and what ends it."""
+
+    max_new_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens is {self.max_new_tokens}", hint="use 1 or more")
+        if any(not text for text in self.stop):
+            raise OptionError("a stop text is empty", hint="leave it out to stop at the end token")
+
+
+def make_options(
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+) -> Options:
+    """Options from plain values.
+
+    Args:
+        max_new_tokens: the answer's length limit.
+        temperature, top_k, top_p, seed: see ``Sampling``; temperature 0 is greedy.
+        stop: texts before which the answer ends.
+        ignore_eos: go on at the end token, for measurements.
+
+    Raises:
+        OptionError: a value is out of its range.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Options(max_new_tokens, Sampling(temperature, top_k, top_p, seed), stops, ignore_eos)

@@ -79,7 +79,7 @@ def recognise(folder: Path, style: str | None) -> Family:
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if "mm_vision_tower" in config:
-        anyres = config.get("image_aspect_ratio") == "anyres"
+        anyres = str(config.get("image_aspect_ratio")).startswith("anyres")
         kind = "llava_next_original" if anyres else "llava_original"
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
@@ -106,7 +106,7 @@ def _llava_original(folder: Path, config: Config, style: str | None) -> Family:
 def _next_hub(folder: Path, config: Config, style: str | None) -> Family:
     """``llava-hf/llava-v1.6-*``."""
     parsed, pinpoints = parse_next_hub(config)
-    kind = config.get("text_config", {}).get("model_type", "llama")
+    kind = (config.get("text_config") or {}).get("model_type", "llama")
     return _llava(folder, parsed, style or _next_style(folder, kind), None, pinpoints)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -432,10 +433,23 @@ def test_files_that_disagree_about_canvases_are_refused(tmp_path: Path) -> None:
         Engine.load(folder, device="cpu")
 
 
-def test_another_merge_type_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("mm_patch_merge_type", "flat", "mm_patch_merge_type is 'flat'"),
+        ("mm_patch_merge_type", None, "mm_patch_merge_type is 'flat'"),  # the original's default
+        ("image_aspect_ratio", "anyres_max_9", "image_aspect_ratio is 'anyres_max_9'"),
+        ("model_type", "llava_mpt", "model_type is 'llava_mpt'"),
+        ("model_type", ["llava"], "model_type must be a text"),
+        ("image_grid_pinpoints", "(1x1),...,(6x6)", "image_grid_pinpoints must be a list"),
+    ],
+)
+def test_other_kinds_of_tiling_and_decoders_are_refused(
+    key: str, value: Any, complaint: str, tmp_path: Path
+) -> None:
     folder = write_next(tmp_path, "vicuna", "original")
-    edit_json(folder / "config.json", mm_patch_merge_type="flat")
-    with pytest.raises(CheckpointError, match="mm_patch_merge_type is 'flat'"):
+    edit_json(folder / "config.json", **{key: value})
+    with pytest.raises(CheckpointError, match=re.escape(complaint)):
         Engine.load(folder, device="cpu")
 
 

@@ -20,7 +20,12 @@ from engine.models.llava import Llava, LlavaConfig, parse_hub, parse_original
 from engine.preprocess import Pixels
 
 # What the original layout calls its models, and the decoder inside.
-_DECODERS = {"llava_mistral": "mistral", "llava_qwen": "qwen2"}
+_DECODERS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+}
 
 
 class LlavaNext(Llava):
@@ -66,9 +71,9 @@ def parse_next_original(
     config: Mapping[str, Any], vision_config: Mapping[str, Any]
 ) -> tuple[LlavaConfig, tuple[Canvas, ...]]:
     """Read config.json of ``liuhaotian/llava-v1.6-*`` and its tower's configuration."""
-    ConfigReader(config, "config.json").text(
-        "mm_patch_merge_type", "spatial_unpad", ("spatial_unpad",)
-    )
-    kind = _DECODERS.get(config.get("model_type", ""), "llama")
+    top = ConfigReader(config, "config.json")
+    top.text("image_aspect_ratio", "square", ("anyres",))
+    top.text("mm_patch_merge_type", "flat", ("spatial_unpad",))
+    kind = _DECODERS[top.text("model_type", "llava", tuple(_DECODERS))]
     parsed = parse_original({**config, "model_type": kind}, vision_config)
     return parsed, read_pinpoints(config, "config.json", parsed.vision.image, width_first=True)

@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.config import ConfigReader
+from engine.native import linear
+
+# On a CPU, hidden sizes up to this gain from joined weights; larger ones only pay for the copy.
+JOIN_UP_TO = 1024
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,42 @@ def rotate(x: Tensor, tables: Tables) -> Tensor:
     return torch.addcmul(x * tables.cos, swapped, tables.sin).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear layer that takes the native kernel for few rows where that is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        return linear(x, self.weight, self.bias)
+
+
+class SideBySide:
+    """Several linear layers of one input, their outputs joined: ``[tokens, sum of outputs]``.
+
+    ``join`` lays their weights side by side, so that one product replaces several; the layers' own
+    parameters become views of it.
+    """
+
+    def __init__(self, *layers: Linear) -> None:
+        self.layers = layers
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def join(self) -> None:
+        """Copy the weights side by side, layer by layer."""
+        self.weight = torch.cat([layer.weight.data for layer in self.layers])
+        sizes = [layer.out_features for layer in self.layers]
+        for layer, part in zip(self.layers, self.weight.split(sizes), strict=True):
+            layer.weight.data = part
+        if self.layers[0].bias is not None:
+            self.bias = torch.cat([layer.bias.data for layer in self.layers])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[tokens, in]`` to ``[tokens, sum of outputs]``."""
+        if self.weight is None:
+            return torch.cat([layer(x) for layer in self.layers], -1)
+        return linear(x, self.weight, self.bias)
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each on the normed stream and added back to it."""
 
@@ -205,29 +245,31 @@ class DecoderLayer(nn.Module):
         hidden, bias = config.hidden, config.qkv_bias
         q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attn_norm = RMSNorm(hidden, config.norm_eps)
-        self.q_proj = nn.Linear(hidden, q_size, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_size, bias=bias)
-        self.o_proj = nn.Linear(q_size, hidden, bias=False)
+        self.q_proj = Linear(hidden, q_size, bias=bias)
+        self.k_proj = Linear(hidden, kv_size, bias=bias)
+        self.v_proj = Linear(hidden, kv_size, bias=bias)
+        self.o_proj = Linear(q_size, hidden, bias=False)
         self.mlp_norm = RMSNorm(hidden, config.norm_eps)
-        self.gate_proj = nn.Linear(hidden, config.mlp, bias=False)
-        self.up_proj = nn.Linear(hidden, config.mlp, bias=False)
-        self.down_proj = nn.Linear(config.mlp, hidden, bias=False)
+        self.gate_proj = Linear(hidden, config.mlp, bias=False)
+        self.up_proj = Linear(hidden, config.mlp, bias=False)
+        self.down_proj = Linear(config.mlp, hidden, bias=False)
+        self.qkv = SideBySide(self.q_proj, self.k_proj, self.v_proj)
+        self.gate_up = SideBySide(self.gate_proj, self.up_proj)
 
     def forward(self, hidden: Tensor, tables: Tables, view: View) -> Tensor:
         """One layer over ``hidden [tokens, hidden]``."""
         hidden = hidden + self.attention(self.attn_norm(hidden), tables, view)
-        normed = self.mlp_norm(hidden)
-        return hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
+        return hidden + self.down_proj(F.silu(gate) * up)
 
     def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""
-        shape = (len(normed), -1, self.config.head_dim)
-        q = rotate(self.q_proj(normed).view(shape), tables)
+        heads, kv_heads = self.config.heads, self.config.kv_heads
+        joined = self.qkv(normed).view(len(normed), -1, self.config.head_dim)
+        q_and_k, v = joined.split([heads + kv_heads, kv_heads], 1)
+        q, k = rotate(q_and_k, tables).split([heads, kv_heads], 1)
         if tables.scale is not None:
             q = q * tables.scale
-        k = rotate(self.k_proj(normed).view(shape), tables)
-        v = self.v_proj(normed).view(shape)
         return self.o_proj(view.attend(q, k, v).flatten(1))
 
 
@@ -240,11 +282,19 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
-        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.head = Linear(config.hidden, config.vocab, bias=False)
 
     def prepare(self, device: torch.device) -> None:
-        """Build what is computed and not loaded: the rotary frequencies, kept in fp32."""
+        """Build what is computed and not loaded: rotary frequencies in fp32, joined weights.
+
+        Joining saves launches, which only count on a GPU and for small matrices.
+        """
         self.rotation = Rotation(self.config.head_dim, self.config.rope_theta, device)
+        if device.type != "cpu" or self.config.hidden <= JOIN_UP_TO:
+            for layer in self.layers:
+                assert isinstance(layer, DecoderLayer)
+                layer.qkv.join()
+                layer.gate_up.join()
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """Run all layers over embeddings ``[tokens, hidden]``; returns the final normed states.

@@ -28,6 +28,7 @@ from engine.session import Session, make_pools, prefill
 from tests.oracle import noise
 from tests.qwen_checkpoint import QwenShape, config_of, draw, write_qwen
 from tests.qwen_reference import QwenReference
+from weights.header import TensorInfo
 from weights.names import target_names
 
 CASES = (
@@ -496,3 +497,33 @@ def test_draw_boxes_says_when_there_is_nothing_to_draw(
     assert main(list(map(str, arguments))) == 0
     assert "names no regions" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_rows_of_a_fused_tensor_are_shared_out_in_order() -> None:
+    info = TensorInfo("c_attn", torch.bfloat16, (6, 4), Path("x"), 100, 148)
+    parts = info.split(3)
+    assert [(p.shape, p.start, p.stop) for p in parts] == [
+        ((2, 4), 100, 116),
+        ((2, 4), 116, 132),
+        ((2, 4), 132, 148),
+    ]
+    assert info.split(1) == [info]
+    with pytest.raises(
+        CheckpointError, match=r"'c_attn' is \[6, 4\]: its rows do not split into 4"
+    ):
+        info.split(4)
+
+
+def test_pickled_weights_are_converted_once(tmp_path: Path) -> None:
+    from engine.cli import main
+
+    shape = QwenShape(image=140)
+    source, target = write_qwen(tmp_path / "source", shape), tmp_path / "target"
+    before = Engine.load(source, device="cpu", cache="full").logits("what", continuation=[1, 2])
+    (source / "model.safetensors").unlink()
+    torch.save(draw(shape), source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled"):
+        Engine.load(source, device="cpu")
+    assert main(["--model", str(source), "--convert", str(target), "--quiet"]) == 0
+    after = Engine.load(target, device="cpu", cache="full").logits("what", continuation=[1, 2])
+    assert torch.equal(before, after)

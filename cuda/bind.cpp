@@ -174,25 +174,27 @@ class AttentionPlan {
   std::vector<float> partials_;
 };
 
-void gemv(const std::string& isa, const py::dict& f) {
-  GemvArgs a{};
-  a.dtype = static_cast<DType>(size(f, "dtype", 0, 2));
-  a.rows = size(f, "rows", 1, 4);
-  a.in = size(f, "in", 1, INT32_MAX);
-  a.out = size(f, "out", 1, INT32_MAX);
-  a.x = address<void>(f, "x");
-  a.x_row = number(f, "x_row");
-  a.weight = address<void>(f, "weight");
-  a.bias = address<void>(f, "bias");
-  a.y = address<void>(f, "y");
-  a.threads = size(f, "threads", 1, 1024);
-  require(a.x && a.weight && a.y && a.x_row >= 0, "x, weight and y must not be null");
-  const CpuKernels& table = kernels(isa);
-  py::gil_scoped_release unlocked;
+// Numbers one by one, not in a dict: this is called for every linear layer of every step.
+void gemv(const CpuKernels* table, int dtype, int rows, int64_t in, int64_t out, uintptr_t x,
+          int64_t x_row, uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) {
+  require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 4, "gemv: wrong dtype or rows");
+  require(in >= 1 && out >= 1 && x_row >= 0 && threads >= 1, "gemv: wrong sizes");
+  require(x && weight && y, "gemv: x, weight and y must not be null");
   thread_local std::vector<float> scratch;
-  scratch.resize(size_t(a.rows) * a.in);
-  a.x32 = scratch.data();
-  table.gemv(a);
+  scratch.resize(size_t(rows) * in);
+  const GemvArgs a{static_cast<DType>(dtype),
+                   rows,
+                   in,
+                   out,
+                   reinterpret_cast<void*>(x),
+                   x_row,
+                   reinterpret_cast<void*>(weight),
+                   reinterpret_cast<void*>(bias),
+                   reinterpret_cast<void*>(y),
+                   scratch.data(),
+                   threads};
+  py::gil_scoped_release unlocked;
+  table->gemv(a);
 }
 
 double read(uintptr_t data, int64_t count, int32_t threads) {
@@ -212,6 +214,12 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<const std::string&, bool, const std::string&, const py::dict&>(), py::arg("op"),
            py::arg("cuda"), py::arg("isa"), py::arg("fields"))
       .def("run", &avl::AttentionPlan::run, py::arg("stream"));
-  m.def("gemv", &avl::gemv, py::arg("isa"), py::arg("fields"));
+  m.def("gemv",
+        [](int dtype, int rows, int64_t in, int64_t out, uintptr_t x, int64_t x_row,
+           uintptr_t weight, uintptr_t bias, uintptr_t y, int threads, const std::string& isa) {
+          static const avl::CpuKernels* best = avl::cpu_kernels();
+          const avl::CpuKernels* table = isa.empty() ? best : &avl::kernels(isa);
+          avl::gemv(table, dtype, rows, in, out, x, x_row, weight, bias, y, threads);
+        });
   m.def("read", &avl::read, py::arg("data"), py::arg("count"), py::arg("threads"));
 }

@@ -203,10 +203,10 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = ""
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    fields = {"dtype": _DTYPES[x.dtype], "rows": x.shape[0], "in": x.shape[1], "out": y.shape[1]}
-    fields |= {"x": x.data_ptr(), "x_row": x.stride(0), "weight": weight.data_ptr()}
-    fields |= {"bias": _address(bias), "y": y.data_ptr(), "threads": torch.get_num_threads()}
-    module.gemv(isa, fields)
+    rows, size_in = x.shape
+    sizes = (_DTYPES[x.dtype], rows, size_in, y.shape[1], x.data_ptr(), x.stride(0))
+    pointers = (weight.data_ptr(), _address(bias), y.data_ptr())
+    module.gemv(*sizes, *pointers, torch.get_num_threads(), isa)
     return y
 
 

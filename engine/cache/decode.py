@@ -257,7 +257,7 @@ class Decoding:
     # -- what lies where --------------------------------------------------------------------------
 
     def text_of(self, r: int, layer: int, n: int) -> Tensor:
-        """Positions ``[1 or kv_heads, n]`` of row ``r``'s text, maybe with the one being written."""
+        """Positions ``[1 or kv_heads, n]`` of row ``r``'s text, kept or being written."""
         layout = self.rows[r].layers[layer].layout
         if not self.evicts[r]:
             old = layout.positions[:, layout.text_start :]

@@ -170,7 +170,7 @@ def _per_head(source: Tensor, columns: Tensor) -> Tensor:
     """Rows of ``source [n, kv_heads, head_dim]`` at ``columns [t]`` or ``[kv_heads, t]``."""
     if columns.dim() == 1:
         return source[columns]
-    heads = torch.arange(source.shape[1], device=source.device)
+    heads = torch.arange(source.shape[1], device=columns.device)
     return source[columns.T, heads]
 
 

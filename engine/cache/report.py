@@ -73,7 +73,7 @@ def report(row: Row, pools: Sequence[Pool], policy: Policy) -> CacheReport:
         stored=Spread.of(images),
         core=Spread.of(core),
         minor=Spread.of([total - stored for stored in images]),
-        text=Spread.of([s.layout.columns - s.layout.text_start for s in row.layers]),
+        text=Spread.of([_text_tokens(stored, row.image_spans) for stored in row.layers]),
         stored_share=sum(columns) / (len(columns) * seen),
         used_share=sum(steps) / len(steps) if steps else sum(columns) / (len(columns) * seen),
         bytes_used=sum(columns) * token_bytes,
@@ -91,10 +91,18 @@ def _image_tokens(stored: Stored, spans: list[tuple[int, int]]) -> float:
     return float(inside.sum()) / len(positions)
 
 
+def _text_tokens(stored: Stored, spans: list[tuple[int, int]]) -> float:
+    """Tokens in an extent that came after the last picture, averaged over its heads."""
+    positions = stored.layout.positions
+    after = max((end for _, end in spans), default=0)
+    return float((positions >= after).sum()) / len(positions)
+
+
 def allocated_bytes(pools: Sequence[Pool]) -> int:
     """Bytes of the storages behind ``pools``, each counted once."""
+    # Told apart by the storage itself: on the meta device there are no addresses.
     storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for pool in pools
         for tensor in (pool.k, pool.v)
     }

@@ -35,7 +35,7 @@ class Trace:
 
     ``passes[p][layer]`` is the Moment of pass p: the prefill, then every decode step, and so on
     through later turns. ``image_spans`` are the pictures' positions, ``prompt_ends`` how many
-    tokens had been seen after each turn's prompt. Memory: 4 bytes x tokens seen x layers for every pass.
+    tokens had been seen after each turn's prompt. A pass takes 4 bytes x tokens seen x layers.
     """
 
     def __init__(self) -> None:

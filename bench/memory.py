@@ -1,0 +1,299 @@
+"""Bytes of the KV cache: the paper's memory table, the peak of a prefill, and a step beside full.
+
+    python -m bench.memory             # all three, written to bench/results/memory-*.json and .md
+    python -m bench.memory --table     # the table alone: no numbers are computed, only shapes
+
+The table runs the cache's own prefill over pools on the meta device: what it counts are the
+extents that would be allocated. MB are 10^6 bytes, as in the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.common import write_report
+from engine.cache.decode import Decoding
+from engine.cache.layout import Kept, Layout
+from engine.cache.policy import Policy
+from engine.cache.pool import Pool
+from engine.cache.prefill import Prefill
+from engine.cache.received import Received
+from engine.cache.report import CacheReport, report
+from engine.cache.row import Row, Stored
+from engine.cache.specs import parse
+from engine.models.decoder import Decoder, DecoderConfig
+
+MB = 1e6
+
+
+# -- the paper's table ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's cache geometry, and the tokens of the paper's average sequence."""
+
+    model: str
+    layers: int
+    heads: int
+    system: int
+    image: int
+    text: int  # instruction and output together
+    head_dim: int = 128
+
+
+V15_7B = Shape("LLaVA-1.5-7B", 32, 32, 35, 576, 35)
+V15_13B = Shape("LLaVA-1.5-13B", 40, 40, 35, 576, 35)
+V16_7B = Shape("LLaVA-1.6-7B", 32, 32, 35, 2135, 78)
+V16_13B = Shape("LLaVA-1.6-13B", 40, 40, 35, 2135, 78)
+
+S40 = "avl:secondary=0.40,core=none,prefill=1,text=1"
+S45 = "avl:secondary=0.45,core=0.30,every=3,prefill=0.9"
+
+# Model, policy, the paper's MB (table 3).
+PAPER: list[tuple[Shape, str, int]] = [
+    (V15_7B, "full", 339),
+    (V15_7B, S40, 156),
+    (V15_7B, f"{S45},text=0.5", 163),
+    (V15_13B, "full", 529),
+    (V15_13B, S40, 243),
+    (V15_13B, f"{S45},text=1", 265),
+    (V15_13B, f"{S45},text=0.6", 254),
+    (V16_7B, "full", 1179),
+    (V16_7B, S40, 507),
+    (V16_7B, f"{S45},text=1", 554),
+    (V16_7B, f"{S45},text=0.7", 531),
+    (V16_13B, "full", 1841),
+    (V16_13B, S40, 792),
+    (V16_13B, f"{S45},text=1", 865),
+    (V16_13B, f"{S45},text=0.7", 828),
+]
+
+
+class ShapeOnly(Prefill):
+    """A prefill without a model: random scores choose, and storage exists as shapes alone."""
+
+    def lay_out(self, layer: int, shape: Shape, generator: torch.Generator) -> None:
+        """Choose and store one layer, through the same policy and storage code as ever."""
+        layout = self._turn
+        q, k = torch.randn(2, layout.columns, shape.heads, 1, generator=generator)
+        received = Received(q, k)
+        kept = self.policy.retain(layer, layout, received)
+        self._narrowed = self.policy.narrow(layer, layout, received)
+        rows = torch.empty(
+            layout.columns, shape.heads, shape.head_dim, dtype=torch.float16, device="meta"
+        )
+        self.row.layers.append(self._store(self.pools[layer], rows, rows, layout, kept))
+        self.narrow(layer)
+
+
+def shape_report(shape: Shape, spec: str) -> CacheReport:
+    """What the cache counts for the paper's average sequence under ``spec``."""
+    policy, meta = parse(spec), torch.device("meta")
+    pools = [Pool(shape.heads, shape.head_dim, torch.float16, meta) for _ in range(shape.layers)]
+    end = shape.system + shape.image
+    layout = Layout.of_tokens(end + shape.text, [(shape.system, end)], torch.device("cpu"))
+    step = ShapeOnly(pools, policy, layout, 0)
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(shape.layers):
+        step.lay_out(layer, shape, generator)
+    return report(step.row, pools, policy)
+
+
+def table() -> list[dict[str, Any]]:
+    """The rows of the paper's table 3 with our bytes beside them."""
+    rows = []
+    for shape, spec, paper in PAPER:
+        counted = shape_report(shape, spec)
+        used = counted.bytes_used / MB
+        rows.append(
+            {
+                "model": shape.model,
+                "policy": spec,
+                "paper_mb": paper,
+                "used_mb": round(used, 1),
+                "difference_%": round(100 * (used / paper - 1), 1),
+                "allocated_mb": round(counted.bytes_allocated / MB, 1),
+                "stored_%": round(100 * counted.stored_share, 1),
+            }
+        )
+    return rows
+
+
+# -- the peak of a prefill ------------------------------------------------------------------------
+
+
+def live_bytes(kv_heads: int, head_dim: int) -> int:
+    """Bytes of all live tensors shaped like keys or values, each place in memory once.
+
+    Views count with their own size: the decoder's projections may share a tensor with the queries.
+    """
+    places: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if type(thing) is Tensor and thing.shape[1:] == (kv_heads, head_dim):
+            place = thing.data_ptr()
+            places[place] = max(places.get(place, 0), thing.numel() * thing.element_size())
+    return sum(places.values())
+
+
+class Watched(Prefill):
+    """Notes the most bytes of keys and values that were alive after a layer was stored."""
+
+    peak = 0
+
+    def _store(self, pool: Pool, k: Tensor, v: Tensor, layout: Layout, kept: Kept) -> Stored:
+        stored = super()._store(pool, k, v, layout, kept)
+        self.peak = max(self.peak, live_bytes(*k.shape[1:]))
+        return stored
+
+
+class NaiveOrder(Watched):
+    """The order to compare with: all layers' full keys and values first, compacted at the end."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep the layer's keys and values whole until the last layer is through."""
+        self.waiting = [*getattr(self, "waiting", []), (q, k, v, self._turn)]
+        out = super().attend(layer, q, k, v)
+        if layer + 1 < len(self.pools):  # undo what was stored: it is done again at the end
+            self.row.layers.pop()
+            self.pools[layer].k = self.pools[layer].k[:0].clone()
+            self.pools[layer].v = self.pools[layer].v[:0].clone()
+            return out
+        stored = self.row.layers.pop()
+        for number, (q_, k_, v_, layout) in enumerate(self.waiting[:-1]):
+            kept = self.policy.retain(number, layout, Received(q_, k_))
+            self.row.layers.append(self._store(self.pools[number], k_, v_, layout, kept))
+        self.row.layers.append(stored)
+        return out
+
+
+def seeded(layers: int = 8, heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> Decoder:
+    """A small decoder with seeded weights; its answers mean nothing, its sizes do."""
+    size = heads * head_dim
+    config = DecoderConfig(
+        vocab=256, hidden=size, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        mlp=2 * size, rope_theta=10000.0, norm_eps=1e-5, qkv_bias=False, tied_head=False,
+        context=4096,
+    )  # fmt: skip
+    decoder = Decoder(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in decoder.named_parameters():
+        weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.05, generator=generator)
+    decoder.prepare(torch.device("cpu"))
+    return decoder
+
+
+def new_pools(decoder: Decoder) -> list[Pool]:
+    config = decoder.config
+    return [
+        Pool(config.kv_heads, config.head_dim, torch.float32, torch.device("cpu"))
+        for _ in range(config.layers)
+    ]
+
+
+@torch.inference_mode()
+def run_prefill(
+    decoder: Decoder, policy: Policy, order: type[Prefill], tokens: int, image: int, new: int
+) -> tuple[Prefill, list[Pool]]:
+    """A prompt of ``tokens`` with a picture of ``image`` tokens after the first 35."""
+    pools = new_pools(decoder)
+    layout = Layout.of_tokens(tokens, [(35, 35 + image)], torch.device("cpu"))
+    step = order(pools, policy, layout, new)
+    generator = torch.Generator().manual_seed(1)
+    decoder(torch.randn(tokens, decoder.config.hidden, generator=generator), step)
+    return step, pools
+
+
+def peaks(decoder: Decoder, tokens: int = 646, image: int = 576) -> list[dict[str, Any]]:
+    """Measured peak of K and V during a prefill, both orders, beside what it should be."""
+    rows = []
+    token = 2 * decoder.config.kv_heads * decoder.config.head_dim * 4
+    for spec in ("full", S40, f"{S45},text=0.7"):
+        for order in (Watched, NaiveOrder):
+            before = live_bytes(decoder.config.kv_heads, decoder.config.head_dim)
+            step, pools = run_prefill(decoder, parse(spec), order, tokens, image, 1)
+            assert isinstance(step, Watched)
+            counted = report(step.row, pools, step.policy)
+            rows.append(
+                {
+                    "policy": spec,
+                    "order": "layer by layer" if order is Watched else "compact at the end",
+                    "peak_mb": round((step.peak - before) / MB, 3),
+                    "compacted_mb": round(counted.bytes_allocated / MB, 3),
+                    "one_layer_full_mb": round(tokens * token / MB, 3),
+                    "all_layers_full_mb": round(decoder.config.layers * tokens * token / MB, 3),
+                }
+            )
+            del step, pools
+    return rows
+
+
+# -- a decode step --------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def decode_times(decoder: Decoder, row: Row, pools: list[Pool], policy: Policy, n: int) -> float:
+    """Median milliseconds of ``n`` decode steps."""
+    decoding = Decoding(pools, policy, [row])
+    generator, times = torch.Generator().manual_seed(2), []
+    for _ in range(n):
+        hidden = torch.randn(1, decoder.config.hidden, generator=generator)
+        began = time.perf_counter()
+        decoder(hidden, decoding)
+        decoding.advance()
+        times.append(1000 * (time.perf_counter() - began))
+    decoding.settle(0)
+    return sorted(times)[n // 2]
+
+
+def steps(decoder: Decoder, n: int = 48) -> list[dict[str, Any]]:
+    """Bytes and time per token of the default policy beside full."""
+    rows = []
+    for spec in ("full", S40, f"{S45},text=0.7"):
+        step, pools = run_prefill(decoder, parse(spec), Prefill, 2248, 2135, n + 1)
+        median = decode_times(decoder, step.row, pools, step.policy, n)
+        counted = report(step.row, pools, step.policy)
+        rows.append(
+            {
+                "policy": spec,
+                "ms_per_token": round(median, 2),
+                "used_mb": round(counted.bytes_used / MB, 2),
+                "allocated_mb": round(counted.bytes_allocated / MB, 2),
+                "full_mb": round(counted.bytes_full / MB, 2),
+                "stored_%": round(100 * counted.stored_share, 1),
+                "attended_%": round(100 * counted.used_share, 1),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="bytes of the KV cache")
+    parser.add_argument("--table", action="store_true", help="the paper's table alone")
+    options = parser.parse_args()
+    note = (
+        "Sequences: 35 + 576 + 35 tokens (1.5), 35 + 2135 + 78 (1.6); fp16, MB = 10^6 bytes. The "
+        "two 1.6 rows with T70 lie above the paper by its own rule; nothing is adjusted."
+    )
+    parts = [("memory-table", {"dtype": "float16", "device": "meta"}, table(), [note])]
+    if not options.table:
+        decoder = seeded()
+        settings = {"dtype": "float32", "device": "cpu", "threads": torch.get_num_threads()}
+        settings |= {"layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64}
+        peak = "Peak: K and V alive right after a layer was stored, in the cache or out of it."
+        parts.append(("memory-peak", settings | {"tokens": 646}, peaks(decoder), [peak]))
+        parts.append(("memory-steps", settings | {"tokens": 2248}, steps(decoder), []))
+    for name, settings, rows, notes in parts:
+        path = write_report(name, settings, rows, notes)
+        print(path.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -11,9 +11,26 @@
 #include <string>
 #include <vector>
 
-#define AVL_EMULATED
 #include "../../cuda/cpu/kernels.h"
+#include "../../cuda/numeric.h"
+#ifdef AVL_CPU_ONLY  // quicker to compile
+#include "../../cuda/launch.h"
+namespace emulator {
+int order = 0;
+}
+int avl::cuda_attention(const AttentionArgs&, void*) {
+  return unsupported;
+}
+int avl::cuda_qk(const AttentionArgs&, void*) {
+  return unsupported;
+}
+int avl::cuda_pv(const AttentionArgs&, void*) {
+  return unsupported;
+}
+#else
+#define AVL_EMULATED
 #include "../../cuda/launch.cu"
+#endif
 
 namespace {
 

@@ -1,0 +1,242 @@
+"""Attention kernels over LLaVA's shapes: full, slice-then-multiply, ours in place, torch's SDPA.
+
+    python bench/kernels.py [--device cpu|cuda] [--threads N] [--quick] [--levels] [--json FILE]
+
+Every contestant computes one decode step's attention of one layer. Contestants are interleaved and
+the pools rotated over enough memory that no cache helps; reported are medians, the ratio to SDPA
+over all rows (median of paired ratios), bytes touched, GB/s, and the share of the read bandwidth
+measured in the same run. On a CPU a second table times the decode GEMV against torch's linear.
+Read the ratios on a quiet machine: the load of other processes is printed first.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import common
+from engine import native
+from engine.attention import AttentionPlan
+
+HEADS, HEAD_DIM = 32, 128  # LLaVA-1.5/1.6 7B
+SECONDARY, CORE, EVERY = 0.45, 0.30, 3  # A-VL's S, C and K
+
+
+@dataclass
+class Row:
+    """One contestant's result."""
+
+    case: str
+    name: str
+    ms: float
+    ratio_to_sdpa: float
+    bytes_read: int
+    gb_per_s: float
+    share_of_read_bandwidth: float
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[int], object], turn: int, device: str) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    call(turn)
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def interleaved(
+    calls: dict[str, Callable[[int], object]], turns: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of every call, one of each per turn after two turns of warming up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 2):
+        for name, call in calls.items():
+            spent = timed(call, turn, device)
+            if turn >= 2:
+                seconds[name].append(spent)
+    return seconds
+
+
+def read_bandwidth(device: str, quick: bool) -> float:
+    """GB/s of reading a large buffer once and doing nothing else."""
+    count = 1 << (25 if quick else 28)
+    data = torch.ones(count, device=device)
+    read = native.read_all if device == "cpu" else torch.sum
+    best = min(timed(lambda _: read(data), turn, device) for turn in range(7))
+    return count * 4 / best / 1e9
+
+
+def contestants(
+    rows: int, tokens: int, dtype: torch.dtype, device: str, copies: int
+) -> tuple[dict[str, Callable[[int], object]], dict[str, int]]:
+    """The calls to time, and how many cached tokens each reads for each row."""
+    size = (rows * tokens, HEADS, HEAD_DIM)
+    pools = [torch.randn(2, *size, device=device).to(dtype) for _ in range(copies)]
+    # SDPA is given the layout it likes best: head-major.
+    heads_first = [
+        p.view(2, rows, tokens, HEADS, HEAD_DIM).transpose(2, 3).contiguous() for p in pools
+    ]
+    q = torch.randn(rows, HEADS, HEAD_DIM, device=device).to(dtype)
+    first = torch.arange(rows, device=device)[:, None] * tokens
+    core = torch.randperm(tokens, device=device)[: int(CORE * tokens)].sort().values
+    stored = torch.arange(int(SECONDARY * tokens), device=device)
+    everything = torch.arange(tokens, device=device)
+
+    def plans(listed: torch.Tensor) -> list[AttentionPlan]:
+        slots = (first + listed).int()[:, None]
+        return [AttentionPlan(q, p[0], p[1], slots) for p in pools]
+
+    ours = {"all": plans(everything), "secondary": plans(stored), "core": plans(core)}
+    query = q[:, :, None]
+
+    def cycle(turn: int) -> None:
+        for step in range(EVERY):
+            ours["secondary" if step == EVERY - 1 else "core"][(turn + step) % copies].run()
+
+    def sliced(turn: int) -> None:
+        k, v = heads_first[turn % copies]
+        chosen = (t.index_select(2, core) for t in (k, v))
+        F.scaled_dot_product_attention(query, *chosen)
+
+    calls: dict[str, Callable[[int], object]] = {
+        "sdpa, all": lambda t: F.scaled_dot_product_attention(query, *heads_first[t % copies]),
+        "ours, all": lambda t: ours["all"][t % copies].run(),
+        "ours, core in place": lambda t: ours["core"][t % copies].run(),
+        f"ours, mean of {EVERY} steps": cycle,
+        "slice core, then sdpa": sliced,
+    }
+    mean = ((EVERY - 1) * len(core) + len(stored)) / EVERY
+    read = dict(zip(calls, (tokens, tokens, len(core), mean, len(core)), strict=True))
+    return calls, {name: int(count) for name, count in read.items()}
+
+
+def measure(
+    rows: int, tokens: int, dtype: torch.dtype, device: str, peak: float, quick: bool
+) -> list[Row]:
+    bytes_each = 2 * HEADS * HEAD_DIM * dtype.itemsize
+    target = (1 << 28) if quick else (1 << 30)
+    copies = max(2, min(64, target // (rows * tokens * bytes_each)))
+    calls, read = contestants(rows, tokens, dtype, device, copies)
+    seconds = interleaved(calls, 5 if quick else 31, device)
+    cycle = f"ours, mean of {EVERY} steps"
+    seconds[cycle] = [s / EVERY for s in seconds[cycle]]
+    case = f"{rows} x {tokens} {str(dtype).removeprefix('torch.')}"
+    result = []
+    for name, spent in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(spent, seconds["sdpa, all"], strict=True))
+        median = statistics.median(spent)
+        touched = read[name] * rows * bytes_each
+        speed = touched / median / 1e9
+        result.append(Row(case, name, median * 1e3, ratio, touched, speed, speed / peak))
+    return result
+
+
+def measure_gemv(peak: float, quick: bool) -> list[Row]:
+    """The linear layers of a 7B decoder, bf16: our GEMV and torch's linear."""
+    result = []
+    for out, size in ((4096, 4096), (11008, 4096)):
+        copies = 2 if quick else 12
+        weights = [torch.randn(out, size).bfloat16() for _ in range(copies)]
+        for rows in (1, 4):
+            x = torch.randn(rows, size).bfloat16()
+            calls: dict[str, Callable[[int], object]] = {
+                "torch linear": lambda t, x=x, w=weights: F.linear(x, w[t % len(w)]),
+                "ours": lambda t, x=x, w=weights: native.gemv(x, w[t % len(w)]),
+            }
+            seconds = interleaved(calls, 5 if quick else 31, "cpu")
+            for name, spent in seconds.items():
+                ratio = statistics.median(
+                    a / b for a, b in zip(spent, seconds["torch linear"], strict=True)
+                )
+                median, touched = statistics.median(spent), out * size * 2
+                speed = touched / median / 1e9
+                case = f"linear {rows} x {size} -> {out} bfloat16"
+                result.append(Row(case, name, median * 1e3, ratio, touched, speed, speed / peak))
+    return result
+
+
+def measure_levels(device: str, quick: bool) -> list[Row]:
+    """What each idea of cuda/levels.cuh buys: one layer, one sequence, 2,880 tokens, bf16."""
+    pools = [torch.randn(2, 2880, HEADS, HEAD_DIM, device=device).bfloat16() for _ in range(8)]
+    q = torch.randn(1, HEADS, HEAD_DIM, device=device).bfloat16()
+
+    def at(level: int) -> Callable[[int], object]:
+        plans = [AttentionPlan(q, p[0], p[1], want_logits=True, level=level) for p in pools]
+        return lambda turn: plans[turn % len(plans)].run()
+
+    calls = {f"level {level}": at(level) for level in (1, 2, 3, 4)}
+    touched = pools[0].numel() * 2
+    result = []
+    for name, spent in interleaved(calls, 5 if quick else 21, device).items():
+        median = statistics.median(spent)
+        speed = touched / median / 1e9
+        result.append(Row("levels", name, median * 1e3, 0.0, touched, speed, 0.0))
+    return result
+
+
+def show(rows: list[Row]) -> None:
+    case = ""
+    for row in rows:
+        if row.case != case:
+            case = row.case
+            print(
+                f"\n{case}\n  {'':24} {'ms':>9} {'ratio':>7} {'MB':>8} {'GB/s':>8} {'of peak':>8}"
+            )
+        print(
+            f"  {row.name:24} {row.ms:9.3f} {row.ratio_to_sdpa:7.2f} {row.bytes_read / 1e6:8.1f}"
+            f" {row.gb_per_s:8.1f} {row.share_of_read_bandwidth:8.0%}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (ratios: 1 is safest)")
+    parser.add_argument("--quick", action="store_true", help="small and short: a smoke test")
+    parser.add_argument("--levels", action="store_true", help="time the teaching kernels (cuda)")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if native.backend().name == "torch":
+        print(f"error: {native.backend().reason}\nhint: build the native module first (make test)")
+        return 1
+    peak = read_bandwidth(options.device, options.quick)
+    name = common.machine()["gpu" if options.device == "cuda" else "cpu"]
+    load = common.machine()["load_average"]
+    print(f"{name}, {options.threads} threads, read bandwidth {peak:.1f} GB/s, load {load:.1f}")
+    shapes = [(1, 600)] if options.quick else [(1, 600), (1, 2400), (1, 2880), (4, 2400)]
+    if options.device == "cuda":
+        shapes += [(8, 2880), (32, 2880)]
+    results = []
+    for rows, tokens in shapes:
+        for dtype in (torch.bfloat16, torch.float32):
+            results += measure(rows, tokens, dtype, options.device, peak, options.quick)
+    if options.device == "cpu":
+        results += measure_gemv(peak, options.quick)
+    elif options.levels:
+        results += measure_levels(options.device, options.quick)
+    show(results)
+    if options.json:
+        facts = {"commit": common.commit(), "machine": common.machine()}
+        facts |= {"versions": common.versions(), "threads": options.threads}
+        facts |= {"read_gb_per_s": peak, "quick": options.quick}
+        report = {"facts": facts, "results": [asdict(row) for row in results]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

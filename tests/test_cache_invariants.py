@@ -27,7 +27,7 @@ from engine.cache.streaming import Streaming
 
 LAYERS, HEADS, KV, DIM = 3, 4, 2, 16
 CPU = torch.device("cpu")
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=15, deadline=None)
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def alone(policy, prompt, lead, steps):
     return outs[lead:], decoding.settle(0), pools
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     policies,
     st.lists(st.tuples(prompts(), st.integers(0, 4)), min_size=2, max_size=3),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.config import ConfigReader
+from engine.models.layers import Embedding
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class ClipVision(nn.Module):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, config.patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(config.hidden))
-        self.position_embedding = nn.Embedding(config.patches + 1, config.hidden)
+        self.position_embedding = Embedding(config.patches + 1, config.hidden)
         self.pre_norm = nn.LayerNorm(config.hidden, config.norm_eps)
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.used_layers))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.config import ConfigReader
-from engine.native import linear
+from engine.models.layers import Embedding, Linear, RMSNorm, SideBySide
 
 # On a CPU, hidden sizes up to this gain from joined weights; larger ones only pay for the copy.
 JOIN_UP_TO = 1024
@@ -143,19 +143,6 @@ class Step(Protocol):
         """Indices of the tokens that go on after ``layer``, or None where all do."""
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32 (Zhang & Sennrich 2019)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-
-
 class Tables(NamedTuple):
     """What a step's tokens are rotated with, ``[tokens, 1, head_dim]``.
 
@@ -198,42 +185,6 @@ def rotate(x: Tensor, tables: Tables) -> Tensor:
     """Rotate ``x [tokens, heads, head_dim]`` by its tokens' positions; keeps its dtype."""
     swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * tables.cos, swapped, tables.sin).to(x.dtype)
-
-
-class Linear(nn.Linear):
-    """A linear layer that takes the native kernel for few rows where that is faster."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
-        return linear(x, self.weight, self.bias)
-
-
-class SideBySide:
-    """Several linear layers of one input, their outputs joined: ``[tokens, sum of outputs]``.
-
-    ``join`` lays their weights side by side, so that one product replaces several; the layers' own
-    parameters become views of it.
-    """
-
-    def __init__(self, *layers: Linear) -> None:
-        self.layers = layers
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-
-    def join(self) -> None:
-        """Copy the weights side by side, layer by layer."""
-        self.weight = torch.cat([layer.weight.data for layer in self.layers])
-        sizes = [layer.out_features for layer in self.layers]
-        for layer, part in zip(self.layers, self.weight.split(sizes), strict=True):
-            layer.weight.data = part
-        if self.layers[0].bias is not None:
-            self.bias = torch.cat([layer.bias.data for layer in self.layers])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[tokens, in]`` to ``[tokens, sum of outputs]``."""
-        if self.weight is None:
-            return torch.cat([layer(x) for layer in self.layers], -1)
-        return linear(x, self.weight, self.bias)
 
 
 class DecoderLayer(nn.Module):
@@ -279,7 +230,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.hidden)
+        self.embed = Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = Linear(config.hidden, config.vocab, bias=False)

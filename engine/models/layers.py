@@ -1,0 +1,70 @@
+"""The building blocks of the decoder: norm, embedding, linear layers alone and side by side."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.native import linear
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    """A table of vectors. torch's own imports for a second to draw random numbers."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows ``[tokens, size]`` of integer ``ids [tokens]``."""
+        return F.embedding(ids, self.weight)
+
+
+class Linear(nn.Linear):
+    """A linear layer that takes the native kernel for few rows where that is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        return linear(x, self.weight, self.bias)
+
+
+class SideBySide:
+    """Several linear layers of one input, their outputs joined: ``[tokens, sum of outputs]``.
+
+    ``join`` lays their weights side by side, so that one product replaces several; the layers' own
+    parameters become views of it.
+    """
+
+    def __init__(self, *layers: Linear) -> None:
+        self.layers = layers
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def join(self) -> None:
+        """Copy the weights side by side, layer by layer."""
+        self.weight = torch.cat([layer.weight.data for layer in self.layers])
+        sizes = [layer.out_features for layer in self.layers]
+        for layer, part in zip(self.layers, self.weight.split(sizes), strict=True):
+            layer.weight.data = part
+        if self.layers[0].bias is not None:
+            self.bias = torch.cat([layer.bias.data for layer in self.layers])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[tokens, in]`` to ``[tokens, sum of outputs]``."""
+        if self.weight is None:
+            return torch.cat([layer(x) for layer in self.layers], -1)
+        return linear(x, self.weight, self.bias)

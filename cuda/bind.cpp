@@ -11,6 +11,7 @@
 
 #include "cpu/kernels.h"
 #include "launch.h"
+#include "policy.h"
 
 namespace py = pybind11;
 
@@ -197,6 +198,82 @@ void gemv(const CpuKernels* table, int dtype, int rows, int64_t in, int64_t out,
   table->gemv(a);
 }
 
+RankArgs rank_args(const py::dict& f) {
+  constexpr int64_t most = INT32_MAX;
+  RankArgs a{};
+  a.problems = size(f, "problems", 0, most);
+  a.heads = size(f, "heads", 1, 1 << 16);
+  a.width = size(f, "width", 0, 1 << 28);
+  a.most = size(f, "most", 0, 1 << 28);
+  a.logits = address<float>(f, "logits");
+  a.lse = address<float>(f, "lse");
+  a.first = address<int32_t>(f, "first");
+  a.last = address<int32_t>(f, "last");
+  a.keep = address<int32_t>(f, "keep");
+  a.slots = address<int32_t>(f, "slots");
+  a.out = address<int32_t>(f, "out");
+  a.out_count = address<int32_t>(f, "out_count");
+  a.error = address<int32_t>(f, "error");
+  a.threads = size(f, "threads", 1, 1024);
+  a.device = size(f, "device", 0, 1024);
+  require(!a.problems || (a.first && a.last && a.keep && a.out_count && a.error && a.lse),
+          "rank: an address is null");
+  return a;
+}
+
+AgeArgs age_args(const py::dict& f) {
+  constexpr int64_t most = INT32_MAX;
+  AgeArgs a{};
+  a.problems = size(f, "problems", 0, 65535);
+  a.heads = size(f, "heads", 1, 1 << 16);
+  a.kv_heads = size(f, "kv_heads", 1, a.heads);
+  require(a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
+  a.width = size(f, "width", 0, 1 << 28);
+  a.text = size(f, "text", 0, most);
+  a.logits = address<float>(f, "logits");
+  a.lse = address<float>(f, "lse");
+  a.first = address<int32_t>(f, "first");
+  a.used = address<int32_t>(f, "used");
+  a.budget = address<int32_t>(f, "budget");
+  a.recent = address<int32_t>(f, "recent");
+  a.scores = address<float>(f, "scores");
+  a.positions = address<int32_t>(f, "positions");
+  a.victim = address<int32_t>(f, "victim");
+  a.error = address<int32_t>(f, "error");
+  a.threads = size(f, "threads", 1, 1024);
+  a.device = size(f, "device", 0, 1024);
+  require(!a.problems || (a.first && a.used && a.budget && a.recent && a.victim && a.error),
+          "age: an address is null");
+  return a;
+}
+
+// Start a policy operator: on a stream of the GPU, or here and now on the CPU.
+template <class Args>
+void run_policy(const char* op, const Args& a, bool cuda, uintptr_t stream,
+                int (*on_cpu)(const Args&), int (*on_cuda)(const Args&, void*)) {
+  int status = cuda_error;
+  {
+    py::gil_scoped_release unlocked;
+    if (!cuda) status = on_cpu(a);
+    if (cuda && on_cuda) status = on_cuda(a, reinterpret_cast<void*>(stream));
+  }
+  raise_for(status, op);
+}
+
+#if AVL_WITH_CUDA
+#define AVL_CUDA_OR_NULL(f) f
+#else
+#define AVL_CUDA_OR_NULL(f) nullptr
+#endif
+
+void rank(bool cuda, uintptr_t stream, const py::dict& f) {
+  run_policy<RankArgs>("rank", rank_args(f), cuda, stream, cpu_rank, AVL_CUDA_OR_NULL(cuda_rank));
+}
+
+void age(bool cuda, uintptr_t stream, const py::dict& f) {
+  run_policy<AgeArgs>("age", age_args(f), cuda, stream, cpu_age, AVL_CUDA_OR_NULL(cuda_age));
+}
+
 double read(uintptr_t data, int64_t count, int32_t threads) {
   py::gil_scoped_release unlocked;
   return kernels("").read(reinterpret_cast<const float*>(data), count, threads);
@@ -221,5 +298,7 @@ PYBIND11_MODULE(_native, m) {
           const avl::CpuKernels* table = isa.empty() ? best : &avl::kernels(isa);
           avl::gemv(table, dtype, rows, in, out, x, x_row, weight, bias, y, threads);
         });
+  m.def("rank", &avl::rank, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
+  m.def("age", &avl::age, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
   m.def("read", &avl::read, py::arg("data"), py::arg("count"), py::arg("threads"));
 }

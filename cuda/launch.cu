@@ -3,6 +3,7 @@
 
 #include "attention.cuh"
 #include "levels.cuh"
+#include "policy.cuh"
 #include "products.cuh"
 
 namespace avl {
@@ -102,6 +103,20 @@ int cuda_qk(const AttentionArgs& a, void* stream) {
 
 int cuda_pv(const AttentionArgs& a, void* stream) {
   AVL_START(start_pv)
+}
+
+int cuda_rank(const RankArgs& a, void* stream) {
+  if (a.problems == 0) return ok;
+  const OnDevice here(a.device);
+  AVL_LAUNCH(rank_kernel, dim3(a.problems), THREADS, stream, a);
+  return launched();
+}
+
+int cuda_age(const AgeArgs& a, void* stream) {
+  if (a.problems == 0) return ok;
+  const OnDevice here(a.device);
+  AVL_LAUNCH(age_kernel, dim3(a.kv_heads, a.problems), THREADS, stream, a);
+  return launched();
 }
 
 }  // namespace avl

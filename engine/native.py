@@ -63,6 +63,11 @@ def backend() -> Backend:
     return Backend("cuda", f"{cpu}; CUDA kernels for {torch.cuda.get_device_name()}")
 
 
+def loaded() -> bool:
+    """Whether the native module is there and not switched off."""
+    return _load()[0] is not None
+
+
 def usable(q: Tensor, pool: Tensor) -> bool:
     """Whether a native attention kernel exists for these tensors' device, dtype and sizes."""
     module, _ = _load()
@@ -208,6 +213,34 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = ""
     pointers = (weight.data_ptr(), _address(bias), y.data_ptr())
     module.gemv(*sizes, *pointers, torch.get_num_threads(), isa)
     return y
+
+
+def run_policy(
+    op: str,
+    lead: Tensor,
+    tensors: dict[str, Tensor],
+    sizes: dict[str, int],
+    error: Tensor | None,
+    stream: int | None,
+) -> None:
+    """Run ``rank`` or ``age`` of ``engine.ranking``, which has checked the tensors.
+
+    Without ``error`` a flag is made and read here, which on a GPU waits for the operator.
+    """
+    module, problem = _load()
+    if module is None:
+        raise RuntimeError(problem)
+    if lead.is_cuda and not module.with_cuda:
+        raise RuntimeError(f"{op}: the native module was built without CUDA")
+    flag = torch.zeros(1, dtype=torch.int32, device=lead.device) if error is None else error
+    fields = {name: t.data_ptr() for name, t in tensors.items()} | sizes
+    fields |= {"error": flag.data_ptr(), "threads": torch.get_num_threads()}
+    fields["device"] = lead.device.index or 0
+    if stream is None:
+        stream = torch.cuda.current_stream(lead.device).cuda_stream if lead.is_cuda else 0
+    getattr(module, op)(lead.is_cuda, stream, fields)
+    if (error is None or not lead.is_cuda) and int(flag.item()):
+        raise ValueError(f"{op}: an entry or a count is out of range")
 
 
 def read_all(data: Tensor) -> float:

@@ -45,7 +45,7 @@ def check_emulated(folder: Path, flags: list[str]) -> subprocess.CompletedProces
         '#include "cuda/cpu/kernels.h"\n'
         "const avl::CpuKernels* avl::cpu_kernels(const char*) { return nullptr; }\n"
     )
-    sources = ["tests/native/check_kernels.cpp", "stub.cpp"]
+    sources = ["tests/native/check_kernels.cpp", "cuda/cpu/policy.cpp", "stub.cpp"]
     compiled([*flags, *sources, "-o", "check"], folder)
     return run(["./check", "emulated"], folder)
 
@@ -97,6 +97,14 @@ PLANTED = [
         "lane == 0 && g < p.heads",
         ADDRESS,
         "heap-buffer-overflow",
+    ),
+    (
+        "a histogram that is not cleared in time",
+        "policy.cuh",
+        "    counts[threadIdx.x] = 0;\n    __syncthreads();",
+        "    counts[threadIdx.x] = 0;",
+        [],
+        "rank: slot",
     ),
     (
         "the sum not rescaled when the maximum grows",

@@ -277,6 +277,92 @@ void check_gemv(const char* isa) {
     }
 }
 
+#ifndef AVL_CPU_ONLY
+// The policy kernels in the emulator against their CPU counterparts, on weights that are 0 or 1 or
+// multiples of 1/64, so that sums are exact in any order.
+void check_rank(int width, int levels) {
+  const int problems = 4, heads = 3, first[] = {0, 0, width / 3, 1}, most = width;
+  const int last[] = {width, width, width, width - width / 4}, keep[] = {width / 2, 0, width, 1};
+  std::mt19937 random(width + levels);
+  auto logits = filled<float>(size_t(problems) * heads * width, 0);
+  auto lse = filled<float>(problems * heads, 0);
+  auto slots = filled<int32_t>(size_t(problems) * width, 0);
+  for (int i = 0; i < problems * heads * width; ++i)
+    logits[i] = std::log(float(random() % (levels + 1)) / levels);
+  for (int i = 0; i < problems * width; ++i) slots[i] = i * 5 + 3;
+  auto want = filled<int32_t>(size_t(problems) * most, -7),
+       got = filled<int32_t>(problems * most, -7);
+  auto counts = filled<int32_t>(problems, -7), other = filled<int32_t>(problems, -7);
+  int32_t error = 0;
+  RankArgs a{problems, heads,       width,      most,         logits.get(), lse.get(), first, last,
+             keep,     slots.get(), want.get(), counts.get(), &error,       1,         0};
+  cpu_rank(a);
+  a.out = got.get(), a.out_count = other.get();
+  cuda_rank(a, nullptr);
+  Case c{};
+  c.n = width;
+  for (int p = 0; p < problems; ++p)
+    if (counts[p] != other[p]) mistake(c, "rank", "count", other[p], counts[p]);
+  for (int i = 0; i < problems * most; ++i)
+    if (want[i] != got[i]) mistake(c, "rank", "slot", got[i], want[i]);
+  if (error) mistake(c, "rank", "error flag", error, 0);
+}
+
+void check_age(int text, int recent_tokens) {
+  const int problems = 2, heads = 4, kv_heads = 2, width = text + 9, rows = problems * kv_heads;
+  const int first[] = {0, 9}, used[] = {text, text - 1}, budget[] = {text - 1, -1};
+  const int recent[] = {recent_tokens, 0};
+  std::mt19937 random(text);
+  auto logits = filled<float>(size_t(problems) * heads * width, 0);
+  auto lse = filled<float>(problems * heads, 0);
+  for (int i = 0; i < problems * heads * width; ++i) logits[i] = random() % 3 ? -INFINITY : 0;
+  std::unique_ptr<float[]> scores[2];
+  std::unique_ptr<int32_t[]> positions[2], victim[2];
+  int32_t error = 0;
+  for (int side = 0; side < 2; ++side) {
+    scores[side] = filled<float>(size_t(rows) * text, 0.5f);
+    positions[side] = filled<int32_t>(size_t(rows) * text, 0);
+    victim[side] = filled<int32_t>(rows, -7);
+    for (int i = 0; i < rows * text; ++i) positions[side][i] = i % text * 7 % text;
+    const AgeArgs a{problems,
+                    heads,
+                    kv_heads,
+                    width,
+                    text,
+                    logits.get(),
+                    lse.get(),
+                    first,
+                    used,
+                    budget,
+                    recent,
+                    scores[side].get(),
+                    positions[side].get(),
+                    victim[side].get(),
+                    &error,
+                    1,
+                    0};
+    side ? cuda_age(a, nullptr) : cpu_age(a);
+  }
+  Case c{};
+  c.n = text;
+  for (int i = 0; i < rows; ++i)
+    if (victim[0][i] != victim[1][i]) mistake(c, "age", "victim", victim[1][i], victim[0][i]);
+  for (int i = 0; i < rows * text; ++i) {
+    expect(c, "age", "score", scores[1][i], scores[0][i], 0);
+    expect(c, "age", "position", positions[1][i], positions[0][i], 0);
+  }
+  if (error) mistake(c, "age", "error flag", error, 0);
+}
+
+void check_policy() {
+  for (int width : {1, 5, 256, 300, 1296})
+    for (int levels : {1, 64}) check_rank(width, levels);
+  check_age(20, 5);
+  check_age(300, 0);
+  check_age(30, 30);
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -304,6 +390,10 @@ int main(int argc, char** argv) {
   }
   if (which == "cpu")
     for (const char* isa : {"baseline", "avx2", "avx512"}) check_gemv(isa);
+#ifndef AVL_CPU_ONLY
+  for (emulator::order = 0; which != "cpu" && emulator::order < 3; ++emulator::order)
+    check_policy();
+#endif
   std::printf("%s: %d mistakes\n", which.c_str(), mistakes);
   return mistakes > 0;
 }

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.attention import selective_attention
+from engine.cache.listed import ListedAttention
 from engine.cache.observe import attended_positions, show_step
 from engine.cache.policy import Budget, Policy
 from engine.cache.pool import Pool
@@ -22,7 +22,8 @@ from engine.cache.row import Row, Stored
 from engine.cache.select import lightest, top
 from engine.errors import CapacityError
 
-FULL, CORE = 0, 1
+# The full list, the core list, and where rows differ: each row's own of the two.
+FULL, CORE, MIXED = 0, 1, 2
 
 
 class DecodeView:
@@ -92,20 +93,7 @@ class Decoding:
         head_dim = k.shape[-1]
         pool.k.view(-1, head_dim).index_copy_(0, write, k.reshape(-1, head_dim))
         pool.v.view(-1, head_dim).index_copy_(0, write, v.reshape(-1, head_dim))
-        if self._run is not None:
-            start, end = self._run[layer]
-            result = selective_attention(
-                q, pool.k[start:end], pool.v[start:end], want_logits=self._weights_wanted
-            )
-        else:
-            result = selective_attention(
-                q,
-                pool.k,
-                pool.v,
-                self._slots[layer],
-                self._counts[layer],
-                want_logits=self._weights_wanted,
-            )
+        result = self._attention[self._kind][layer](q, self._weights_wanted)
         self.logits[layer], self.lse[layer] = result.logits, result.lse
         return result.out
 
@@ -142,15 +130,11 @@ class Decoding:
         self._list_lengths = [layers[0] + t for layers, t in zip(shared, text, strict=True)]
         heads = torch.arange(self.kv_heads, device=self.device)
         self._write = (self._write_slots * self.kv_heads + heads).flatten(1)
-        self._run = None
-        if kinds == [FULL]:
-            extents = [stored.start for stored in self.rows[0].layers]
-            self._run = [(s, s + n + text[0]) for s, n in zip(extents, shared[0], strict=True)]
-            return
-        rows = range(len(kinds))
-        self._slots = torch.stack([self.lists[kinds[r]][:, r] for r in rows], 1)[:, :, None]
-        counts = [[shared[r][layer] + text[r] for r in rows] for layer in range(len(self.pools))]
-        self._counts = torch.tensor(counts, dtype=torch.int32, device=self.device)[..., None]
+        self._kind = kinds[0] if len(set(kinds)) == 1 else MIXED
+        if self._kind == MIXED:
+            for r, kind in enumerate(kinds):
+                self.lists[MIXED][:, r] = self.lists[kind][:, r]
+        self._count[self._kind].copy_(torch.tensor(shared).T + torch.tensor(text))
 
     # -- selection --------------------------------------------------------------------------------
 
@@ -205,7 +189,7 @@ class Decoding:
         """Build both lists, their text tails written ahead to the end of the extents."""
         layers, rows = len(self.pools), len(self.rows)
         longest = max(stored.capacity for row in self.rows for stored in row.layers)
-        lists = torch.zeros(2, layers, rows, longest, dtype=torch.int32)
+        lists = torch.zeros(3, layers, rows, longest, dtype=torch.int32)
         self.shared: list[list[list[int]]] = [[], []]
         for r, row in enumerate(self.rows):
             sizes: list[list[int]] = [[], []]
@@ -218,6 +202,19 @@ class Decoding:
             self.shared[FULL].append(sizes[FULL])
             self.shared[CORE].append(sizes[CORE])
         self.lists = lists.to(self.device)
+        self._count = torch.zeros(3, layers, rows, dtype=torch.int32, device=self.device)
+        self._attention = [
+            [
+                ListedAttention(
+                    pool,
+                    self.lists[kind, layer, :, None],
+                    self._count[kind, layer, :, None],
+                    self.rows[0].layers[layer].start if (kind, rows) == (FULL, 1) else None,
+                )
+                for layer, pool in enumerate(self.pools)
+            ]
+            for kind in (FULL, CORE, MIXED)
+        ]
         self._fixed = (
             [torch.stack([s.layout.fixed() for s in row.layers]) for row in self.rows]
             if self.ranks

@@ -118,6 +118,7 @@ def our_runners(folder: Path, options: argparse.Namespace) -> dict[str, Callable
 
     def run(spec: str) -> Sample:
         engine.policy = parse(spec)
+        engine.forget_pictures()
         began, cpu = perf_counter(), process_time()
         result = engine.generate(QUESTION, [image], max_new_tokens=options.tokens, ignore_eos=True)
         rest = perf_counter() - began - result.timings.ttft

@@ -91,7 +91,7 @@ def generate_batch(
     """
     if rows < 1:
         raise OptionError(f"rows is {rows}", hint="use 1 or more")
-    batch = _Batch(engine)
+    batch = Batch(engine)
     waiting = enumerate(requests)
     while True:
         while len(batch.running) < rows and (item := next(waiting, None)) is not None:
@@ -105,7 +105,7 @@ def generate_batch(
             return
 
 
-class _Batch:
+class Batch:
     """The rows that are decoded together, in pools they share."""
 
     def __init__(self, engine: Engine) -> None:

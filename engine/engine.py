@@ -143,6 +143,10 @@ class Engine:
         picture = self._open(image)
         return EncodedImage(self._encoder.encode([picture])[0], picture.size)
 
+    def forget_pictures(self) -> None:
+        """Drop the features of pictures seen before, to free them or to time their encoding."""
+        self._encoder = PictureEncoder(self.model)
+
     def generate_batch(
         self, requests: Iterable[Request | Mapping[str, Any]], rows: int = 8
     ) -> Iterator[Result | Failure]:

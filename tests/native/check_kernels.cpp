@@ -5,6 +5,7 @@
 //   check_kernels [emulated|cpu]     prints one line for each mistake; exit code 1 if there was one
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -47,12 +48,12 @@ struct Case {
 int mistakes = 0;
 
 void mistake(const Case& c, const char* op, const char* what, double got, double limit) {
-  if (++mistakes > 20) return;
   std::printf(
       "%s %s: %s: %g, limit %g (dtype %d, rows %d, kv heads %d x %d, size %d, n %d, per head"
       " %d, splits %d, level %d, order %d)\n",
       c.isa ? c.isa : "emulated", op, what, got, limit, int(c.dtype), c.rows, c.kv_heads, c.group,
       c.head_dim, c.n, c.per_head, c.splits, c.level, emulator::order);
+  if (++mistakes == 20) std::exit(1);  // enough to see that something is wrong
 }
 
 // Numbers of any dtype in a buffer of exactly their size, on a 16-byte boundary.

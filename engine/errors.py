@@ -8,36 +8,43 @@ library raises the same classes. This module imports nothing, so that a mistyped
 class EngineError(Exception):
     """Base of every known error: a message that names the thing, and one hint.
 
+    Where no hint is given, the class's usual one takes its place: there is always one.
+
     >>> str(ImageError("car.jpg does not exist", hint="did you mean cat.jpg?"))
     'car.jpg does not exist'
     """
 
     exit_code = 1
+    usual_hint = "--debug shows the whole traceback"
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class OptionError(EngineError):
     """A flag, option or prompt is out of range or unknown."""
 
     exit_code = 2
+    usual_hint = "python main.py --help lists all flags with examples"
 
 
 class ImageError(EngineError):
     """A picture cannot be opened or used."""
 
     exit_code = 3
+    usual_hint = "give another picture, or convert this one to PNG or JPEG first"
 
 
 class CheckpointError(EngineError):
     """Weights, configuration or tokenizer are missing, damaged or unsupported."""
 
     exit_code = 4
+    usual_hint = "download the file again, or use another version of the model"
 
 
 class CapacityError(EngineError):
     """The request does not fit: out of memory, or longer than the model's context."""
 
     exit_code = 5
+    usual_hint = "ask for less: fewer or smaller pictures, a shorter prompt or answer"

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.batch import Failure, Request, generate_batch
+from engine.cache.observe import Observer
 from engine.cache.policy import Policy
 from engine.cache.prefill import Uncached
 from engine.cache.specs import parse
@@ -110,6 +111,7 @@ class Engine:
         images: Sequence[Picture] = (),
         *,
         raw: bool = False,
+        observer: Observer | None = None,
         **options: Unpack[OptionValues],
     ) -> Iterator[str | Result]:
         """Answer a prompt piece by piece: yields texts, and last the Result of ``generate``.
@@ -120,6 +122,8 @@ class Engine:
             images: paths, bytes or Pillow images, in the order of their places.
             raw: take ``prompt`` verbatim: special tokens spelled in it are special, ``<image>``
                 stands where a picture goes, and no template is applied.
+            observer: is told of every layer of every pass, such as an ``insight.trace.Trace``;
+                without one no weights are computed for it.
             options: max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos; see
                 ``generation.make_options``.
 
@@ -128,7 +132,7 @@ class Engine:
         """
         chosen, timings = make_options(**options), Timings(load=self.load_seconds)
         turn = self.turn(prompt, images, timings, raw=raw)
-        session = Session(self.model, self.policy)
+        session = Session(self.model, self.policy, observer)
         return generate(session, turn, self.answer(chosen), chosen.max_new_tokens, timings)
 
     def chat(self) -> Chat:

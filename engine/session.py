@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.cache.decode import Decoding
 from engine.cache.layout import Layout
+from engine.cache.observe import Observer
 from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
@@ -58,6 +59,7 @@ def prefill(
     turn: Turn,
     new_tokens: int,
     past: Row | None = None,
+    observer: Observer | None = None,
 ) -> tuple[Row, Tensor]:
     """Process a turn on top of ``past``; returns the sequence and the next token's logits
     ``[vocab]``.
@@ -68,7 +70,7 @@ def prefill(
     _check_context(turn, past.seen if past else 0, new_tokens, decoder.config.context)
     device = decoder.norm.weight.device
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
-    step = Prefill(pools, policy, layout, new_tokens, past)
+    step = Prefill(pools, policy, layout, new_tokens, past, observer)
     ids = torch.tensor(turn.token_ids, device=device)
     hidden = decoder(model.embed(ids, turn.spans, turn.features), step)
     return step.row, decoder.logits(hidden[-1])
@@ -85,10 +87,12 @@ def _check_context(turn: Turn, seen: int, new_tokens: int, context: int) -> None
 
 
 class Session:
-    """One sequence with pools of its own."""
+    """One sequence with pools of its own; ``observer`` is told of every layer of every pass."""
 
-    def __init__(self, model: VisionLanguageModel, policy: Policy) -> None:
-        self.model, self.policy = model, policy
+    def __init__(
+        self, model: VisionLanguageModel, policy: Policy, observer: Observer | None = None
+    ) -> None:
+        self.model, self.policy, self.observer = model, policy, observer
         self.pools = make_pools(model)
         self.row: Row | None = None
         self._decoding: Decoding | None = None
@@ -103,7 +107,9 @@ class Session:
     def prefill(self, turn: Turn, new_tokens: int) -> Tensor:
         """Process a turn; returns the next token's logits ``[vocab]``."""
         past = self._settled()
-        self.row, logits = prefill(self.model, self.pools, self.policy, turn, new_tokens, past)
+        self.row, logits = prefill(
+            self.model, self.pools, self.policy, turn, new_tokens, past, self.observer
+        )
         return logits
 
     @torch.inference_mode()

@@ -36,6 +36,7 @@ class Observed:
             step; where heads keep different tokens, one head that keeps it is enough.
         image_spans: positions (start, end) of every picture.
         text: ``[1 or kv_heads, t]`` int64 positions kept of the evictable text, unordered.
+        kept: tokens that the layer stores for each head after the pass.
     """
 
     layer: int
@@ -46,6 +47,7 @@ class Observed:
     tiers: Tensor
     image_spans: tuple[tuple[int, int], ...]
     text: Tensor
+    kept: int
 
 
 class Observer(Protocol):
@@ -70,6 +72,7 @@ def show_prefill(row: Row, layer: int, layout: Layout, received: Received, store
             tiers=tiers_of(row.image_spans, kept.positions, core),
             image_spans=tuple(row.image_spans),
             text=kept.positions[:, kept.text_start :].clone(),
+            kept=kept.columns,
         )
     )
 
@@ -112,6 +115,7 @@ def show_step(decoding: Decoding, r: int, attended: list[Tensor]) -> None:
                 ),
                 image_spans=tuple(row.image_spans),
                 text=text,
+                kept=shared.shape[1] + text.shape[1],
             )
         )
 

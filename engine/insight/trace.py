@@ -21,6 +21,7 @@ class Moment:
             were not attended got 0. Sums to 1.
         tiers: ``[image tokens]`` uint8, see ``engine.cache.observe``.
         text: ``[1 or kv_heads, t]`` positions kept of the evictable text, ascending.
+        kept: tokens that the layer stores for each head.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Moment:
     attention: Tensor
     tiers: Tensor
     text: Tensor
+    kept: int
 
 
 class Trace:
@@ -57,6 +59,7 @@ class Trace:
                 attention=by_position(seen.weights, seen.positions, seen.query + 1).cpu(),
                 tiers=seen.tiers.cpu(),
                 text=seen.text.sort().values.cpu(),
+                kept=seen.kept,
             )
         )
 

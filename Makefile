@@ -44,14 +44,17 @@ $(STAMPS)/build: $(STAMPS)/torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check "scikit-build-core>=1.0" "pybind11>=3.0"
 	touch $@
 
-# The project itself, editable: Python changes are live, a change in cuda/ installs anew.
-INSTALL = rm -f engine/_native*.so && \
+# The project itself, editable: Python changes are live, a change in cuda/ installs anew. After a
+# build that failed, CMake's memory of it goes first.
+INSTALL = rm -f engine/_native*.so; \
+	$(BIN)/python -c "import engine._native" 2>/dev/null || rm -rf build/cp*; \
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation
 
 $(STAMPS)/run: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
 	$(INSTALL) -e .
 	touch $@
 
+$(STAMPS)/test: export AVL_REQUIRE_NATIVE = 1
 $(STAMPS)/test: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
-	AVL_REQUIRE_NATIVE=1 $(INSTALL) -e ".[test]"
+	$(INSTALL) -e ".[test]"
 	touch $@ $(STAMPS)/run

@@ -24,7 +24,7 @@ from engine.image import open_image
 from engine.loading import Loaded, load
 from engine.options import Options, OptionValues, make_options
 from engine.pictures import EncodedImage, Picture, PictureEncoder
-from engine.preprocess import Pixels
+from engine.preprocess import ImageProcessor, Pixels
 from engine.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from engine.result import Result, Timings
 from engine.session import Session, Turn
@@ -86,6 +86,11 @@ class Engine:
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.model.decoder.norm.weight.device
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """Turns pictures into the pixels that the model takes."""
+        return self._family.processor
 
     @property
     def dtype(self) -> torch.dtype:

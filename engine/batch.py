@@ -53,6 +53,10 @@ class Request:
             raise OptionError("a request has no prompt", hint='add "prompt": "..."')
         prompt, images = rest.pop("prompt"), rest.pop("images", ())
         raw = bool(rest.pop("raw", False))
+        if not isinstance(images, str | bytes | Sequence):
+            raise OptionError(
+                f"a request's images are {type(images).__name__}", hint='write "images": ["a.jpg"]'
+            )
         unknown = rest.keys() - OptionValues.__annotations__.keys()
         if unknown:
             known = ", ".join(["prompt", "images", "raw", *OptionValues.__annotations__])

@@ -34,7 +34,8 @@ def run_batch(engine: Engine, requests: Path, answers: Path, rows: int) -> Itera
     """
     done = skipped = _resume(answers, count_lines(requests))
     early: dict[int, str] = {}
-    with open(answers, "a", encoding="utf-8") as out:
+    # A lone surrogate in a message is written as JSON's own escape of it.
+    with open(answers, "a", encoding="utf-8", errors="backslashreplace") as out:
         results = engine.generate_batch(_read(requests, skip=skipped), rows)
         yield done
         for result in results:
@@ -61,7 +62,7 @@ def _read(path: Path, skip: int) -> Iterator[Any]:
     for line in lines[skip:]:
         try:
             yield json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             yield line
 
 
@@ -84,7 +85,7 @@ def _resume(answers: Path, requests: int) -> int:
 def _index(line: bytes) -> int | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value.get("index") if isinstance(value, dict) else None
 

@@ -15,7 +15,7 @@ import torch
 
 from engine.anyres import Canvas, TileProcessor, check_same, read_pinpoints
 from engine.errors import CheckpointError
-from engine.models.config import ConfigReader
+from engine.models.config import ConfigReader, shown
 from engine.models.llava import Llava, LlavaConfig, parse_hub, parse_original
 from engine.models.llava_next import LlavaNext, parse_next_hub, parse_next_original
 from engine.models.qwen_vl import QwenVl, QwenVlConfig
@@ -83,7 +83,7 @@ def recognise(folder: Path, style: str | None) -> Family:
         kind = "llava_next_original" if anyres else "llava_original"
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type is {kind!r}",
+            f"{folder / 'config.json'}: model_type is {shown(kind)}",
             hint=f"supported: {', '.join(FAMILIES)}",
         )
     return FAMILIES[kind](folder, config, style)
@@ -231,7 +231,7 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
         return frozenset(default)
     values = value if isinstance(value, list) else [value]
     if not all(type(token) is int for token in values):
-        raise CheckpointError(f"{path}: eos_token_id is {value!r}; it must be token ids")
+        raise CheckpointError(f"{path}: eos_token_id is {shown(value)}; it must be token ids")
     return frozenset(values)
 
 

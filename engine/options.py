@@ -27,6 +27,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self, temperature=float, top_k=int, top_p=float, seed=int)
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise OptionError(f"temperature is {self.temperature}", hint="use 0 (greedy) or more")
         if self.top_k < 0:
@@ -35,6 +36,15 @@ class Sampling:
             raise OptionError(f"top_p is {self.top_p}", hint="use a value above 0 and up to 1")
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"seed is {self.seed}", hint="use 0 to 9223372036854775807")
+
+
+def _check_types(options: object, **kinds: type) -> None:
+    """Requests come from files too: 2.0 tokens or a seed of "7" would only fail much later."""
+    for name, kind in kinds.items():
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+            needed = "a number" if kind is float else "a whole number"
+            raise OptionError(f"{name} is {value!r:.80}", hint=f"use {needed}")
 
 
 class OptionValues(TypedDict, total=False):
@@ -59,6 +69,9 @@ class Options:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self, max_new_tokens=int)
+        if any(not isinstance(text, str) for text in self.stop):
+            raise OptionError("a stop text is not a text", hint='write "stop": ["..."]')
         if self.max_new_tokens < 1:
             raise OptionError(f"max_new_tokens is {self.max_new_tokens}", hint="use 1 or more")
         if any(not text for text in self.stop):

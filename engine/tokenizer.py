@@ -35,6 +35,7 @@ class Tokenizer:
         self._special_ids = {token["id"] for token in added if token.get("special")}
         vocabulary = description["model"]["vocab"]
         _check_ids(vocabulary, added)
+        _check_flags(added)
         self._plain = _build(_without_specials(description, added))
         self.vocab_size = max([*vocabulary.values(), *self._added.values()]) + 1
         ends = (_token_name(config, "eos_token"), "<|endoftext|>", "</s>")
@@ -70,7 +71,9 @@ class Tokenizer:
             return cls(description, config)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}", hint=error.hint) from None
-        except Exception as error:  # the library raises plain Exception for a bad description
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception, or panics
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"{path} is not a usable tokenizer: {reason}", hint="download the file again"
@@ -235,6 +238,17 @@ def _check_ids(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]
             )
 
 
+def _check_flags(added: Sequence[Mapping[str, Any]]) -> None:
+    """Require complete added tokens now: the encoder that reads them is built on first use."""
+    for token in added:
+        for flag in ("single_word", "lstrip", "rstrip", "normalized", "special"):
+            if not isinstance(token.get(flag), bool):
+                raise CheckpointError(
+                    f"special token {token['content']!r:.40} needs {flag}: true or false",
+                    hint="download the file again",
+                )
+
+
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not path.exists():
         return {}
@@ -242,7 +256,7 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         pointer = path.read_bytes()[:24] == b"version https://git-lfs."
         what, hint = "not valid JSON", "download the file again"
         if pointer:

@@ -10,6 +10,12 @@ from engine.errors import CheckpointError
 _REQUIRED = object()
 
 
+def shown(value: object) -> str:
+    """A value of an untrusted file for an error: on one line, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 class ConfigReader:
     """One section of a config.json whose values are checked as they are read.
 
@@ -42,7 +48,7 @@ class ConfigReader:
         """An integer in [low, high]."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fail(key, f"must be an integer, not {value!r}")
+            raise self.fail(key, f"must be an integer, not {shown(value)}")
         if not low <= value <= high:
             raise self.fail(key, f"is {value}; it must lie between {low} and {high}")
         return value
@@ -51,7 +57,7 @@ class ConfigReader:
         """A positive finite number."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(key, f"must be a number, not {value!r}")
+            raise self.fail(key, f"must be a number, not {shown(value)}")
         if not 0 < value < float("inf"):
             raise self.fail(key, f"is {value}; it must be positive and finite")
         return float(value)
@@ -60,16 +66,16 @@ class ConfigReader:
         """A string, one of ``choices`` where they are given."""
         value = self._get(key, default)
         if not isinstance(value, str):
-            raise self.fail(key, f"must be a text, not {value!r}")
+            raise self.fail(key, f"must be a text, not {shown(value)}")
         if choices and value not in choices:
-            raise self.fail(key, f"is {value!r}; supported: {', '.join(choices)}")
+            raise self.fail(key, f"is {shown(value)}; supported: {', '.join(choices)}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise self.fail(key, f"must be true or false, not {value!r}")
+            raise self.fail(key, f"must be true or false, not {shown(value)}")
         return value
 
     def tokens(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -77,12 +83,12 @@ class ConfigReader:
         value = self._get(key, default)
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not all(type(token) is int and token >= 0 for token in values):
-            raise self.fail(key, f"must be token ids, not {value!r}")
+            raise self.fail(key, f"must be token ids, not {shown(value)}")
         return values
 
     def section(self, key: str) -> ConfigReader:
         """A nested object; an absent one reads as empty."""
         value = self._get(key, {})
         if not isinstance(value, Mapping):
-            raise self.fail(key, f"must be an object, not {value!r}")
+            raise self.fail(key, f"must be an object, not {shown(value)}")
         return ConfigReader(value, f"{self.where}: {key}")

@@ -117,38 +117,46 @@ def age_torch(
     positions: Tensor,
     victim: Tensor,
 ) -> None:
-    """Define ``age``, one problem and head at a time."""
-    kv_heads = scores.shape[1]
-    for p, (begin, count, most, latest) in enumerate(_rows(first, used, budget, recent)):
-        if begin < 0 or not 0 <= count <= scores.shape[2] or begin + count > logits.shape[2]:
-            raise ValueError(f"age: entries {begin}..{begin + count} do not fit problem {p}")
-        weights = _weights(logits[p], lse[p])[:, begin : begin + count]
-        scores[p, :, :count] += weights.unflatten(0, (kv_heads, -1)).sum(1)
-        for head in range(kv_heads):
-            over = 0 <= most < count
-            chosen = _lightest(scores[p, head, :count], positions[p, head, :count], latest)
-            victim[p, head] = chosen if over else -1
-            if over and chosen >= 0:
-                scores[p, head, chosen] = float("inf")
-                positions[p, head, chosen] = -1
+    """Define ``age``: all problems and heads at once, what is not in use masked."""
+    kv_heads, places = scores.shape[1:]
+    if ((first < 0) | (used < 0) | (used > places) | (first + used > logits.shape[2])).any():
+        raise ValueError("age: the text's entries do not fit the list or the places")
+    place = torch.arange(places, device=logits.device)
+    in_use = (place < used[:, None])[:, None]
+    entries = (first[:, None] + place).clamp(max=max(0, logits.shape[2] - 1)).long()
+    shape = (*logits.shape[:2], places)
+    gathered = logits.gather(2, entries[:, None].expand(shape))
+    received = _weights(gathered, lse).unflatten(1, (kv_heads, -1)).sum(2)
+    scores += received.masked_fill(~in_use, 0)
+    lightest = _lightest(scores, positions, in_use, recent)
+    over = ((budget >= 0) & (budget < used))[:, None]
+    victim.copy_(torch.where(over, lightest, -1))
+    gone = (place == victim[..., None]) & (victim >= 0)[..., None]
+    scores.masked_fill_(gone, float("inf"))
+    positions.masked_fill_(gone, -1)
 
 
-def _lightest(scores: Tensor, positions: Tensor, recent: int) -> int:
-    """The entry with the lowest score, then the highest position, that is not recent; -1 if none.
+def _lightest(scores: Tensor, positions: Tensor, in_use: Tensor, recent: Tensor) -> Tensor:
+    """For each head the place with the lowest score, then the highest position, that is not recent.
 
-    >>> _lightest(torch.tensor([5.0, 1.0, 0.0]), torch.tensor([0, 1, 2]), recent=1)
-    1
+    ``scores`` and ``positions`` ``[problems, kv_heads, places]``; -1 where every place is recent.
+
+    >>> every = torch.ones(1, 1, 3, dtype=torch.bool)
+    >>> scores, positions = torch.tensor([[[5.0, 1.0, 0.0]]]), torch.tensor([[[0, 1, 2]]])
+    >>> _lightest(scores, positions, every, recent=torch.tensor([1]))
+    tensor([[1]])
     """
-    later = (positions[None, :] > positions[:, None]).sum(1)
-    open_to_eviction = [i for i, n in enumerate(later.tolist()) if n >= recent]
-    open_to_eviction = [i for i in open_to_eviction if int(positions[i]) >= 0]
-    order = [(float(scores[i]), -int(positions[i]), i) for i in open_to_eviction]
-    return min(order)[2] if order else -1
+    age_rank = positions.masked_fill(~in_use, -1).argsort(-1, descending=True).argsort(-1)
+    open_to_eviction = in_use & (positions >= 0) & (age_rank >= recent[:, None, None])
+    lowest = scores.masked_fill(~open_to_eviction, float("inf")).amin(-1, keepdim=True)
+    tied = open_to_eviction & (scores == lowest)
+    youngest = positions.masked_fill(~tied, -1).max(-1)
+    return torch.where(youngest.values >= 0, youngest.indices, -1)
 
 
 def _weights(logits: Tensor, lse: Tensor) -> Tensor:
-    """This step's attention weights ``[heads, width]``; 0 where a list was empty."""
-    return (logits - lse[:, None]).exp().nan_to_num(nan=0.0)
+    """This step's attention weights, in the shape of logits; 0 where a list was empty."""
+    return (logits - lse[..., None]).exp().nan_to_num(nan=0.0)
 
 
 def _rows(*columns: Tensor) -> list[tuple[int, ...]]:

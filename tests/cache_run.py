@@ -124,9 +124,9 @@ class CacheRun:
         heads = self.decoder.config.kv_heads
         if self.decoding is None:
             return layout.positions[:, layout.text_start :].expand(heads, -1).sort().values.tolist()
-        n, seen = self.decoding.text_kept[0], self.decoding.seen[0]
+        n, seen = self.decoding.text.kept[0], self.decoding.seen[0]
         if self.decoding.evicts[0]:
-            found = self.decoding.text_positions[layer, 0, :, : n + 1].tolist()
+            found = self.decoding.text.positions[layer, 0, :, : n + 1].tolist()
             return [sorted(p for p in head if p != seen) for head in found]
         old = layout.positions[:, layout.text_start :].expand(heads, -1).tolist()
         return [head + list(range(layout.seen, seen)) for head in old]

@@ -137,7 +137,7 @@ def check_lists(decoding):
             end = stored.start + stored.capacity
             listed = []
             for kind in (FULL, CORE):
-                count = decoding.shared[kind][r][layer] + decoding.text_kept[r]
+                count = decoding.shared[kind][r][layer] + decoding.text.kept[r]
                 slots = decoding.lists[kind][layer, r, :count].tolist()
                 assert slots == sorted(set(slots))
                 assert all(stored.start <= slot < end for slot in slots)
@@ -146,14 +146,14 @@ def check_lists(decoding):
             assert core <= full
             assert full == set(range(stored.start, stored.start + len(full)))
             first = stored.start + stored.layout.text_start
-            for slot in decoding._write_slots[layer, r].tolist():
-                assert first <= slot <= first + decoding.text_kept[r]
+            for slot in decoding.text.write[layer, r].tolist():
+                assert first <= slot <= first + decoding.text.kept[r]
 
 
 def check_recent(decoding, policy):
     """The latest tokens of the budget are kept by every head, each token once."""
     for r, row in enumerate(decoding.rows):
-        seen, n = decoding.seen[r], decoding.text_kept[r]
+        seen, n = decoding.seen[r], decoding.text.kept[r]
         layout = row.layers[0].layout
         more = seen - layout.seen
         budget = policy.text_budget(*layout.lengths(more))
@@ -161,7 +161,7 @@ def check_recent(decoding, policy):
         if budget is None:
             continue
         assert n <= budget.total
-        places = decoding.text_positions[:, r, :, : n + 1].flatten(0, 1).tolist()
+        places = decoding.text.positions[:, r, :, : n + 1].flatten(0, 1).tolist()
         evictable = seen if layout.text_seen == layout.seen else layout.text_seen + more
         recent = range(seen - min(budget.recent, n, evictable), seen)
         for head in places:

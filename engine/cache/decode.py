@@ -14,12 +14,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.cache.core_lists import CoreRuns
 from engine.cache.listed import ListedAttention
 from engine.cache.observe import attended_positions, show_step
 from engine.cache.policy import Budget, Policy
 from engine.cache.pool import Pool
 from engine.cache.row import Row, Stored
-from engine.cache.select import lightest, top
+from engine.cache.text_slots import TextSlots
 from engine.errors import CapacityError
 
 # The full list, the core list, and where rows differ: each row's own of the two.
@@ -50,26 +51,26 @@ class Decoding:
     Attributes:
         positions: ``[rows]`` int64 positions of the tokens that the next step processes.
         opening: ``[rows]``, see ``Step``.
+        lists: ``[3, layers, rows, max]`` int32 pool slots of the full, core and mixed lists.
+        shared: ``[full or core][row][layer]``, how many slots before the text a list holds.
+        text: the evictable text.
+        logits, lse: per layer what the last step left, None unless it was asked for.
     """
 
     def __init__(self, pools: Sequence[Pool], policy: Policy, rows: list[Row]) -> None:
         self.pools, self.policy, self.rows = pools, policy, rows
         self.device, self.kv_heads = pools[0].k.device, pools[0].k.shape[1]
         self.views = [DecodeView(self, layer) for layer in range(len(pools))]
-        first = [row.layers[0].layout for row in rows]
-        self.seen = [layout.seen for layout in first]
-        self.text_kept = [layout.columns - layout.text_start for layout in first]
+        self.seen = [row.seen for row in rows]
         self.opening = torch.tensor([row.opening for row in rows], device=self.device)
         self.evicts = [self._budget(r) is not None for r in range(len(rows))]
-        self._room = [
-            min(stored.capacity - stored.layout.text_start for stored in row.layers) for row in rows
-        ]
-        # Without a picture there is no core; with one, all layers hold equally many image tokens.
-        self.ranks = any(stored.core is not None for row in rows for stored in row.layers)
+        self.text = TextSlots(rows, self.kv_heads, any(self.evicts), self.device)
+        self._head = torch.arange(self.kv_heads, device=self.device)
         self._pack_lists()
-        self._pack_text()
+        self._runs = self._core_runs()
         self.logits: list[Tensor | None] = [None] * len(pools)
         self.lse: list[Tensor | None] = [None] * len(pools)
+        self._scores: list[tuple[Tensor, Tensor]] = []
         self._prepare()
 
     # -- one step ---------------------------------------------------------------------------------
@@ -93,97 +94,72 @@ class Decoding:
         head_dim = k.shape[-1]
         pool.k.view(-1, head_dim).index_copy_(0, write, k.reshape(-1, head_dim))
         pool.v.view(-1, head_dim).index_copy_(0, write, v.reshape(-1, head_dim))
-        result = self._attention[self._kind][layer](q, self._weights_wanted)
-        self.logits[layer], self.lse[layer] = result.logits, result.lse
-        return result.out
+        attention = self._attention[self._kind][layer]
+        if not self._scores_wanted:
+            return attention(q, None)
+        if not self._scores:
+            self._make_scores(q.shape[1])
+        return attention(q, self._scores[layer])
+
+    def _make_scores(self, heads: int) -> None:
+        """Buffers for the logits of all layers, once they are wanted."""
+        _, layers, rows, longest = self.lists.shape
+        self._all_logits = torch.empty(layers, rows, heads, longest, device=self.device)
+        self._all_lse = torch.empty(layers, rows, heads, device=self.device)
+        self._scores = list(zip(self._all_logits, self._all_lse, strict=True))
+        self.logits, self.lse = list(self._all_logits), list(self._all_lse)
 
     def advance(self) -> None:
         """Close the step: account, rank, evict or extend, and set up the next one."""
-        weights = self._step_weights() if self._scores_wanted else None
+        attended = {
+            r: attended_positions(self, r) for r, row in enumerate(self.rows) if row.observer
+        }
         for r, row in enumerate(self.rows):
-            attended = None if row.observer is None else attended_positions(self, r)
             row.step += 1
             row.attended_share.append(self._attended[r] / (self.seen[r] + 1))
-            if self.ranks and weights is not None and self.policy.reranks(row.step):
-                self._rerank(r, weights)
-            self.seen[r] += 1
-            self._make_room(r, weights)
-            if attended is not None:
-                show_step(self, r, attended)
+        reranked = [r for r, row in enumerate(self.rows) if self.policy.reranks(row.step)]
+        for run in self._runs if reranked else ():
+            run.choose(
+                self._all_logits, self._all_lse, self.lists[FULL], self.lists[CORE], reranked
+            )
+        self.seen = [seen + 1 for seen in self.seen]
+        if any(self.evicts):
+            budgets = [self._budget(r) for r in range(len(self.rows))]
+            self.text.evict_or_grow(
+                self._all_logits, self._all_lse, self._text_first, budgets, self.seen
+            )
+        else:
+            self.text.grow()
+        for r, positions in attended.items():
+            show_step(self, r, positions)
         self._prepare()
 
     def _prepare(self) -> None:
         """Choose every row's list, and say where the new token goes."""
-        kinds = [CORE if self.policy.attends_core(row.step + 1) else FULL for row in self.rows]
-        self.kinds = kinds
-        reranks = self.ranks and any(self.policy.reranks(row.step + 1) for row in self.rows)
-        self._scores_wanted = any(self.evicts) or reranks
+        self.kinds = [CORE if self.policy.attends_core(row.step + 1) else FULL for row in self.rows]
+        reranks = bool(self._runs) and any(self.policy.reranks(r.step + 1) for r in self.rows)
         watched = any(row.observer is not None for row in self.rows)
-        self._weights_wanted = self._scores_wanted or watched
+        self._scores_wanted = any(self.evicts) or reranks or watched
         self.positions = torch.tensor(self.seen, device=self.device)
-        self._overfull = [r for r, kept in enumerate(self.text_kept) if kept >= self._room[r]]
-        shared = [self.shared[kind][r] for r, kind in enumerate(kinds)]
-        text = [kept + 1 for kept in self.text_kept]
-        self._attended = [
-            sum(layers) / len(layers) + t for layers, t in zip(shared, text, strict=True)
-        ]
-        self._list_lengths = [layers[0] + t for layers, t in zip(shared, text, strict=True)]
-        heads = torch.arange(self.kv_heads, device=self.device)
-        self._write = (self._write_slots * self.kv_heads + heads).flatten(1)
-        self._kind = kinds[0] if len(set(kinds)) == 1 else MIXED
+        text = [kept + 1 for kept in self.text.kept]
+        room = zip(self.text.kept, self.text.room, strict=True)
+        self._overfull = [r for r, (kept, fits) in enumerate(room) if kept >= fits]
+        self._attended = [self._mean_shared[kind][r] + text[r] for r, kind in enumerate(self.kinds)]
+        self._write = (self.text.write * self.kv_heads + self._head).flatten(1)
+        self._kind = self.kinds[0] if len(set(self.kinds)) == 1 else MIXED
         if self._kind == MIXED:
-            for r, kind in enumerate(kinds):
+            for r, kind in enumerate(self.kinds):
                 self.lists[MIXED][:, r] = self.lists[kind][:, r]
-        self._count[self._kind].copy_(torch.tensor(shared).T + torch.tensor(text))
-
-    # -- selection --------------------------------------------------------------------------------
-
-    def _step_weights(self) -> Tensor:
-        """Softmax weights of the step over its lists: ``[layers, rows, heads, max]`` fp32."""
-        logits = torch.stack([x for x in self.logits if x is not None])
-        lse = torch.stack([x for x in self.lse if x is not None])
-        return (logits - lse[..., None]).exp()
-
-    def _rerank(self, r: int, weights: Tensor) -> None:
-        """Choose row ``r``'s next core by head-mean weights, each picture by itself."""
-        pictures = self._pictures[r]
-        if not pictures:
-            return
-        mean = weights[:, r].mean(1)
-        core = [self._fixed[r]]
-        for slots, size in pictures:
-            best = top(mean.gather(1, slots), size)
-            core.append(slots.gather(1, best))
-        chosen = torch.cat(core, 1).sort(1).values
-        starts = self.lists[FULL][:, r, :1]
-        self.lists[CORE][:, r, : chosen.shape[1]] = chosen + starts
+                self._first[MIXED][:, r] = self._first[kind][:, r]
+        self._text_first = self._first[self._kind]
+        in_use = torch.tensor(text, dtype=torch.int32, device=self.device)
+        torch.add(self._text_first, in_use, out=self._count[self._kind])
 
     def _budget(self, r: int) -> Budget | None:
         layout = self.rows[r].layers[0].layout
         return self.policy.text_budget(*layout.lengths(self.seen[r] - layout.seen))
 
-    def _make_room(self, r: int, weights: Tensor | None) -> None:
-        """Find row ``r``'s next free slot: an evicted token's in every head, or one more."""
-        kept = self.text_kept[r]
-        budget = self._budget(r)
-        if budget is None or weights is None:
-            self.text_kept[r] = kept + 1
-            self._write_slots[:, r] += 1
-            return
-        scores, positions = self.text_scores[:, r], self.text_positions[:, r]
-        end = self._list_lengths[r]
-        received = weights[:, r, :, end - kept - 1 : end]
-        scores[..., : kept + 1] += received.unflatten(1, (self.kv_heads, -1)).sum(2)
-        if kept + 1 > budget.total:
-            free = lightest(scores[..., : kept + 1], positions[..., : kept + 1], budget.recent)
-        else:
-            self.text_kept[r] = kept + 1
-            free = torch.full_like(self._write_slots[:, r], kept + 1)
-        scores.scatter_(-1, free[..., None], 0.0)
-        positions.scatter_(-1, free[..., None], self.seen[r])
-        self._write_slots[:, r] = self._text_start[:, r, None] + free
-
-    # -- packing rows into tensors ---------------------------------------------------------------
+    # -- packing rows into tensors ----------------------------------------------------------------
 
     def _pack_lists(self) -> None:
         """Build both lists, their text tails written ahead to the end of the extents."""
@@ -202,54 +178,29 @@ class Decoding:
             self.shared[FULL].append(sizes[FULL])
             self.shared[CORE].append(sizes[CORE])
         self.lists = lists.to(self.device)
-        self._count = torch.zeros(3, layers, rows, dtype=torch.int32, device=self.device)
+        self._mean_shared = [[sum(row) / layers for row in kind] for kind in self.shared]
+        first = torch.tensor([*self.shared, self.shared[FULL]], dtype=torch.int32)
+        self._first = first.transpose(1, 2).contiguous().to(self.device)
+        self._count = torch.zeros_like(self._first)
         self._attention = [
-            [
-                ListedAttention(
-                    pool,
-                    self.lists[kind, layer, :, None],
-                    self._count[kind, layer, :, None],
-                    self.rows[0].layers[layer].start if (kind, rows) == (FULL, 1) else None,
-                )
-                for layer, pool in enumerate(self.pools)
-            ]
-            for kind in (FULL, CORE, MIXED)
+            [self._listed(kind, layer) for layer in range(layers)] for kind in (FULL, CORE, MIXED)
         ]
-        self._fixed = (
-            [torch.stack([s.layout.fixed() for s in row.layers]) for row in self.rows]
-            if self.ranks
-            else []
+
+    def _listed(self, kind: int, layer: int) -> ListedAttention:
+        """The attention of one layer over one kind of list."""
+        alone = kind == FULL and len(self.rows) == 1
+        return ListedAttention(
+            self.pools[layer],
+            self.lists[kind, layer, :, None],
+            self._count[kind, layer, :, None],
+            self.rows[0].layers[layer].start if alone else None,
         )
-        self._pictures = [self._image_slots(row) for row in self.rows] if self.ranks else []
 
-    def _image_slots(self, row: Row) -> list[tuple[Tensor, int]]:
-        """For each picture its stored slots ``[layers, n]`` and its core size."""
-        pictures = []
-        for index, size in enumerate(row.layers[0].layout.image_sizes):
-            slots = torch.stack([stored.layout.picture(index) for stored in row.layers])
-            pictures.append((slots, self.policy.core_size(size)))
-        return pictures
-
-    def _pack_text(self) -> None:
-        """Where text begins and the next token goes; scores and positions if text is evicted."""
-        text_start = [[s.start + s.layout.text_start for s in row.layers] for row in self.rows]
-        self._text_start = torch.tensor(text_start, device=self.device).T
-        kept = torch.tensor(self.text_kept, device=self.device)
-        self._write_slots = (self._text_start + kept)[..., None].repeat(1, 1, self.kv_heads)
-        if not any(self.evicts):
-            return
-        # One more than fits: the place of the token after the last one that was promised room.
-        shape = (len(self.pools), len(self.rows), self.kv_heads, max(self._room) + 1)
-        self.text_scores = torch.zeros(shape, device=self.device)
-        self.text_positions = torch.full(shape, -1, device=self.device)
-        for r, row in enumerate(self.rows):
-            n = self.text_kept[r]
-            self.text_positions[:, r, :, n] = self.seen[r]
-            for layer, stored in enumerate(row.layers):
-                positions = stored.layout.positions[:, stored.layout.text_start :]
-                self.text_positions[layer, r, :, :n] = positions
-                if stored.text_scores is not None:
-                    self.text_scores[layer, r, :, :n] = stored.text_scores
+    def _core_runs(self) -> list[CoreRuns]:
+        """What re-ranking rewrites, picture by picture; nothing where no row has a core tier."""
+        tiered = [row for row in self.rows if any(s.core is not None for s in row.layers)]
+        pictures = max((len(row.image_spans) for row in tiered), default=0)
+        return [CoreRuns(self.rows, self.policy, number, self.device) for number in range(pictures)]
 
     # -- what lies where --------------------------------------------------------------------------
 
@@ -260,8 +211,8 @@ class Decoding:
             old = layout.positions[:, layout.text_start :]
             new = torch.arange(layout.seen, layout.seen + n - old.shape[1], device=self.device)
             return torch.cat([old, new.expand(len(old), -1)], 1)
-        places = self.text_positions[layer, r, :, : self.text_kept[r] + 1]
-        if n > self.text_kept[r]:
+        places = self.text.positions[layer, r, :, : self.text.kept[r] + 1].long()
+        if n > self.text.kept[r]:
             return places.clone()
         # Without the free slot, which carries the next position.
         return places[places != self.seen[r]].view(self.kv_heads, n)
@@ -292,11 +243,11 @@ class Decoding:
 
     def _close_up(self, r: int) -> None:
         """Move each head's last text token into that head's free slot."""
-        last = self.text_kept[r]
-        if last == self._room[r]:  # the extent is full, and so without a gap
+        last = self.text.kept[r]
+        if last == self.text.room[r]:  # the extent is full, and so without a gap
             return
-        free = self._write_slots[:, r] - self._text_start[:, r, None]
-        for tensor in (self.text_scores, self.text_positions):
+        free = self.text.free_places(r)
+        for tensor in (self.text.scores, self.text.positions):
             state = tensor[:, r]
             state.scatter_(-1, free[..., None], state[..., last : last + 1].clone())
         heads = torch.arange(self.kv_heads, device=self.device)
@@ -307,14 +258,14 @@ class Decoding:
                 + last
             )
             for store in (pool.k, pool.v):
-                store[self._write_slots[layer, r], heads] = store[end].clone()
+                store[self.text.write[layer, r], heads] = store[end].clone()
 
     def _settle_layer(self, r: int, layer: int, stored: Stored) -> None:
-        old, n = stored.layout, self.text_kept[r]
+        old, n = stored.layout, self.text.kept[r]
         shared = old.positions[:, : old.text_start]
         if self.evicts[r]:  # in the order of the slots, which are closed up by now
-            text = self.text_positions[layer, r, :, :n].clone()
-            stored.text_scores = self.text_scores[layer, r, :, :n].clone()
+            text = self.text.positions[layer, r, :, :n].long()
+            stored.text_scores = self.text.scores[layer, r, :, :n].clone()
             shared = shared.expand(self.kv_heads, -1)
         else:
             text = self.text_of(r, layer, n)

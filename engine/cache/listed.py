@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine import native
-from engine.attention import AttentionResult, selective_attention
+from engine.attention import selective_attention
 from engine.cache.pool import Pool
 from engine.native import AttentionPlan
 
@@ -14,8 +14,8 @@ class ListedAttention:
     """Attends the same list of ``pool`` in every step; entries and counts may change in place.
 
     Checking shapes and passing addresses costs more than attending a few hundred slots, so a native
-    call is planned at its first use and then only run. Results lie in buffers that the next call
-    overwrites.
+    call is planned at its first use and then only run. The result lies in a buffer that the next
+    call overwrites.
     """
 
     def __init__(self, pool: Pool, slots: Tensor, count: Tensor, run: int | None = None) -> None:
@@ -27,29 +27,49 @@ class ListedAttention:
         self._pool, self._slots, self._count, self._first = pool, slots, count, run
         self._plans: dict[bool, tuple[AttentionPlan, Tensor]] = {}
 
-    def __call__(self, q: Tensor, want_logits: bool) -> AttentionResult:
-        """Attend with ``q [rows, heads, head_dim]``."""
-        if want_logits not in self._plans:
+    def __call__(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Attend with ``q [rows, heads, head_dim]``; the same shape comes back.
+
+        Logits ``[rows, heads, max]`` and their log-sum-exp are written into ``scores``, which must
+        be the same tensors in every call.
+        """
+        wanted = scores is not None
+        if wanted not in self._plans:
             if not native.usable(q, self._pool.k):
-                return self._in_torch(q, want_logits)
-            self._plans[want_logits] = self._planned(q, want_logits)
-        plan, queries = self._plans[want_logits]
+                return self._in_torch(q, scores)
+            self._plans[wanted] = self._planned(q, scores)
+        plan, queries = self._plans[wanted]
         queries.copy_(q)
         plan.run()
-        return plan.result()
+        assert plan.out is not None
+        return plan.out
 
-    def _planned(self, q: Tensor, want_logits: bool) -> tuple[AttentionPlan, Tensor]:
+    def _planned(
+        self, q: Tensor, scores: tuple[Tensor, Tensor] | None
+    ) -> tuple[AttentionPlan, Tensor]:
         pool, queries = self._pool, q.contiguous().clone()
-        return (
-            AttentionPlan(
-                queries, pool.k, pool.v, self._slots, self._count, want_logits=want_logits
-            ),
+        logits, lse = scores or (None, None)
+        plan = AttentionPlan(
             queries,
+            pool.k,
+            pool.v,
+            self._slots,
+            self._count,
+            want_logits=scores is not None,
+            logits=logits,
+            lse=lse,
         )
+        return plan, queries
 
-    def _in_torch(self, q: Tensor, want_logits: bool) -> AttentionResult:
-        k, v = self._pool.k, self._pool.v
+    def _in_torch(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
+        k, v, slots, count = self._pool.k, self._pool.v, self._slots, self._count
         if self._first is None:
-            return selective_attention(q, k, v, self._slots, self._count, want_logits=want_logits)
-        run = slice(self._first, self._first + int(self._count))
-        return selective_attention(q, k[run], v[run], want_logits=want_logits)
+            result = selective_attention(q, k, v, slots, count, want_logits=scores is not None)
+        else:
+            run = slice(self._first, self._first + int(count))
+            result = selective_attention(q, k[run], v[run], want_logits=scores is not None)
+        if scores is not None and result.logits is not None and result.lse is not None:
+            scores[0].fill_(float("-inf"))
+            scores[0][..., : result.logits.shape[-1]] = result.logits
+            scores[1].copy_(result.lse)
+        return result.out

@@ -87,7 +87,7 @@ def attended_positions(decoding: Decoding, r: int) -> list[Tensor]:
         kind = decoding.kinds[r]
         size = decoding.shared[kind][r][layer]
         slots = decoding.lists[kind][layer, r, :size].long() - stored.start
-        text = decoding.text_of(r, layer, decoding.text_kept[r] + 1)
+        text = decoding.text_of(r, layer, decoding.text.kept[r] + 1)
         found.append(_beside(stored.layout.positions[:, slots], text))
     return found
 
@@ -101,7 +101,7 @@ def show_step(decoding: Decoding, r: int, attended: list[Tensor]) -> None:
         assert logits is not None
         assert lse is not None
         weights = (logits[r] - lse[r][:, None]).exp()[:, : attended[layer].shape[1]]
-        text = decoding.text_of(r, layer, decoding.text_kept[r])
+        text = decoding.text_of(r, layer, decoding.text.kept[r])
         shared = stored.layout.positions[:, : stored.layout.text_start]
         row.observer.observe(
             Observed(

@@ -55,7 +55,7 @@ class Near:
     def settle(
         self, scores: Tensor, candidates: Sequence[int], count: int, actual: Sequence[int]
     ) -> list[int]:
-        """The ``count`` best candidates - or ``actual``, where that is as good within the margin."""
+        """The ``count`` best candidates - or ``actual``, if as good within the margin."""
         ranked = sorted(candidates, key=lambda place: (-float(scores[place]), place))
         own = sorted(ranked[:count])
         self.compared += 1
@@ -178,7 +178,7 @@ class ReferenceAvl:
     def _filter(
         self, layer: int, last: Tensor, alive: list[int], old: int, actual: Actual
     ) -> list[int]:
-        """int(P * I) of every new picture and all else go on after layer L; the last token always."""
+        """int(P * I) of every new picture and all else go on after layer L, and the last token."""
         theirs = actual.survivors(layer)
         assert theirs is not None, "nothing was filtered"
         going: list[int] = [p for p in alive if self.picture_of[p] < 0]

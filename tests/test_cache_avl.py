@@ -48,12 +48,12 @@ def same_sets(run, reference):
 
 
 def nearly_always_equal(reference):
-    """Near ties are rare: the sets agree because the rule is the same, not because of the margin."""
+    """Near ties are rare: the sets agree because the rule is the same, not by the margin."""
     for near in (reference.vision, reference.heads):
         assert near.differed <= max(1, near.compared // 200)
 
 
-PAPER = dict(secondary=0.45, core=0.30, every=3, prefill=0.9, layer=2, text=0.7)
+PAPER = {"secondary": 0.45, "core": 0.30, "every": 3, "prefill": 0.9, "layer": 2, "text": 0.7}
 CASES = {
     "paper": Settings(**PAPER),
     "paper-low-floor": Settings(**PAPER, floor=4),

@@ -21,9 +21,10 @@ from engine.cache.prefill import Prefill
 from engine.cache.random import Random
 from engine.cache.report import report
 from engine.cache.row import Row
-from engine.cache.select import heavy_and_recent, lightest, top
+from engine.cache.select import heavy_and_recent, top
 from engine.cache.snapkv import SnapKv
 from engine.cache.streaming import Streaming
+from tests.selection import lightest
 
 LAYERS, HEADS, KV, DIM = 3, 4, 2, 16
 CPU = torch.device("cpu")

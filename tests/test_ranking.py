@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import native, ranking
-from engine.cache.select import lightest
+from tests.selection import lightest
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
 WAYS = [

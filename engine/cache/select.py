@@ -1,4 +1,4 @@
-"""Scores in, index sets out: the two selections that the policies are made of.
+"""Scores in, index sets out: the two selections that policies are made of.
 
 Ties are settled alike everywhere: higher score first, then the lower index (for text: the older
 token).
@@ -40,16 +40,3 @@ def heavy_and_recent(scores: Tensor, positions: Tensor, total: int, recent: int)
     by_age = positions.argsort(dim=-1)
     keys = scores.scatter(-1, latest, float("inf")).gather(-1, by_age)
     return by_age.gather(-1, top(keys, total)).sort(dim=-1).values
-
-
-def lightest(scores: Tensor, positions: Tensor, recent: int) -> Tensor:
-    """The token to evict: the least attended outside the ``recent`` latest, the youngest if tied.
-
-    ``scores`` and ``positions`` are ``[..., n]`` with ``recent < n``; returns ``[...]`` indices.
-    Empty places carry position -1 and score inf.
-    """
-    if recent:
-        oldest_recent = positions.topk(recent, dim=-1).values[..., -1:]
-        scores = scores.masked_fill(positions >= oldest_recent, float("inf"))
-    lowest = scores.amin(-1, keepdim=True)
-    return positions.masked_fill(scores > lowest, -1).argmax(-1)

@@ -15,7 +15,7 @@ from engine.cache.row import Row
 class TextSlots:
     """Text of every layer, row and KV head; a *place* is a slot counted from the text's start.
 
-    A row's places 0 to ``kept`` are in use during a step: ``kept`` tokens and the one being written.
+    A row's places 0 to ``kept`` are in use during a step: ``kept`` tokens and the one in writing.
     After the step either one token per head is evicted, whose place the next token takes, or the
     text grows by a place. Scores exist only where some row evicts.
 

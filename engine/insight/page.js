@@ -1,0 +1,354 @@
+"use strict";
+// Tiers as they are stored, and how they are drawn: by colour and by pattern.
+const NAMES = ["minor", "secondary", "core"];
+const COLOURS = ["#30343b", "#e69f00", "#0072b2"];
+const data = JSON.parse(document.getElementById("data").textContent);
+const at = (id) => document.getElementById(id);
+const tokens = data.positions.length, steps = data.steps.length;
+let parts, tiers, sinks = new Set(data.sinks), step = 0, playing = 0, panels = [];
+
+// -- the arrays ---------------------------------------------------------------------------------
+
+async function inflate(text) {
+  const raw = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).arrayBuffer();
+}
+
+function unpack(buffer) {
+  const found = {};
+  for (const [name, [from, length]] of Object.entries(data.blob.parts)) {
+    const bytes = buffer.slice(from, from + length);
+    found[name] = name.endsWith("High") ? new Float32Array(bytes)
+      : name.endsWith("Gap") ? new Uint16Array(bytes) : new Uint8Array(bytes);
+  }
+  return found;
+}
+
+// Each pass is stored as its change from the one before.
+function unpackTiers(changes) {
+  const row = data.layers * tokens;
+  for (let i = row; i < changes.length; i++) changes[i] ^= changes[i - row];
+  return changes;
+}
+
+const value = (level, high) => (level / 255) ** 2 * high;
+
+// Attention on every image token for the chosen layer and head; 0 where it was not stored.
+function attention(pass) {
+  const found = new Float32Array(tokens), layer = at("layer").value, head = at("head").value;
+  if (layer === "mean") {
+    for (let i = 0; i < tokens; i++) found[i] = value(parts.mean[pass * tokens + i], parts.meanHigh[pass]);
+    return found;
+  }
+  const name = head === "mean" ? "layer" : "head";
+  const [, rows, count] = data.blob.shapes[name];
+  const row = pass * rows + Number(name === "layer" ? layer : head);
+  let token = 0;
+  for (let i = row * count; i < (row + 1) * count; i++) {
+    token += parts[name + "Gap"][i];
+    found[token] = value(parts[name][i], parts[name + "High"][row]);
+  }
+  return found;
+}
+
+// Tiers of the chosen layer; over all layers, the tier in most of them.
+function tiersNow(pass) {
+  const layer = at("layer").value, base = pass * data.layers * tokens;
+  if (layer !== "mean") {
+    const from = base + Number(layer) * tokens;
+    return tiers.subarray(from, from + tokens);
+  }
+  const found = new Uint8Array(tokens);
+  for (let i = 0; i < tokens; i++) {
+    const votes = [0, 0, 0];
+    for (let l = 0; l < data.layers; l++) votes[tiers[base + l * tokens + i]]++;
+    found[i] = votes[2] >= votes[1] && votes[2] >= votes[0] ? 2 : votes[1] >= votes[0] ? 1 : 0;
+  }
+  return found;
+}
+
+// Mean count of each tier over the layers of a pass.
+function countTiers(pass) {
+  const counts = [0, 0, 0], row = data.layers * tokens;
+  for (let i = pass * row; i < (pass + 1) * row; i++) counts[tiers[i]]++;
+  return counts.map((n) => n / data.layers);
+}
+
+// -- drawing ------------------------------------------------------------------------------------
+
+// Core: a blue tint in a frame. Secondary: orange stripes. Minor: dark, with a dot.
+function drawTier(pen, tier, x, y, w, h) {
+  pen.save();
+  pen.beginPath();
+  pen.rect(x, y, w, h);
+  pen.clip();
+  pen.globalAlpha = [0.8, 0.22, 0.38][tier];
+  pen.fillStyle = COLOURS[tier];
+  pen.fillRect(x, y, w, h);
+  pen.globalAlpha = 1;
+  pen.strokeStyle = COLOURS[tier];
+  if (tier === 2) {
+    pen.lineWidth = Math.max(2, w / 8);
+    pen.strokeRect(x + 1, y + 1, w - 2, h - 2);
+  } else if (tier === 1) {
+    pen.lineWidth = Math.max(1.5, w / 8);
+    pen.beginPath();
+    for (let d = -h; d < w; d += w / 2) { pen.moveTo(x + d, y + h); pen.lineTo(x + d + h, y); }
+    pen.stroke();
+  } else {
+    pen.fillStyle = "#8b93a1";
+    pen.fillRect(x + w / 2 - 1, y + h / 2 - 1, 2, 2);
+  }
+  pen.restore();
+}
+
+// Dark blue to yellow, lighter throughout: readable in every kind of colour vision and in print.
+function ramp(v) {
+  const stops = [[0, 32, 77], [66, 78, 107], [124, 123, 120], [188, 175, 111], [255, 234, 70]];
+  const i = Math.min(3, Math.floor(v * 4)), t = v * 4 - i;
+  return `rgb(${stops[i].map((c, k) => Math.round(c + (stops[i + 1][k] - c) * t))})`;
+}
+
+function drawPanel(panel, tier, heat, high) {
+  const { columns, rows, tokens: cells, placed } = panel.spec;
+  for (const kind of ["kept", "heat"]) {
+    const canvas = panel[kind], pen = canvas.getContext("2d");
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    pen.filter = kind === "heat" ? "grayscale(1)" : "none";
+    if (placed) pen.drawImage(panel.image, 0, 0, canvas.width, canvas.height);
+    pen.filter = "none";
+    const w = canvas.width / columns, h = canvas.height / rows;
+    cells.forEach((token, i) => {
+      const x = (i % columns) * w, y = Math.floor(i / columns) * h;
+      if (kind === "kept") return drawTier(pen, tier[token], x, y, w, h);
+      const masked = at("mask").checked && sinks.has(token);
+      const v = masked || !high ? 0 : Math.min(1, heat[token] / high);
+      pen.globalAlpha = placed ? 0.5 + 0.4 * v : 1;
+      pen.fillStyle = ramp(Math.sqrt(v));
+      pen.fillRect(x, y, w, h);
+      pen.globalAlpha = 1;
+      if (masked) { pen.strokeStyle = "#fff"; pen.strokeRect(x + w / 4, y + h / 4, w / 2, h / 2); }
+    });
+  }
+}
+
+const percent = (x) => (100 * x).toFixed(x < 0.001 ? 3 : 2) + " %";
+const label = (text) => (text === null ? "end of answer" : JSON.stringify(text));
+
+function where(token) {
+  for (const { spec } of panels) {
+    const i = spec.tokens.indexOf(token);
+    if (i >= 0 && !spec.placed) return `query ${i}`;
+    if (i >= 0) {
+      const name = panels.length > 1 ? ` of ${spec.title}` : "";
+      return `row ${Math.floor(i / spec.columns) + 1}, column ${(i % spec.columns) + 1}${name}`;
+    }
+    const line = spec.newlines.indexOf(token);
+    if (line >= 0) return `newline after row ${line + 1} of ${spec.title}`;
+  }
+  return `token ${token}`;
+}
+
+function show() {
+  const heat = attention(step), tier = tiersNow(step), masked = at("mask").checked;
+  const visible = [...heat.keys()].filter((i) => heat[i] > 0 && !(masked && sinks.has(i)));
+  visible.sort((a, b) => heat[b] - heat[a]);
+  const high = visible.length ? heat[visible[0]] : 0;
+  for (const panel of panels) drawPanel(panel, tier, heat, high);
+  at("slider").value = step;
+  at("slider").setAttribute("aria-valuetext", label(data.steps[step]));
+  at("now").textContent = `token ${step + 1} of ${steps}: ${label(data.steps[step])}`;
+  at("high").textContent = percent(high) + " on one patch";
+  const counts = [0, 0, 0];
+  tier.forEach((t) => counts[t]++);
+  at("counts").textContent = `${counts[2]} core, ${counts[1]} secondary, ${counts[0]} minor of ${tokens}`
+    + (at("layer").value === "mean" ? " (the tier in most layers)" : ` in layer ${at("layer").value}`);
+  at("top").replaceChildren(...visible.slice(0, 10).map((i) => {
+    const item = document.createElement("li");
+    item.textContent = `${where(i)}: ${percent(heat[i])}, ${NAMES[tier[i]]}`;
+    return item;
+  }));
+  document.querySelectorAll("#answer span").forEach((s, i) => s.classList.toggle("now", i === step));
+  const mark = at("cursor");
+  if (mark) mark.setAttribute("transform", `translate(${mark.dataset.left * 1 + mark.dataset.wide * step} 0)`);
+}
+
+function go(to) {
+  step = Math.max(0, Math.min(steps - 1, to));
+  show();
+}
+
+function play() {
+  if (playing) { clearInterval(playing); playing = 0; }
+  else {
+    if (step === steps - 1) go(0);
+    playing = setInterval(() => (step < steps - 1 ? go(step + 1) : play()), 450);
+  }
+  at("play").textContent = playing ? "\u25a0 stop" : "\u25b6 play";
+  at("play").setAttribute("aria-pressed", String(Boolean(playing)));
+}
+
+// -- building -----------------------------------------------------------------------------------
+
+async function buildPanel(spec) {
+  const image = new Image();
+  image.src = spec.picture;
+  await image.decode();
+  const panel = { spec, image };
+  for (const kind of ["kept", "heat"]) {
+    const figure = document.createElement("figure"), caption = document.createElement("figcaption");
+    const canvas = document.createElement("canvas"), cell = Math.max(8, Math.floor(672 / spec.columns));
+    canvas.width = cell * spec.columns;
+    canvas.height = cell * spec.rows;
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `${spec.title}: ${kind}; the numbers are in the text beside`);
+    canvas.addEventListener("mousemove", (event) => hover(panel, canvas, event));
+    caption.textContent = `${spec.title}, ${spec.columns} x ${spec.rows}`
+      + (spec.newlines.length ? `, and ${spec.newlines.length} newlines` : "");
+    figure.append(canvas, caption);
+    if (!spec.placed && kind === "kept") figure.prepend(Object.assign(image, { alt: "the picture", width: 160 }));
+    at(kind).append(figure);
+    panel[kind] = canvas;
+  }
+  return panel;
+}
+
+function hover({ spec }, canvas, event) {
+  const box = canvas.getBoundingClientRect();
+  const column = Math.floor(((event.clientX - box.left) / box.width) * spec.columns);
+  const row = Math.floor(((event.clientY - box.top) / box.height) * spec.rows);
+  const token = spec.tokens[row * spec.columns + column];
+  if (token === undefined) return;
+  at("hover").textContent = `${where(token)}: position ${data.positions[token]}, `
+    + `${NAMES[tiersNow(step)[token]]}, attention ${percent(attention(step)[token])}`
+    + (sinks.has(token) ? ", a sink" : "");
+}
+
+function svg(name, attributes, text) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, worth] of Object.entries(attributes)) node.setAttribute(key, worth);
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+// Two bands: tokens per tier, and bytes kept below the line of the full cache.
+function buildStrip() {
+  const left = 150, wide = 1000 / steps, picture = svg("svg", { viewBox: "0 0 1160 150", role: "img" });
+  picture.append(svg("title", {}, "Image tokens per tier and bytes kept after each token"));
+  const most = Math.max(...data.bytes.full);
+  for (let p = 0; p < steps; p++) {
+    const counts = countTiers(p), x = left + p * wide, gap = Math.min(1, wide / 6);
+    let y = 70;
+    for (const tier of [2, 1, 0]) {
+      const h = (counts[tier] / Math.max(1, tokens)) * 60;
+      y -= h;
+      const fill = ["#d6dbe3", "#e69f00", "#0072b2"][tier];
+      picture.append(svg("rect", { x, y, width: wide - gap, height: h, fill }));
+    }
+    const full = (data.bytes.full[p] / most) * 55, kept = (data.bytes.kept[p] / most) * 55;
+    picture.append(svg("rect", { x, y: 140 - full, width: wide - gap, height: full, fill: "#e4e8ee" }));
+    picture.append(svg("rect", { x, y: 140 - kept, width: wide - gap, height: kept, fill: "#4d7a57" }));
+  }
+  const counts = countTiers(steps - 1), mb = (bytes) => (bytes / 1e6).toFixed(2) + " MB";
+  const lines = [
+    [20, `minor ${counts[0].toFixed(0)}`], [36, `secondary ${counts[1].toFixed(0)}`], [52, `core ${counts[2].toFixed(0)}`],
+    [68, `text kept ${data.text[steps - 1]}`],
+    [100, `full ${mb(data.bytes.full[steps - 1])}`], [116, `kept ${mb(data.bytes.kept[steps - 1])}`],
+    [132, percent(data.bytes.kept[steps - 1] / data.bytes.full[steps - 1]) + " at the end"],
+  ];
+  for (const [y, text] of lines) picture.append(svg("text", { x: 0, y }, text));
+  const cursor = svg("g", { id: "cursor", "data-left": left, "data-wide": wide });
+  cursor.append(svg("rect", { x: 0, y: 4, width: wide, height: 140, fill: "none", stroke: "#1d2430", "stroke-width": 2 }));
+  picture.append(cursor);
+  picture.addEventListener("click", (event) => {
+    const box = picture.getBoundingClientRect();
+    go(Math.floor((((event.clientX - box.left) / box.width) * 1160 - left) / wide));
+  });
+  at("strip").append(picture);
+}
+
+function buildText() {
+  at("about").textContent = `${data.model}, cache ${data.cache}: ${tokens} image tokens, ${steps} steps`;
+  at("question").textContent = data.prompt;
+  data.steps.forEach((text, i) => {
+    const span = document.createElement("span");
+    span.textContent = text === null ? " \u25a1" : text || "\u00b7";
+    if (text === null) span.title = "end of answer";
+    span.addEventListener("click", () => go(i));
+    at("answer").append(span);
+  });
+  at("sinks").textContent = data.sinks.length
+    ? `${data.sinks.length} patches get over ten times the mean whatever is said. Such sinks hide the rest, and say little about the picture.`
+    : "No patch is attended steadily over ten times the mean: nothing to mask.";
+}
+
+function buildChoices() {
+  const add = (select, worth, text) => at(select).append(new Option(text, worth));
+  add("layer", "mean", "mean of all");
+  for (let l = 0; l < data.layers; l++) add("layer", l, l === data.headLayer ? `${l} (has heads)` : l);
+  add("head", "mean", "mean of all");
+  for (let h = 0; h < data.blob.shapes.head[1]; h++) add("head", h, h);
+  const fit = () => {
+    at("head").disabled = at("layer").value !== String(data.headLayer);
+    if (at("head").disabled) at("head").value = "mean";
+    const [, , stored] = data.blob.shapes[at("head").value === "mean" ? "layer" : "head"];
+    at("heat-title").textContent = "Attended while choosing this token"
+      + (at("layer").value !== "mean" && stored < tokens ? ` (the ${stored} strongest patches)` : "");
+    show();
+  };
+  for (const id of ["layer", "head", "mask"]) at(id).addEventListener("change", fit);
+}
+
+function buildCompare() {
+  if (data.exact === null) return;
+  at("compare").hidden = false;
+  at("policy-name").textContent = data.cache;
+  const fill = (id, pieces) => pieces.forEach((text, i) => {
+    const node = document.createElement(i === data.differs ? "mark" : "span");
+    node.textContent = text;
+    at(id).append(node);
+  });
+  const mine = data.steps.filter((text) => text !== null);
+  fill("policy-answer", mine);
+  fill("full-answer", data.exact);
+  at("verdict").textContent = data.differs === null ? "Both answers are the same, token for token."
+    : `They part at token ${data.differs + 1}: ${label(mine[data.differs] ?? null)} here, `
+      + `${label(data.exact[data.differs] ?? null)} with the full cache.`;
+}
+
+function listen() {
+  at("slider").max = steps - 1;
+  at("slider").addEventListener("input", () => go(Number(at("slider").value)));
+  at("play").addEventListener("click", play);
+  document.addEventListener("keydown", (event) => {
+    const to = { ArrowLeft: step - 1, ArrowRight: step + 1, Home: 0, End: steps - 1 }[event.key];
+    const busy = event.target.tagName === "SELECT" || event.ctrlKey || event.altKey || event.metaKey;
+    if (busy) return;
+    if (to !== undefined) go(to);
+    else if (event.key === " " && !["BUTTON", "INPUT"].includes(event.target.tagName)) play();
+    else return;
+    event.preventDefault();
+  });
+}
+
+async function start() {
+  parts = unpack(await inflate(data.blob.bytes));
+  tiers = unpackTiers(parts.tiers);
+  buildText();
+  buildChoices();
+  buildCompare();
+  buildStrip();
+  for (const spec of data.panels) panels.push(await buildPanel(spec));
+  for (const key of document.querySelectorAll(".key")) {
+    const pen = key.getContext("2d");
+    for (let y = 0; y < 30; y += 15) for (let x = 0; x < 44; x += 15) drawTier(pen, Number(key.dataset.tier), x, y, 15, 15);
+  }
+  const pen = at("ramp").getContext("2d");
+  for (let x = 0; x < 160; x++) { pen.fillStyle = ramp(Math.sqrt(x / 159)); pen.fillRect(x, 0, 1, 12); }
+  listen();
+  go(0);
+  document.body.dataset.ready = "yes";
+}
+
+start();

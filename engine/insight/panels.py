@@ -1,0 +1,100 @@
+"""Where a picture's tokens lie on it: the grids a reader can look at."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine.models.llava import Llava
+from engine.models.llava_next import LlavaNext
+from engine.models.vision_language import VisionLanguageModel
+from engine.preprocess import ImageProcessor, Pixels
+
+LIST_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture under a grid of image tokens.
+
+    Attributes:
+        title: what is shown.
+        picture: the pixels that the vision tower saw.
+        rows, columns: of the grid.
+        tokens: ``rows * columns`` numbers of image tokens, counted within the picture.
+        placed: whether a cell's token comes from what lies under it. Qwen-VL's 256 queries each
+            read the whole picture: they are a list, not places.
+        newlines: numbers of tokens that end the grid's rows and show nothing (LLaVA-1.6).
+    """
+
+    title: str
+    picture: Image.Image
+    rows: int
+    columns: int
+    tokens: list[int]
+    placed: bool = True
+    newlines: tuple[int, ...] = ()
+
+
+def panels_of(model: VisionLanguageModel, processor: ImageProcessor, pixels: Pixels) -> list[Panel]:
+    """The grids of one picture; all of them together show each of its tokens once.
+
+    LLaVA-1.5 has one of 24 x 24. LLaVA-1.6 has the whole picture and the tiles joined, the black
+    border cut off: a 640 x 480 one has 24 x 24 and 36 x 48 patches with 36 newlines.
+    """
+    seen = [to_picture(tile, processor) for tile in pixels.tiles]
+    if isinstance(model, LlavaNext):
+        return _tiled(model, pixels, seen)
+    if isinstance(model, Llava):
+        side = model.config.vision.grid
+        return [Panel("the picture as the model sees it", seen[0], side, side, _range(side * side))]
+    count = model.image_tokens(pixels)
+    rows = -(-count // LIST_COLUMNS)
+    title = f"{count} queries in order (each reads the whole picture)"
+    return [Panel(title, seen[0], rows, LIST_COLUMNS, _range(count), placed=False)]
+
+
+def to_picture(tile: Tensor, processor: ImageProcessor) -> Image.Image:
+    """The RGB picture that ``tile [3, height, width]`` was normalised from."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.mean, processor.std))
+    values = (tile * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    height, width = values.shape[1:]
+    return Image.frombytes("RGB", (width, height), bytes_of(values.permute(1, 2, 0)))
+
+
+def _tiled(model: LlavaNext, pixels: Pixels, seen: list[Image.Image]) -> list[Panel]:
+    """The whole picture, and its tiles side by side without the black border."""
+    grid, vision = model.grid(pixels), model.config.vision
+    size, patch = vision.image, vision.image // vision.grid
+    rows, columns = grid.tiles
+    canvas = Image.new("RGB", (columns * size, rows * size))
+    for number, tile in enumerate(seen[1:]):
+        canvas.paste(tile, (number % columns * size, number // columns * size))
+    left, top = grid.left * patch, grid.top * patch
+    box = (left, top, left + grid.width * patch, top + grid.height * patch)
+    starts = [grid.base + row * (grid.width + 1) for row in range(grid.height)]
+    return [
+        Panel("the whole picture", seen[0], vision.grid, vision.grid, _range(grid.base)),
+        Panel(
+            f"its {rows} x {columns} tiles",
+            canvas.crop(box),
+            grid.height,
+            grid.width,
+            [start + column for start in starts for column in range(grid.width)],
+            newlines=tuple(start + grid.width for start in starts),
+        ),
+    ]
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The values of a CPU tensor in order, without numpy."""
+    tensor = tensor.contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def _range(count: int) -> list[int]:
+    return list(range(count))

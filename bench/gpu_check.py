@@ -62,7 +62,11 @@ def steps(dry: bool, out: Path) -> list[Step]:
     configure = ["cmake", "-S", str(ROOT), "-B", build, "-DAVL_INPLACE=ON"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DAVL_CUDA=ON"]
-    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", str(ROOT / "tests")]
+    # Only files with GPU tests: others may import packages that a bare machine does not have.
+    files = [
+        str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()
+    ]
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", *files]
     listed = [
         Step("configure", configure, 60),
         Step("build", ["cmake", "--build", build, "-j", str(os.cpu_count() or 2)], 180),
@@ -79,7 +83,7 @@ def steps(dry: bool, out: Path) -> list[Step]:
         str(out / "kernels.json"),
     ]
     if Path(bench[1]).exists():
-        device = ["--device", "cpu", "--quick"] if dry else ["--device", "cuda"]
+        device = ["--device", "cpu", "--quick"] if dry else ["--device", "cuda", "--levels"]
         listed.append(Step("kernels", [*bench, *device], 180))
     return listed
 

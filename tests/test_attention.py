@@ -423,6 +423,54 @@ def test_the_plain_call_takes_the_native_way():
         selective_attention(x.q, x.k, x.v, x.slots, x.count)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_teaching_levels_match_float64(level):
+    available("cuda")
+    x = make(65, 128, 4, per_head=True)
+    y = x.to("cuda")
+    plan = AttentionPlan(y.q, y.k, y.v, y.slots, y.count, want_logits=True, level=level)
+    poisoned(plan).run()
+    plan.check()
+    result = AttentionResult(*(None if t is None else t.cpu() for t in plan.result()))
+    assert_close_as_torch(result, x, reference(x))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_reads_its_tensors_anew():
+    available("cuda")
+    x = make(300, 128, 2).to("cuda")
+    plan = AttentionPlan(x.q, x.k, x.v, x.slots, x.count, want_logits=True)
+    plan.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run()
+    other = make(300, 128, 2, seed=3)
+    for mine, new in zip(vars(x).values(), vars(other).values(), strict=True):
+        mine.copy_(new)
+    poisoned(plan)
+    graph.replay()
+    plan.check()
+    result = AttentionResult(*(None if t is None else t.cpu() for t in plan.result()))
+    assert_close_as_torch(result, other, reference(other))
+
+
+@pytest.mark.gpu
+def test_the_merge_of_many_small_splits_never_varies():
+    """Blocks publish partial results to each other: a missing fence would show as a difference."""
+    available("cuda")
+    x = make(575, 128, 1, kv_heads=4, rows=1, dtype=torch.bfloat16).to("cuda")
+    plan = AttentionPlan(x.q, x.k, x.v, x.slots, x.count)
+    plan.run()
+    first = plan.result().out.clone()
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(20_000):
+        plan.run()
+        differing += (plan.result().out != first).any()
+    assert int(differing) == 0
+
+
 # -- the decoder's linear layers ------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from engine.errors import EngineError, OptionError
 from engine.generation import Answer, refuse_nan
 from engine.options import OptionValues, make_options
 from engine.result import Result, Timings
-from engine.session import Turn, make_pools, prefill
+from engine.session import Turn, make_pools, pool_memory, prefill
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Messages
@@ -53,7 +53,7 @@ class Request:
             raise OptionError("a request has no prompt", hint='add "prompt": "..."')
         prompt, images = rest.pop("prompt"), rest.pop("images", ())
         raw = bool(rest.pop("raw", False))
-        if not isinstance(images, str | bytes | Sequence):
+        if not isinstance(images, Sequence):
             raise OptionError(
                 f"a request's images are {type(images).__name__}", hint='write "images": ["a.jpg"]'
             )
@@ -136,7 +136,8 @@ class Batch:
         turn = self.engine.turn(request.prompt, request.images, timings, raw=request.raw)
         answer = self.engine.answer(options)
         began = perf_counter()
-        row, logits = prefill(self.model, self.pools, self.policy, turn, options.max_new_tokens)
+        with pool_memory(self.pools, "reading the prompt", len(turn.token_ids)):
+            row, logits = prefill(self.model, self.pools, self.policy, turn, options.max_new_tokens)
         try:
             refuse_nan(logits)
         except EngineError:

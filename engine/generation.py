@@ -138,7 +138,8 @@ def generate(
 ) -> Iterator[str | Result]:
     """Answer a turn: yields pieces of text as they become certain, and the Result at the end."""
     began = perf_counter()
-    logits = session.prefill(turn, new_tokens)
+    with session.memory("reading the prompt", len(turn.token_ids)):
+        logits = session.prefill(turn, new_tokens)
     refuse_nan(logits)
     timings.prefill = perf_counter() - began
     token = answer.choose(logits)
@@ -149,7 +150,8 @@ def generate(
         if answer.finish:
             break
         began = perf_counter()
-        token = answer.choose(session.decode(token))
+        with session.memory("writing the answer", 1):
+            token = answer.choose(session.decode(token))
         timings.steps += 1
         timings.decode += perf_counter() - began
     yield answer.result(turn, timings, session.report())

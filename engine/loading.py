@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 
+from engine.capacity import memory_for
 from engine.errors import OptionError
 from engine.families import Family, recognise
 from engine.tokenizer import Tokenizer
@@ -82,18 +83,33 @@ def pick_dtype(name: str) -> torch.dtype:
 
 def _fill(family: Family, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
     """Read the weights tensor by tensor into the model that was built on the meta device."""
-    model, config = family.model, family.model.decoder.config
+    model = family.model
     with Checkpoint.open(folder) as checkpoint:
         dtype = dtype or _auto_dtype(checkpoint, device)
-        tied = {"decoder.head.weight": "decoder.embed.weight"} if config.tied_head else {}
-        held = [ours for name in checkpoint.tensors for ours in target_names(family.rename(name))]
-        if family.tower and not any(name.startswith("vision.") for name in held):
-            tower, names = family.tower
-            with Checkpoint.open(tower) as tower_checkpoint:
-                load_weights(model.vision, tower_checkpoint, names, device, dtype)
-        load_weights(model, checkpoint, family.rename, device, dtype, tied)
+        with memory_for("loading the weights", _bytes_of(model, dtype), device):
+            _load_all(family, checkpoint, device, dtype)
     model.decoder.prepare(device)
     model.eval()
+
+
+def _bytes_of(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """What the weights take, without having any memory yet."""
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def _load_all(
+    family: Family, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Fill the model, its vision tower from a checkpoint of its own where it has one."""
+    model, rename = family.model, family.rename
+    tied = {"decoder.head.weight": "decoder.embed.weight"}
+    held = [ours for name in checkpoint.tensors for ours in target_names(rename(name))]
+    if family.tower and not any(name.startswith("vision.") for name in held):
+        tower, names = family.tower
+        with Checkpoint.open(tower) as tower_checkpoint:
+            load_weights(model.vision, tower_checkpoint, names, device, dtype)
+    is_tied = model.decoder.config.tied_head
+    load_weights(model, checkpoint, rename, device, dtype, tied if is_tied else {})
 
 
 def _auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -45,6 +46,8 @@ def _check_types(options: object, **kinds: type) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
             needed = "a number" if kind is float else "a whole number"
             raise OptionError(f"{name} is {value!r:.80}", hint=f"use {needed}")
+        if kind is float and value > sys.float_info.max:
+            raise OptionError(f"{name} is {value!s:.20}", hint="use a smaller number")
 
 
 class OptionValues(TypedDict, total=False):

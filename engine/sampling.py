@@ -25,7 +25,7 @@ class Sampler:
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution ``choose`` draws from: ``[vocab]``, zero outside top-k and top-p."""
         # Against the largest: a tiny temperature then gives -inf for the others, never inf.
-        logits = (logits - logits.max()) / max(self.sampling.temperature, 1e-30)
+        logits = (logits - logits.max()) / max(float(self.sampling.temperature), 1e-30)
         if 0 < self.sampling.top_k < len(logits):
             lowest_kept = logits.topk(self.sampling.top_k).values[-1]
             logits = logits.masked_fill(logits < lowest_kept, float("-inf"))

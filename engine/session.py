@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.report import CacheReport, report
 from engine.cache.row import Row
+from engine.capacity import memory_for
 from engine.errors import CapacityError
 from engine.models.vision_language import VisionLanguageModel
 
@@ -49,6 +51,12 @@ def make_pools(model: VisionLanguageModel) -> list[Pool]:
         Pool(config.kv_heads, config.head_dim, weight.dtype, weight.device)
         for _ in range(config.layers)
     ]
+
+
+def pool_memory(pools: Sequence[Pool], doing: str, tokens: int) -> AbstractContextManager[None]:
+    """A block that says how much ``tokens`` take if memory runs out in it; see ``memory_for``."""
+    size = sum(2 * pool.k.element_size() * pool.k.shape[1] * pool.k.shape[2] for pool in pools)
+    return memory_for(doing, tokens * size, pools[0].k.device)
 
 
 @torch.inference_mode()
@@ -111,6 +119,10 @@ class Session:
             self.model, self.pools, self.policy, turn, new_tokens, past, self.observer
         )
         return logits
+
+    def memory(self, doing: str, tokens: int) -> AbstractContextManager[None]:
+        """A block that says how much ``tokens`` more take if memory runs out in it."""
+        return pool_memory(self.pools, doing, self.seen + tokens)
 
     @torch.inference_mode()
     def decode(self, token_id: int) -> Tensor:

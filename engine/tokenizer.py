@@ -233,7 +233,7 @@ def _check_ids(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]
         found = vocabulary[content] if content in vocabulary else next(fresh)
         if found != token["id"]:
             raise CheckpointError(
-                f"special token {content!r} should be {token['id']} but is {found}",
+                f"special token {content!r:.40} should be {token['id']} but is {found}",
                 hint="the tokenizer's files belong to different checkpoints",
             )
 

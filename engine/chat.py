@@ -11,7 +11,7 @@ from engine.result import Result, Timings
 from engine.session import Session
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from engine.engine import Engine, Messages
     from engine.pictures import Picture
 
 
@@ -36,7 +36,7 @@ class Chat:
         self._sizes: Sequence[tuple[int, int]] = ()
 
     def send(
-        self, text: str, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
+        self, text: Messages, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
     ) -> Result:
         """Answer one user turn; the arguments are those of ``Engine.stream``."""
         *_, result = self.stream(text, images, **options)
@@ -44,9 +44,11 @@ class Chat:
         return result
 
     def stream(
-        self, text: str, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
+        self, text: Messages, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
     ) -> Iterator[str | Result]:
         """Answer one user turn piece by piece, the Result last.
+
+        The first turn may be messages, so that a system message can stand in front.
 
         Leaving the iteration early keeps the conversation usable: what was said stays in it.
         """

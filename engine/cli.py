@@ -7,21 +7,25 @@ only then torch and the model are loaded, so that a typo fails in a fraction of 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError, OptionError
 from engine.flags import build_parser
+from engine.image import MAX_PIXELS
+from engine.messages import with_system
 from engine.noise import Noise
 from engine.options import OptionValues, make_options
+from engine.terminal import complain, forget_stdout, say
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from engine.engine import Engine, Messages
     from engine.image import LoadedImage
     from engine.result import Result
 
@@ -36,51 +40,90 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineError as error:
         if "--debug" in arguments:
             raise
-        _complain(str(error), error.hint)
+        complain(str(error), error.hint)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader left (`| head -1`): nothing more can be said, and that is no error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_stdout()
         return 0
     except OSError as error:
         if "--debug" in arguments:
             raise
-        _complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        forget_stdout()
         return 1
-
-
-def _complain(message: str, hint: str = "") -> None:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
+    if options.quiet:  # read when the hub's client is imported
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if options.version:
         print(f"avl-engine {_version()}")
         return 0
     if options.check:
-        return _check()
+        return _check(options)
     if options.batch:
         return _batch(options)
     if options.convert or options.vision_tower:
         return _convert(options)
-    prompt, generation = _read_prompt(options.prompt), _generation(options)
+    return _converse(options) if options.chat else _answer_once(options)
+
+
+def _answer_once(options: argparse.Namespace) -> int:
+    """One question, one answer; or two, to compare."""
+    text, generation = _read_prompt(options.prompt), _generation(options)
     if options.draw_boxes:
         _check_drawing(options)
-    pictures = _open_pictures(options.image)
+    if options.raw and options.system is not None:
+        raise OptionError("--raw takes no --system", hint="write the system text into the prompt")
+    pictures = _open_pictures(options)
+    noise = Noise(options, pictures)
+    prompt = with_system(text, len(pictures), options.system)
+    engine = _load(options)
+    noise.loaded(engine)
+    pixels = [picture.pixels for picture in pictures]
+    if options.verbose and not options.quiet:
+        noise.prompt(engine.render(prompt, pixels, raw=options.raw))
+    if options.compare:
+        return _compare(engine, prompt, pictures, options)
+    pieces = engine.stream(prompt, pixels, raw=options.raw, **generation)
+    return _answer(pieces, options, pictures, noise)
+
+
+def _compare(
+    engine: Engine, prompt: Messages, pictures: list[LoadedImage], options: argparse.Namespace
+) -> int:
+    from engine.compare import compare
+
+    pixels = [picture.pixels for picture in pictures]
+    found = compare(engine, prompt, pixels, _generation(options), raw=options.raw)
+    if options.json:
+        say(json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
+    else:
+        say("\n".join(found.lines()) + "\n")
+    return 0
+
+
+def _converse(options: argparse.Namespace) -> int:
+    """A conversation; --prompt is its first question, --image what it is about."""
+    from engine.repl import Repl, read_lines
+
+    for flag in ("json", "raw", "compare", "draw_boxes"):
+        if getattr(options, flag):
+            raise OptionError(f"--chat takes no --{flag.replace('_', '-')}", hint="leave one out")
+    if "-" in (options.prompt, *options.image):
+        raise OptionError("--chat reads its questions from stdin", hint="give a file instead of -")
+    generation, pictures = _generation(options), _open_pictures(options)
     noise = Noise(options, pictures)
     engine = _load(options)
     noise.loaded(engine)
-    if options.verbose and not options.quiet:
-        noise.prompt(engine.render(prompt, [p.pixels for p in pictures], raw=options.raw))
-    pieces = engine.stream(
-        prompt, [picture.pixels for picture in pictures], raw=options.raw, **generation
-    )
-    return _answer(pieces, options, pictures, noise)
+    repl = Repl(engine, _opener(options), generation, noise, options.system)
+    repl.show(pictures)
+    first = [] if options.prompt is None else [_read_prompt(options.prompt)]
+    return repl.run(itertools.chain(first, read_lines()))
 
 
 def _generation(options: argparse.Namespace) -> OptionValues:
@@ -104,16 +147,10 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _check() -> int:
-    """Print which kernels serve, and why."""
-    import torch
+def _check(options: argparse.Namespace) -> int:
+    from engine.doctor import check
 
-    from engine.native import backend
-
-    active = backend()
-    print(f"avl-engine {_version()}, Python {sys.version.split()[0]}, torch {torch.__version__}")
-    print(f"backend: {active.name} - {active.reason}")
-    return 0
+    return check(options.model, options.revision, options.offline, options.quiet)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -172,10 +209,24 @@ def _read_prompt(prompt: str | None) -> str:
     return prompt
 
 
-def _open_pictures(paths: Iterable[str]) -> list[LoadedImage]:
-    from engine.image import open_image
+def _opener(options: argparse.Namespace) -> Callable[[str], LoadedImage]:
+    """How the flags say that a picture is opened."""
+    from engine.remote import open_picture
 
-    return [open_image(sys.stdin.buffer.read() if path == "-" else path) for path in paths]
+    if not 1 <= options.max_pixels <= MAX_PIXELS:
+        raise OptionError(
+            f"--max-pixels is {options.max_pixels}", hint=f"use 1 to {MAX_PIXELS} pixels"
+        )
+
+    def open_named(name: str) -> LoadedImage:
+        source = sys.stdin.buffer.read() if name == "-" else name
+        return open_picture(source, options.max_pixels, options.allow_url)
+
+    return open_named
+
+
+def _open_pictures(options: argparse.Namespace) -> list[LoadedImage]:
+    return list(map(_opener(options), options.image))
 
 
 def _load(options: argparse.Namespace) -> Engine:
@@ -200,19 +251,23 @@ def _answer(
 ) -> int:
     """Print an answer as it comes; an interrupt keeps what was said so far."""
     live = not (options.json or options.no_stream)
+    text = ""
     try:
         for piece in pieces:
             if not isinstance(piece, str):
                 result = piece
-            elif live:
-                _say(piece)
+                continue
+            text += piece
+            if live:
+                say(piece)
     except KeyboardInterrupt:
-        _say("\n")
+        if not options.json:
+            say("\n" if live else text + "\n")
         return INTERRUPTED
     if options.json:
-        _say(json.dumps(result.as_dict(), ensure_ascii=False) + "\n")
+        say(json.dumps(result.as_dict(), ensure_ascii=False) + "\n")
     else:
-        _say("\n" if live else result.text + "\n")
+        say("\n" if live else result.text + "\n")
     if options.draw_boxes:
         _draw_boxes(options.draw_boxes, pictures[-1], result, noise)
     noise.finished(result)
@@ -241,11 +296,3 @@ def _draw_boxes(path: str, picture: LoadedImage, result: Result, noise: Noise) -
         draw_boxes(picture.pixels, result.boxes).save(path)
     else:
         noise.note(f"the answer names no regions; {path} is not written")
-
-
-def _say(text: str) -> None:
-    """Write to stdout at once; on a terminal without the control characters a model may emit."""
-    if sys.stdout.isatty():
-        text = "".join(c for c in text if c in "\n\t" or c.isprintable())
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -7,16 +7,20 @@ import difflib
 from typing import NoReturn
 
 from engine.errors import OptionError
+from engine.image import MAX_PIXELS
 from engine.templates import STYLES
 
 EXAMPLES = """examples:
   python main.py --image car.jpg --prompt "What colour is the car?"
   python main.py --image page.png --prompt "Read all the text." --cache full --stats
   python main.py --model ./llava-1.5-7b-hf --image a.jpg --prompt "Describe it." --json
+  python main.py --chat --image car.jpg
+  python main.py --check --model ./llava-1.5-7b-hf
+"""
 
-The default cache, avl, is an approximation: it frees and skips image tokens that are attended
-little. --cache full is the exact model. Without --model the embedded tiny model answers; it knows
-drawings and printed text only. Greedy by default: the same command gives the same text.
+NOTES = """The default cache, avl, is an approximation: it frees and skips image tokens that are
+attended little. --cache full is the exact model. Without --model the embedded tiny model answers;
+it knows drawings and printed text only. Greedy by default: the same command gives the same text.
 
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
 context too long, 130 interrupted"""
@@ -38,8 +42,9 @@ def build_parser() -> Parser:
     """All flags, in groups."""
     parser = Parser(
         prog="main.py",
-        description="Answer a question about pictures with a large vision-language model.",
-        epilog=EXAMPLES,
+        usage="main.py [flags]",
+        description=f"Answers questions about pictures. {EXAMPLES}",
+        epilog=NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -49,9 +54,19 @@ def build_parser() -> Parser:
         action="append",
         default=[],
         metavar="PATH",
-        help="a picture; repeatable; - is stdin",
+        help="a picture: a file, - (stdin) or a data: URL; repeatable",
+    )
+    add("--allow-url", action="store_true", help="fetch https:// pictures (10 s, 20 MB at most)")
+    add(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"refuse larger pictures unread ({MAX_PIXELS})",
     )
     add("--prompt", "-p", metavar="TEXT", help="the question; @FILE reads a file, - stdin")
+    add("--system", metavar="TEXT", help="a system message before the first question")
+    add("--chat", action="store_true", help="talk: one question a line, /help lists commands")
     add("--batch", metavar="FILE", help="answer a file of requests, one JSON object a line")
     add("--output", metavar="FILE", help="where --batch writes (default: FILE.answers.jsonl)")
     add("--rows", type=int, default=8, metavar="N", help="requests decoded together by --batch (8)")
@@ -95,6 +110,11 @@ def build_parser() -> Parser:
         "avl:secondary=0.45,core=0.30,every=3,prefill=0.9,text=0.7",
     )
     add = parser.add_argument_group("information").add_argument
+    add(
+        "--compare",
+        action="store_true",
+        help="answer with the full cache and with --cache, and say what differs",
+    )
     add("--stats", action="store_true", help="times, tokens per tier and bytes, on stderr")
     add("--json", action="store_true", help="print one JSON object with everything")
     add(
@@ -102,7 +122,7 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="paint the regions the answer names on the last picture (Qwen-VL)",
     )
-    add("--check", action="store_true", help="say what this machine offers, and leave")
+    add("--check", action="store_true", help="examine this machine and --model, and leave")
     add("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
     add("--verbose", "-v", action="store_true", help="show the rendered prompt and its token ids")
     add("--debug", action="store_true", help="full traceback on errors")

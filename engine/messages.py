@@ -81,6 +81,21 @@ def parse_messages(
     return messages
 
 
+def with_system(prompt: str, image_count: int, system: str | None) -> str | list[dict[str, Any]]:
+    """One user turn, its pictures first, behind a system message if there is one.
+
+    >>> with_system("Hi", 0, None)
+    'Hi'
+    """
+    if system is None:
+        return prompt
+    places: list[dict[str, str]] = [{"type": "image"}] * image_count
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": [*places, {"type": "text", "text": prompt}]},
+    ]
+
+
 def check_count(places: int, pictures: int, rule: str) -> None:
     """Raise `OptionError` unless every place has its picture; `rule` says how to write one."""
     if places != pictures:

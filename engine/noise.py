@@ -64,6 +64,13 @@ class Noise:
         """The summary line, or all figures with --stats."""
         if self.options.quiet or not (self.wanted or self.options.stats):
             return
+        if self.options.stats:
+            self.figures(result)
+        else:
+            self.summary(result)
+
+    def summary(self, result: Result) -> None:
+        """Tokens per tier, speed and bytes, in one line."""
         times, cache = result.timings, result.cache
         print(
             f"{cache.image_tokens} image tokens: {cache.core.mean:.0f} core, "
@@ -72,13 +79,17 @@ class Noise:
             f"cache {cache.bytes_used / 1e6:.2f} MB of {cache.bytes_full / 1e6:.2f} MB full",
             file=sys.stderr,
         )
-        if self.options.stats:
-            print(
-                f"{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated, "
-                f"ended by {result.finish_reason} | load {times.load:.2f} s, "
-                f"picture {times.picture * 1e3:.0f} ms, prefill {times.prefill * 1e3:.0f} ms, "
-                f"{times.per_token * 1e3:.1f} ms per token | stored {cache.stored_share:.1%}, "
-                f"used {cache.used_share:.1%}, text {cache.text.mean:.0f} kept, "
-                f"{cache.bytes_allocated / 1e6:.2f} MB allocated",
-                file=sys.stderr,
-            )
+
+    def figures(self, result: Result) -> None:
+        """Everything that is known about an answer, in two lines."""
+        self.summary(result)
+        times, cache = result.timings, result.cache
+        print(
+            f"{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated, "
+            f"ended by {result.finish_reason} | load {times.load:.2f} s, "
+            f"picture {times.picture * 1e3:.0f} ms, prefill {times.prefill * 1e3:.0f} ms, "
+            f"{times.per_token * 1e3:.1f} ms per token | stored {cache.stored_share:.1%}, "
+            f"used {cache.used_share:.1%}, text {cache.text.mean:.0f} kept, "
+            f"{cache.bytes_allocated / 1e6:.2f} MB allocated",
+            file=sys.stderr,
+        )

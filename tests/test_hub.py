@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from engine.errors import CheckpointError
 from weights.checkpoint import Checkpoint
-from weights.hub import FILES, resolve
+from weights.download import RemoteFile, choose
+from weights.hub import resolve
 
 NAME = "some-org/some-llava"
 
@@ -25,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     return tmp_path / "hub"
 
 
@@ -102,43 +103,43 @@ def test_a_cached_model_that_lacks_a_shard_is_not_used(cache: Path) -> None:
         resolve(NAME, offline=True)
 
 
-def test_download_takes_the_files_we_read(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[object] = []
+def names_chosen(*names: str) -> list[str]:
+    return [file.name for file in choose(NAME, [RemoteFile(name, 1) for name in names])]
 
-    def download(name: str, revision: str | None = None, **options: object) -> str:
-        if options.get("local_files_only"):
-            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
-        asked.append((name, revision, options["allow_patterns"]))
-        return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "list_repo_files",
-        lambda *_, **__: ["config.json", "model.safetensors", "pytorch_model.bin"],
+def test_only_the_files_we_read_are_chosen() -> None:
+    chosen = names_chosen(
+        *("config.json", "model.safetensors", "pytorch_model.bin", "README.md", "run.py"),
+        *("onnx/model.safetensors", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja"),
     )
-    assert resolve(NAME, revision="v1") == tmp_path
-    assert asked == [(NAME, "v1", FILES)]
-    assert not any("bin" in pattern for pattern in FILES)
+    assert chosen == [
+        *("config.json", "model.safetensors"),
+        *("tokenizer.model", "qwen.tiktoken", "chat_template.jinja"),
+    ]
 
 
-def test_a_hub_model_with_pickles_only_names_the_conversion(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["pytorch_model.bin"]
-    )
+def test_weights_are_not_chosen_twice() -> None:
+    index, shard = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
+    assert names_chosen("config.json", index, shard) == ["config.json", index, shard]
+    assert names_chosen("model.safetensors", index, shard) == ["model.safetensors"]
+
+
+def test_a_hub_model_with_pickles_only_names_the_conversion() -> None:
     with pytest.raises(CheckpointError, match=r"has no \.safetensors weights") as caught:
-        resolve(NAME)
+        names_chosen("config.json", "pytorch_model.bin")
     assert f"--model {NAME} --convert some-llava-safetensors" in caught.value.hint
+
+
+@pytest.mark.parametrize("revision", ["../../etc", "a b", "\x1b[2J"])
+def test_a_revision_stays_in_the_cache(revision: str, cache: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no revision"):
+        resolve(NAME, revision=revision)
 
 
 def test_a_failing_network_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no route to host\nmany\nmore lines")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(CheckpointError, match=r"could not be downloaded: no route to host$"):
         resolve(NAME)

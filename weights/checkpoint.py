@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from weights.folder import first_five, read_folder
 from weights.header import TensorInfo, open_file, read_json, show
 from weights.names import Rename, target_names
 
-__all__ = ["Checkpoint", "TensorInfo", "load_weights", "read_json"]
+__all__ = ["Checkpoint", "Fit", "TensorInfo", "fit_weights", "load_weights", "read_json"]
 
 
 class Checkpoint:
@@ -150,7 +150,44 @@ def load_weights(
     Raises:
         CheckpointError: with the missing, unexpected and mis-shaped tensors in three lists.
     """
-    wanted = {n: t for n, t in module.state_dict(keep_vars=True).items() if t.is_meta}
+    fit = fit_weights(module, checkpoint, rename, tied)
+    # In the order of the file: sequential reading is what a disk does best.
+    for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
+        _assign(module, name, checkpoint.read_part(info, device, _dtype(module, name, dtype)))
+    for name, other in fit.shared.items():
+        owner, leaf = _owner(module, name)
+        owner._parameters[leaf] = module.get_parameter(other)
+    return fit.ignored
+
+
+class Fit(NamedTuple):
+    """How a checkpoint fills a module: by our names, where each tensor comes from.
+
+    `shared` are tied parameters and what they share; `ignored` the unused names on disk.
+    """
+
+    sources: dict[str, TensorInfo]
+    shared: dict[str, str]
+    ignored: list[str]
+
+
+def fit_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rename: Rename,
+    tied: Mapping[str, str] | None = None,
+    elsewhere: str = "",
+) -> Fit:
+    """Checks names, shapes and kinds of all tensors against a module, and reads none of them.
+
+    Arguments and errors are those of `load_weights`; what begins with `elsewhere` is not wanted
+    here, because another checkpoint supplies it.
+    """
+    wanted = {
+        name: tensor
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if tensor.is_meta and not (elsewhere and name.startswith(elsewhere))
+    }
     sources, ignored, unexpected = _match_names(checkpoint, rename, wanted)
     shared = {name: other for name, other in (tied or {}).items() if name in wanted}
     for name, other in shared.items():
@@ -158,13 +195,7 @@ def load_weights(
     missing = [name for name in wanted if name not in sources and name not in shared]
     misfits = [_misfit(info, wanted[name]) for name, info in sources.items()]
     _refuse_differences(checkpoint, missing, unexpected, list(filter(None, misfits)))
-    # In the order of the file: sequential reading is what a disk does best.
-    for name, info in sorted(sources.items(), key=lambda item: (item[1].file, item[1].start)):
-        _assign(module, name, checkpoint.read_part(info, device, _dtype(module, name, dtype)))
-    for name, other in shared.items():
-        owner, leaf = _owner(module, name)
-        owner._parameters[leaf] = module.get_parameter(other)
-    return ignored
+    return Fit(sources, shared, ignored)
 
 
 def _match_names(

@@ -1,5 +1,7 @@
 """From what a user calls a model to a folder on this machine: a folder, a cached or a hub model."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 
@@ -8,9 +10,6 @@ from weights.folder import INDEX, SINGLE
 from weights.header import read_json
 
 TINY = Path(__file__).parent / "tiny"
-
-# Everything the engine reads; weights in other formats stay where they are.
-FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -48,14 +47,9 @@ def resolve(
 
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
-    # Imported here: a folder does not need it.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import constants  # imported here: a folder does not need it
 
-    try:
-        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        cached = None
+    cached = find_cached(name, revision)
     if cached is not None and is_complete(cached):
         return cached
     if offline or constants.HF_HUB_OFFLINE:
@@ -64,29 +58,26 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
             f"{name} is not a folder, and {state} in the hub cache {constants.HF_HUB_CACHE}",
             hint="download it first, or allow downloads (no --offline, no HF_HUB_OFFLINE)",
         )
-    return _download(name, revision)
+    from weights.download import download
+
+    return download(name, revision)
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+def find_cached(name: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a model in the hub's cache, complete or not; None if there is none.
 
-    try:
-        files = HfApi().list_repo_files(name, revision=revision)
-        if has_weights := any(file.endswith(".safetensors") for file in files):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
-    except Exception as error:  # the client's errors have no common base below Exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{name} is not a folder, and could not be downloaded: {reason}",
-            hint="check the name and the network",
-        ) from error
-    if not has_weights:
-        command = f"--model {name} --convert {name.split('/')[1]}-safetensors"
-        raise CheckpointError(
-            f"{name} has no .safetensors weights",
-            hint=f"convert them once: python main.py {command}",
-        )
-    return folder
+    The layout is `models--org--name/refs/<revision>`, a file that holds the commit, and
+    `snapshots/<commit>/`, links to blobs.
+    """
+    from huggingface_hub import constants
+
+    revision = revision or "main"
+    if ".." in revision or not re.fullmatch(r"[\w./-]+", revision):
+        raise CheckpointError(f"{revision!r:.40} is no revision", hint="a branch, tag or commit")
+    repo = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    ref = repo / "refs" / revision
+    snapshot = repo / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+    return snapshot if snapshot.is_dir() else None
 
 
 def is_complete(folder: Path) -> bool:
@@ -94,7 +85,7 @@ def is_complete(folder: Path) -> bool:
     if not (folder / "config.json").exists():
         return False
     if (folder / SINGLE).exists() or not (folder / INDEX).exists():
-        return any(folder.glob("*.safetensors"))
+        return any(path.exists() for path in folder.glob("*.safetensors"))
     shards = read_json(folder / INDEX).get("weight_map")
     return isinstance(shards, dict) and all(
         (folder / str(shard)).exists() for shard in set(map(str, shards.values()))

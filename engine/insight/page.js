@@ -83,7 +83,7 @@ function drawTier(pen, tier, x, y, w, h) {
   pen.beginPath();
   pen.rect(x, y, w, h);
   pen.clip();
-  pen.globalAlpha = [0.8, 0.22, 0.38][tier];
+  pen.globalAlpha = [0.68, 0.22, 0.3][tier];
   pen.fillStyle = COLOURS[tier];
   pen.fillRect(x, y, w, h);
   pen.globalAlpha = 1;
@@ -124,7 +124,7 @@ function drawPanel(panel, tier, heat, high) {
       if (kind === "kept") return drawTier(pen, tier[token], x, y, w, h);
       const masked = at("mask").checked && sinks.has(token);
       const v = masked || !high ? 0 : Math.min(1, heat[token] / high);
-      pen.globalAlpha = placed ? 0.5 + 0.4 * v : 1;
+      pen.globalAlpha = placed ? 0.62 + 0.33 * v : 1;
       pen.fillStyle = ramp(Math.sqrt(v));
       pen.fillRect(x, y, w, h);
       pen.globalAlpha = 1;
@@ -236,6 +236,9 @@ function svg(name, attributes, text) {
 function buildStrip() {
   const left = 150, wide = 1000 / steps, picture = svg("svg", { viewBox: "0 0 1160 150", role: "img" });
   picture.append(svg("title", {}, "Image tokens per tier and bytes kept after each token"));
+  const stripes = svg("pattern", { id: "stripes", width: 5, height: 5, patternUnits: "userSpaceOnUse" });
+  stripes.append(svg("rect", { width: 5, height: 5, fill: "#fbe3b3" }), svg("path", { d: "M0 5L5 0", stroke: "#e69f00", "stroke-width": 2.4 }));
+  picture.append(stripes);
   const most = Math.max(...data.bytes.full);
   for (let p = 0; p < steps; p++) {
     const counts = countTiers(p), x = left + p * wide, gap = Math.min(1, wide / 6);
@@ -243,7 +246,7 @@ function buildStrip() {
     for (const tier of [2, 1, 0]) {
       const h = (counts[tier] / Math.max(1, tokens)) * 60;
       y -= h;
-      const fill = ["#d6dbe3", "#e69f00", "#0072b2"][tier];
+      const fill = ["#d6dbe3", "url(#stripes)", "#0072b2"][tier];
       picture.append(svg("rect", { x, y, width: wide - gap, height: h, fill }));
     }
     const full = (data.bytes.full[p] / most) * 55, kept = (data.bytes.kept[p] / most) * 55;
@@ -252,12 +255,15 @@ function buildStrip() {
   }
   const counts = countTiers(steps - 1), mb = (bytes) => (bytes / 1e6).toFixed(2) + " MB";
   const lines = [
-    [20, `minor ${counts[0].toFixed(0)}`], [36, `secondary ${counts[1].toFixed(0)}`], [52, `core ${counts[2].toFixed(0)}`],
-    [68, `text kept ${data.text[steps - 1]}`],
-    [100, `full ${mb(data.bytes.full[steps - 1])}`], [116, `kept ${mb(data.bytes.kept[steps - 1])}`],
-    [132, percent(data.bytes.kept[steps - 1] / data.bytes.full[steps - 1]) + " at the end"],
+    [20, `minor ${counts[0].toFixed(0)}`, "#d6dbe3"], [36, `secondary ${counts[1].toFixed(0)}`, "url(#stripes)"],
+    [52, `core ${counts[2].toFixed(0)}`, "#0072b2"], [68, `text kept ${data.text[steps - 1]}`],
+    [100, `full ${mb(data.bytes.full[steps - 1])}`, "#e4e8ee"], [116, `kept ${mb(data.bytes.kept[steps - 1])}`, "#4d7a57"],
+    [132, (100 * data.bytes.kept[steps - 1] / data.bytes.full[steps - 1]).toFixed(0) + " % at the end"],
   ];
-  for (const [y, text] of lines) picture.append(svg("text", { x: 0, y }, text));
+  for (const [y, text, fill] of lines) {
+    picture.append(svg("text", { x: 18, y }, text));
+    if (fill) picture.append(svg("rect", { x: 0, y: y - 10, width: 12, height: 10, fill }));
+  }
   const cursor = svg("g", { id: "cursor", "data-left": left, "data-wide": wide });
   cursor.append(svg("rect", { x: 0, y: 4, width: wide, height: 140, fill: "none", stroke: "#1d2430", "stroke-width": 2 }));
   picture.append(cursor);

@@ -58,6 +58,9 @@ void raise_for(int status, const std::string& op) {
 #endif
 }
 
+// Waking a second thread costs about as much as reading this many bytes.
+constexpr int64_t ONE_THREAD_BYTES = 1 << 18;
+
 // One attention call, checked once and run many times. Python keeps the tensors alive.
 class AttentionPlan {
  public:
@@ -69,6 +72,9 @@ class AttentionPlan {
       check_alignment();
     } else {
       a_.error = &error_;
+      const int64_t bytes = a_.dtype == DType::f32 ? 8 : 4;  // of one number of K and one of V
+      if (int64_t(a_.rows) * a_.width * a_.kv_heads * a_.head_dim * bytes < ONE_THREAD_BYTES)
+        a_.threads = 1;
       a_.splits = op == "attention" ? cpu_splits(a_) : 1;
       partials_.resize(size_t(a_.rows) * a_.heads * a_.splits * (a_.head_dim + 2));
       a_.partials = partials_.data();
@@ -183,6 +189,7 @@ void gemv(const CpuKernels* table, int dtype, int rows, int64_t in, int64_t out,
   require(x && weight && y, "gemv: x, weight and y must not be null");
   thread_local std::vector<float> scratch;
   scratch.resize(size_t(rows) * in);
+  if (in * out * (dtype == 0 ? 4 : 2) < ONE_THREAD_BYTES) threads = 1;
   const GemvArgs a{static_cast<DType>(dtype),
                    rows,
                    in,

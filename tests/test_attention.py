@@ -476,7 +476,9 @@ def test_the_merge_of_many_small_splits_never_varies():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (31, 5), (64, 4), (257, 130), (4096, 6)])
+@pytest.mark.parametrize(
+    ("size_in", "size_out"), [(1, 1), (31, 5), (64, 4), (257, 130), (4096, 6), (1024, 300)]
+)
 def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
     g = torch.Generator().manual_seed(size_in)
     x = torch.randn(rows, 2 * size_in, generator=g).to(dtype)[:, :size_in]  # strided rows

@@ -134,7 +134,7 @@ class Batch:
             raise OptionError(f"a request's option has the wrong type: {error}") from error
         timings = Timings(load=self.engine.load_seconds)
         turn = self.engine.turn(request.prompt, request.images, timings, raw=request.raw)
-        answer = self.engine.answer(options)
+        answer = self.engine.answer(options, turn.token_ids)
         began = perf_counter()
         with pool_memory(self.pools, "reading the prompt", len(turn.token_ids)):
             row, logits = prefill(self.model, self.pools, self.policy, turn, options.max_new_tokens)

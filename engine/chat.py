@@ -57,8 +57,8 @@ class Chat:
         pending = self.token_ids[self._session.seen :]
         after = pending if self.token_ids else None
         turn = self._engine.turn(text, images, timings, after=after, earlier=self._sizes)
-        answer = self._engine.answer(chosen)
         asked, seen = [*self.token_ids, *turn.token_ids[len(pending) :]], self._session.seen
+        answer = self._engine.answer(chosen, asked)
         try:
             yield from generate(self._session, turn, answer, chosen.max_new_tokens, timings)
         finally:

@@ -135,6 +135,8 @@ def _generation(options: argparse.Namespace) -> OptionValues:
         top_p=options.top_p,
         seed=options.seed,
         stop=options.stop,
+        repetition_penalty=options.repetition_penalty,
+        logprobs=options.logprobs,
     )
     make_options(**values)
     return values

@@ -138,7 +138,9 @@ class Engine:
         chosen, timings = make_options(**options), Timings(load=self.load_seconds)
         turn = self.turn(prompt, images, timings, raw=raw)
         session = Session(self.model, self.policy, observer)
-        return generate(session, turn, self.answer(chosen), chosen.max_new_tokens, timings)
+        return generate(
+            session, turn, self.answer(chosen, turn.token_ids), chosen.max_new_tokens, timings
+        )
 
     def chat(self) -> Chat:
         """A conversation whose turns share one cache; see ``Chat``."""
@@ -173,11 +175,16 @@ class Engine:
         other.policy = parse(cache)
         return other
 
-    def answer(self, options: Options) -> Answer:
+    def answer(self, options: Options, prompt_ids: Sequence[int]) -> Answer:
         """An empty answer under this model's tokenizer and end tokens."""
         family = self._family
         return Answer(
-            self.tokenizer, options, family.end_tokens, strip=family.strip, boxes=family.boxes
+            self.tokenizer,
+            options,
+            family.end_tokens,
+            prompt_ids,
+            strip=family.strip,
+            boxes=family.boxes,
         )
 
     @torch.inference_mode()

@@ -101,6 +101,8 @@ def build_parser() -> Parser:
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of mass P")
     add("--seed", type=int, default=0, help="of the draw (0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off, the default")
+    add("--logprobs", action="store_true", help="log-probabilities of the tokens, in --json")
     add("--no-stream", action="store_true", help="print the answer only when it is complete")
     add = parser.add_argument_group("cache").add_argument
     add(

@@ -69,6 +69,7 @@ class Answer:
         tokenizer: Tokenizer,
         options: Options,
         end_tokens: frozenset[int],
+        prompt_ids: Sequence[int] = (),
         *,
         strip: bool = False,
         boxes: bool = False,
@@ -77,11 +78,15 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish: FinishReason | None = None
         self._options, self._end_tokens = options, end_tokens
-        self._sampler, self._stream = Sampler(options.sampling), StreamDecoder(tokenizer)
+        self._sampler, self._stream = (
+            Sampler(options.sampling, prompt_ids),
+            StreamDecoder(tokenizer),
+        )
         self._stops = StopTexts(options.stop)
         self._space = OuterSpace() if strip else None
         self._boxes = boxes
         self._pieces: list[str] = []
+        self._logprobs: list[float] = []
 
     @property
     def text(self) -> str:
@@ -90,7 +95,10 @@ class Answer:
 
     def choose(self, logits: Tensor) -> int:
         """Draw the next token from ``logits [vocab]``."""
-        return self._sampler.choose(logits)
+        token = self._sampler.choose(logits)
+        if self._options.logprobs:
+            self._logprobs.append(float(logits.log_softmax(-1)[token]))
+        return token
 
     def take(self, token: int) -> str:
         """Add a chosen token; returns the text that is now certain, the rest of it at the end."""
@@ -103,6 +111,9 @@ class Answer:
             self.finish = "stop"
         elif len(self.token_ids) == self._options.max_new_tokens:
             self.finish = "length"
+            piece += self._rest()
+        elif self._options.cancel is not None and self._options.cancel.is_set():
+            self.finish = "cancelled"
             piece += self._rest()
         return self._say(piece)
 
@@ -129,6 +140,7 @@ class Answer:
             finish_reason=self.finish,
             timings=timings,
             cache=cache,
+            logprobs=self._logprobs[: len(self.token_ids)] if self._options.logprobs else None,
             boxes=parse_boxes(self.text, turn.sizes[-1]) if self._boxes and turn.sizes else [],
         )
 

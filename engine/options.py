@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import TypedDict
 
 from engine.errors import OptionError
@@ -20,15 +21,23 @@ class Sampling:
         top_k: draw among the k likeliest tokens; 0 is all.
         top_p: draw among the fewest likeliest tokens whose probabilities reach p; 1 is all.
         seed: of the generator; the same seed and request give the same answer.
+        repetition_penalty: divides the positive scores of tokens that stand in the prompt or the
+            answer already, and multiplies their negative ones (Keskar et al. 2019); 1 is off.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         _check_types(self, temperature=float, top_k=int, top_p=float, seed=int)
+        _check_types(self, repetition_penalty=float)
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise OptionError(
+                f"repetition_penalty is {self.repetition_penalty}", hint="use 1 (off) or more"
+            )
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise OptionError(f"temperature is {self.temperature}", hint="use 0 (greedy) or more")
         if self.top_k < 0:
@@ -60,6 +69,9 @@ class OptionValues(TypedDict, total=False):
     seed: int
     stop: Sequence[str]
     ignore_eos: bool
+    repetition_penalty: float
+    logprobs: bool
+    cancel: Event | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,8 @@ class Options:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
+    cancel: Event | None = None
 
     def __post_init__(self) -> None:
         _check_types(self, max_new_tokens=int)
@@ -90,6 +104,9 @@ def make_options(
     seed: int = 0,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    repetition_penalty: float = 1.0,
+    logprobs: bool = False,
+    cancel: Event | None = None,
 ) -> Options:
     """Options from plain values.
 
@@ -98,9 +115,13 @@ def make_options(
         temperature, top_k, top_p, seed: see ``Sampling``; temperature 0 is greedy.
         stop: texts before which the answer ends.
         ignore_eos: go on at the end token, for measurements.
+        repetition_penalty: see ``Sampling``.
+        logprobs: give every token's log-probability under the model, in ``Result.logprobs``.
+        cancel: an event; once another thread sets it, the answer ends with what it has.
 
     Raises:
         OptionError: a value is out of its range.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    return Options(max_new_tokens, Sampling(temperature, top_k, top_p, seed), stops, ignore_eos)
+    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
+    return Options(max_new_tokens, sampling, stops, ignore_eos, logprobs, cancel)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from engine.boxes import Box
     from engine.cache.report import CacheReport
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass
@@ -55,10 +55,12 @@ class Result:
         token_ids: the generated ids without the end token.
         prompt_tokens: tokens of the prompt, pictures expanded.
         image_tokens: how many of them are image tokens.
-        finish_reason: "stop" (end token or stop text) or "length" (max_new_tokens reached).
+        finish_reason: "stop" (end token or stop text), "length" (max_new_tokens reached) or
+            "cancelled".
         timings: seconds.
         cache: tokens and bytes in the cache when the answer ended.
         index: which request of a batch this answers, from 0.
+        logprobs: log-probability of each of ``token_ids``, where they were asked for.
         boxes: the regions that the text names, in pixels of the latest picture (Qwen-VL).
     """
 
@@ -70,6 +72,7 @@ class Result:
     timings: Timings
     cache: CacheReport
     index: int = 0
+    logprobs: list[float] | None = None
     boxes: list[Box] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,33 @@ from engine.options import Sampling
 class Sampler:
     """Draws tokens for one answer with a generator of its own."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int] = ()) -> None:
         self.sampling = sampling
+        self._used = set(prompt_ids)
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: Tensor) -> int:
         """The next token id from fp32 ``logits [vocab]``."""
+        if self.sampling.repetition_penalty != 1:
+            logits = self._penalised(logits)
+        token = self._draw(logits)
+        self._used.add(token)
+        return token
+
+    def _draw(self, logits: Tensor) -> int:
         if self.sampling.temperature == 0:
             return int(logits.argmax())
         probabilities = self.probabilities(logits).cpu()
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        """Scores with those of used tokens made less likely."""
+        known = [token for token in self._used if token < len(logits)]
+        used = torch.tensor(sorted(known), device=logits.device, dtype=torch.int64)
+        scores, penalty = logits[used], self.sampling.repetition_penalty
+        return logits.index_copy(
+            0, used, torch.where(scores > 0, scores / penalty, scores * penalty)
+        )
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution ``choose`` draws from: ``[vocab]``, zero outside top-k and top-p."""

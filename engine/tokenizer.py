@@ -116,7 +116,10 @@ class Tokenizer:
     @functools.cached_property
     def _knowing(self) -> tokenizers.Tokenizer:
         """The tokenizer that knows special tokens; only raw prompts need it."""
-        return _build(self._description)
+        try:
+            return _build(self._description)
+        except Exception as error:
+            raise CheckpointError(f"the special tokens are not usable: {error!s:.200}") from None
 
     def _find_bos(self, config: Mapping[str, Any]) -> int | None:
         """Take BOS from what the tokenizer really adds, then from its configuration."""
@@ -241,6 +244,8 @@ def _check_ids(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]
 def _check_flags(added: Sequence[Mapping[str, Any]]) -> None:
     """Require complete added tokens now: the encoder that reads them is built on first use."""
     for token in added:
+        if type(token["id"]) is not int:
+            raise CheckpointError(f"special token {token['content']!r:.40} has no whole number")
         for flag in ("single_word", "lstrip", "rstrip", "normalized", "special"):
             if not isinstance(token.get(flag), bool):
                 raise CheckpointError(

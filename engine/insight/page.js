@@ -299,8 +299,8 @@ function buildChoices() {
     at("head").disabled = at("layer").value !== String(data.headLayer);
     if (at("head").disabled) at("head").value = "mean";
     const [, , stored] = data.blob.shapes[at("head").value === "mean" ? "layer" : "head"];
-    at("heat-title").textContent = "Attended while choosing this token"
-      + (at("layer").value !== "mean" && stored < tokens ? ` (the ${stored} strongest patches)` : "");
+    at("stored").textContent = at("layer").value !== "mean" && stored < tokens
+      ? `; only the ${stored} strongest patches are in this file` : "";
     show();
   };
   for (const id of ["layer", "head", "mask"]) at(id).addEventListener("change", fit);
@@ -309,10 +309,11 @@ function buildChoices() {
 function buildCompare() {
   if (data.exact === null) return;
   at("compare").hidden = false;
-  at("policy-name").textContent = data.cache;
-  const fill = (id, pieces) => pieces.forEach((text, i) => {
+  at("policy-name").textContent = data.cache.split(":")[0] + " cache";
+  const fill = (id, pieces) => [...pieces, null].forEach((text, i) => {
+    if (text === null && i !== data.differs) return;
     const node = document.createElement(i === data.differs ? "mark" : "span");
-    node.textContent = text;
+    node.textContent = text === null ? " \u25a1" : text;
     at(id).append(node);
   });
   const mine = data.steps.filter((text) => text !== null);

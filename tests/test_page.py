@@ -1,0 +1,341 @@
+"""The attention page: what it holds, that it stays small, and that it works in a real browser."""
+
+import base64
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.cache.observe import Observed
+from engine.engine import Engine
+from engine.errors import OptionError
+from engine.insight.page import first_difference, mean_over_layers, pack, render, stream_with_page
+from engine.insight.panels import panels_of
+from engine.insight.recorder import Recorder, find_sinks, image_heads
+from engine.models.llava_next import LlavaNext
+from engine.result import Result
+from tests.browser import Browser, find_chromium
+from tests.checkpoints import Shape
+from tests.next_checkpoints import write_next
+from tests.oracle import noise
+
+SHAPE = Shape(kv_heads=2)
+CACHE = "avl:secondary=0.6,core=0.3,every=2,floor=3"
+HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp;</b> \u2028"
+
+
+def answer(engine: Engine, path: Path, prompt: str = "What is this?", **options: Any) -> Result:
+    *_, result = stream_with_page(
+        engine, path, prompt, [noise(70, 50)], max_new_tokens=9, ignore_eos=True, **options
+    )
+    assert isinstance(result, Result)
+    return result
+
+
+def data_in(path: Path) -> dict[str, Any]:
+    found = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text()
+    )
+    assert len(found) == 1
+    return dict(json.loads(found[0]))
+
+
+def part(data: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
+    """One of the page's arrays, read by its own offsets."""
+    blob = data["blob"]
+    start, length = blob["parts"][name]
+    whole = zlib.decompress(base64.b64decode(blob["bytes"]))
+    return torch.frombuffer(bytearray(whole[start : start + length]), dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def engine(engine_of: Callable[..., Engine]) -> Engine:
+    return engine_of(SHAPE, "hub", "float32", CACHE)
+
+
+@pytest.fixture(scope="module")
+def written(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    return path, answer(engine, path, HOSTILE)
+
+
+# -- what the page holds --------------------------------------------------------------------------
+
+
+def test_the_page_holds_the_answer_that_is_given(
+    engine: Engine, written: tuple[Path, Result]
+) -> None:
+    path, result = written
+    data = data_in(path)
+    image = noise(70, 50)
+    plain = engine.generate(HOSTILE, [image], max_new_tokens=9, ignore_eos=True)
+    full = engine.with_cache("full").generate(HOSTILE, [image], max_new_tokens=9, ignore_eos=True)
+    assert result.token_ids == plain.token_ids
+    assert "".join(data["steps"]) == plain.text
+    assert "".join(data["exact"]) == full.text
+    assert data["differs"] == first_difference(plain.token_ids, full.token_ids)
+    assert len(data["positions"]) == result.image_tokens
+
+
+def test_bytes_and_tiers_agree_with_the_cache_report(written: tuple[Path, Result]) -> None:
+    """The last step of the page is what the result's own count says of the cache."""
+    path, result = written
+    data = data_in(path)
+    assert data["bytes"]["kept"][-1] == result.cache.bytes_used
+    assert data["bytes"]["full"][-1] == result.cache.bytes_full
+    assert data["text"][-1] == pytest.approx(result.cache.text.mean, abs=0.1)
+    changes = part(data, "tiers", torch.uint8)
+    tiers = changes.view(len(data["steps"]), data["layers"], -1).clone()
+    for step in range(1, len(tiers)):
+        tiers[step] ^= tiers[step - 1]
+    counts = [(tiers[-1] == tier).sum().item() / data["layers"] for tier in range(3)]
+    stored, core = result.cache.stored.mean, result.cache.core.mean
+    assert counts == pytest.approx([result.cache.minor.mean, stored - core, core])
+    assert (tiers[0] != tiers[-1]).any(), "the core has moved (seeded)"
+
+
+def test_attention_on_the_page_is_the_attention_that_was_seen() -> None:
+    recorder = made_up(passes=3, layers=2, heads=4, tokens=20)
+    blob = pack(recorder, mean_over_layers(recorder))
+    data = {"blob": blob}
+    for name, exact in (
+        (
+            "layer",
+            torch.stack([torch.stack([m.attention[2:22] for m in p]) for p in recorder.passes]),
+        ),
+        ("head", torch.stack(recorder.heads)),
+    ):
+        passes, rows, count = blob["shapes"][name]
+        assert count == 20, "a short answer is stored in full"
+        gaps = part(data, name + "Gap", torch.int16).view(passes, rows, count)
+        levels = part(data, name, torch.uint8).view(passes, rows, count) / 255
+        high = part(data, name + "High", torch.float32).view(passes, rows, 1)
+        found = torch.zeros(passes, rows, 20)
+        found.scatter_(2, gaps.long().cumsum(2), levels**2 * high)
+        torch.testing.assert_close(found, exact, atol=5e-3 * float(high.max()), rtol=0)
+
+
+def test_hostile_text_stays_text(written: tuple[Path, Result]) -> None:
+    path, _ = written
+    page = path.read_text()
+    assert data_in(path)["prompt"] == HOSTILE
+    assert "alert(1)</script>" not in page
+    assert page.count("</script>") == 2
+    assert page.count("<script") == 2
+
+
+def test_the_page_names_no_other_file(written: tuple[Path, Result]) -> None:
+    page = written[0].read_text()
+    assert "default-src 'none'" in page
+    script = page.replace('"http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?://|@import|url\((?!#)|(src|href)=\"(?!data:)", script)
+
+
+def test_a_long_answer_of_a_large_model_stays_below_two_megabytes() -> None:
+    """256 tokens, 32 layers, 32 heads, 576 patches of noise: nothing that would compress well."""
+    recorder = made_up(passes=256, layers=32, heads=32, tokens=576)
+    blob = pack(recorder, mean_over_layers(recorder))
+    picture = "x" * 200_000
+    page = render({"blob": blob, "panels": [picture]})
+    assert len(page) < 2_000_000
+    assert blob["shapes"]["layer"][2] == 32
+    assert blob["shapes"]["head"][2] == 8
+
+
+def made_up(passes: int, layers: int, heads: int, tokens: int) -> Recorder:
+    """A recorder that has seen noise; the tiers of a third of the passes are drawn anew."""
+    torch.manual_seed(0)
+    recorder, tiers = Recorder(layers // 2), torch.zeros(layers, tokens, dtype=torch.uint8)
+    for step in range(passes):
+        if step % 3 == 0:
+            tiers = (torch.rand(layers, tokens) * 3).to(torch.uint8)
+        for layer in range(layers):
+            query = tokens + 5 + step
+            recorder.observe(
+                Observed(
+                    layer=layer,
+                    step=step,
+                    query=query,
+                    weights=torch.rand(heads if layer == layers // 2 else 1, query + 1).softmax(1),
+                    positions=torch.arange(query + 1)[None],
+                    tiers=tiers[layer],
+                    image_spans=((2, 2 + tokens),),
+                    text=torch.arange(2 + tokens, query + 1)[None],
+                    kept=query + 1,
+                )
+            )
+    return recorder
+
+
+def test_heads_are_told_apart_by_position() -> None:
+    """Four query heads over two key heads that hold different tokens."""
+    seen = SimpleNamespace(
+        query=5,
+        weights=torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]),
+        positions=torch.tensor([[0, 2], [1, 3]]),
+        image_spans=((1, 3), (3, 5)),
+    )
+    found = image_heads(seen)  # type: ignore[arg-type]
+    expected = [[0, 0.1, 0, 0], [0, 0.2, 0, 0], [0.7, 0, 0.3, 0], [0.6, 0, 0.4, 0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_sinks_are_attended_whatever_is_said() -> None:
+    attention = torch.full((6, 100), 0.001)
+    attention[:, 7] = 0.1  # always
+    attention[2, 8] = 0.5  # once
+    assert find_sinks(attention) == [7]
+    assert find_sinks(attention[:3]) == []
+    assert find_sinks(torch.zeros(6, 100)) == []
+    assert find_sinks(torch.zeros(6, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "expected"),
+    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None), ([], [4], 0)],
+)
+def test_first_difference(mine: list[int], other: list[int], expected: int | None) -> None:
+    assert first_difference(mine, other) == expected
+
+
+def test_what_cannot_be_shown_is_refused(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    with pytest.raises(OptionError, match="needs a picture"):
+        list(stream_with_page(engine, path, "What?", []))
+    with pytest.raises(OptionError, match="needs the picture itself"):
+        list(stream_with_page(engine, path, "What?", [engine.encode(noise(9, 9))]))
+    with pytest.raises(OptionError, match="layer 99"):
+        list(stream_with_page(engine, path, "What?", [noise(9, 9)], head_layer=99))
+    with pytest.raises(OptionError, match="no folder"):
+        list(stream_with_page(engine, tmp_path / "no" / "page.html", "What?", [noise(9, 9)]))
+    assert not path.exists()
+
+
+# -- grids ----------------------------------------------------------------------------------------
+
+
+def test_a_plain_picture_is_one_grid(engine: Engine) -> None:
+    image = noise(56, 56)
+    pixels = engine.processor.prepare(image)
+    (panel,) = panels_of(engine.model, engine.processor, pixels)
+    assert panel.tokens == list(range(engine.model.image_tokens(pixels)))
+    assert panel.rows * panel.columns == len(panel.tokens)
+    assert panel.picture.size == tuple(reversed(engine.processor.output_size))
+    again = engine.processor.prepare(panel.picture)
+    torch.testing.assert_close(again.tiles, pixels.tiles, atol=1e-5, rtol=0)
+
+
+def test_tiles_lie_where_their_tokens_come_from(tmp_path: Path) -> None:
+    """Numbers in place of features, joined by the model itself, must name the panels' cells."""
+    engine = Engine.load(write_next(tmp_path / "next", "vicuna"), device="cpu")
+    model = engine.model
+    assert isinstance(model, LlavaNext)
+    pixels = engine.processor.prepare(noise(90, 41))
+    whole, tiles = panels_of(model, engine.processor, pixels)
+    grid, side = model.grid(pixels), model.config.vision.grid
+    numbers = torch.arange(len(pixels.tiles) * side * side).view(len(pixels.tiles), -1, 1).float()
+    hidden = len(model.image_newline)
+    with torch.no_grad():
+        model.image_newline.fill_(-1)
+        joined = model._join(numbers.expand(-1, -1, hidden), grid)[:, 0]
+    assert sorted([*whole.tokens, *tiles.tokens, *tiles.newlines]) == list(range(len(joined)))
+    assert joined[list(tiles.newlines)].unique().tolist() == [-1]
+    for cell, token in enumerate(tiles.tokens):
+        row, column = cell // tiles.columns + grid.top, cell % tiles.columns + grid.left
+        tile = 1 + row // side * grid.tiles[1] + column // side
+        assert joined[token] == (tile * side + row % side) * side + column % side
+    patch = model.config.vision.image // side
+    assert tiles.picture.size == (tiles.columns * patch, tiles.rows * patch)
+
+
+# -- in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    browser = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def text(browser: Browser, name: str) -> str:
+    return str(browser.run(f"document.getElementById({name!r}).innerText"))
+
+
+def test_the_page_works_in_a_browser(
+    browser: Browser, written: tuple[Path, Result], tmp_path: Path
+) -> None:
+    path, result = written
+    data = data_in(path)
+    browser.open(path)
+    assert text(browser, "question") == HOSTILE
+    assert browser.run("document.querySelectorAll('#answer span').length") == 9
+    assert text(browser, "now").startswith("token 1 of 9")
+    assert len(text(browser, "top").splitlines()) == 10
+    pictures = {name: canvas(browser, name) for name in ("kept", "heat")}
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    assert text(browser, "now").startswith("token 3 of 9")
+    assert browser.run("document.querySelector('#slider').value") == "2"
+    assert canvas(browser, "heat") != pictures["heat"]
+    assert canvas(browser, "kept") != pictures["kept"], "the core was chosen anew"
+    slide(browser, 8)
+    assert text(browser, "now").startswith("token 9 of 9")
+    choose(browser, "layer", data["headLayer"])
+    core, stored = result.cache.core, result.cache.stored
+    expected = f"{core.mean:.0f} core, {stored.mean - core.mean:.0f} secondary"
+    assert text(browser, "counts").startswith(expected)
+    means = text(browser, "top")
+    choose(browser, "head", 1)
+    assert text(browser, "top") != means
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+    assert browser.complaints() == []
+    assert browser.requested() == [path.as_uri()]
+
+
+def test_the_most_attended_patch_in_the_browser_is_that_of_the_trace(
+    browser: Browser, engine: Engine, tmp_path: Path
+) -> None:
+    path, recorder = tmp_path / "page.html", Recorder(0)
+    answer(engine, path)
+    image = noise(70, 50)
+    list(
+        engine.stream(
+            "What is this?", [image], observer=recorder, max_new_tokens=9, ignore_eos=True
+        )
+    )
+    browser.open(path)
+    slide(browser, 4)
+    best = mean_over_layers(recorder)[4]
+    row, column = divmod(int(best.argmax()), int(len(best) ** 0.5))
+    first = text(browser, "top").splitlines()[0]
+    assert first.startswith(f"row {row + 1}, column {column + 1}: {100 * best.max():.2f} %")
+
+
+def canvas(browser: Browser, name: str) -> str:
+    return str(browser.run(f"document.querySelector('#{name} canvas').toDataURL()"))
+
+
+def slide(browser: Browser, step: int) -> None:
+    browser.run(
+        f"document.querySelector('#slider').value = {step};"
+        "document.querySelector('#slider').dispatchEvent(new Event('input'))"
+    )
+
+
+def choose(browser: Browser, name: str, value: int) -> None:
+    browser.run(
+        f"document.querySelector('#{name}').value = {value};"
+        f"document.querySelector('#{name}').dispatchEvent(new Event('change'))"
+    )

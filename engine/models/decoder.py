@@ -217,8 +217,8 @@ class DecoderLayer(nn.Module):
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         heads, kv_heads = self.config.heads, self.config.kv_heads
         joined = self.qkv(normed).view(len(normed), -1, self.config.head_dim)
-        q_and_k, v = joined.split([heads + kv_heads, kv_heads], 1)
-        q, k = rotate(q_and_k, tables).split([heads, kv_heads], 1)
+        q_and_k, v = joined.split_with_sizes([heads + kv_heads, kv_heads], 1)
+        q, k = rotate(q_and_k, tables).split_with_sizes([heads, kv_heads], 1)
         if tables.scale is not None:
             q = q * tables.scale
         return self.o_proj(view.attend(q, k, v).flatten(1))

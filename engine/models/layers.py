@@ -19,7 +19,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        weight = self.weight
+        return torch.rms_norm(hidden, weight.shape, weight, self.eps)
 
 
 class Embedding(nn.Module):

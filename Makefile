@@ -1,6 +1,7 @@
 # make demo        set up .venv and ask the embedded model about a picture
 # make test        the same set-up, then format, lint, types and all fast tests
 # make test-slow   the tests that take minutes
+# make fuzz        hours of fuzzing: MINUTES=60 SEED=7 TARGET=png; findings go to tests/corpus
 # make gpu-check   on a machine with a CUDA device: build, run the GPU tests, write gpu-results/
 # make clean       remove what was built; .venv stays
 #
@@ -11,7 +12,7 @@ BIN := .venv/bin
 STAMPS := .venv/stamps
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cuda/*.* cuda/*/*.*)
 
-.PHONY: demo test test-slow gpu-check clean
+.PHONY: demo test test-slow gpu-check clean fuzz
 
 demo: $(STAMPS)/run
 	$(BIN)/python main.py --image examples/car.jpg --prompt "What colour is the car?"
@@ -27,6 +28,10 @@ test: $(STAMPS)/test
 test-slow: export AVL_REQUIRE_NATIVE = 1
 test-slow: $(STAMPS)/test
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+fuzz: $(STAMPS)/test
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),60) \
+		--seed $(or $(SEED),$(shell date +%s)) --target "$(TARGET)"
 
 gpu-check:
 	python3 bench/gpu_check.py

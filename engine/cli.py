@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,8 @@ def _answer_once(options: argparse.Namespace) -> int:
     text, generation = _read_prompt(options.prompt), _generation(options)
     if options.draw_boxes:
         _check_drawing(options)
+    if options.attention:
+        _check_page(options)
     if options.raw and options.system is not None:
         raise OptionError("--raw takes no --system", hint="write the system text into the prompt")
     pictures = _open_pictures(options)
@@ -89,7 +92,12 @@ def _answer_once(options: argparse.Namespace) -> int:
         noise.prompt(engine.render(prompt, pixels, raw=options.raw))
     if options.compare:
         return _compare(engine, prompt, pictures, options)
-    pieces = engine.stream(prompt, pixels, raw=options.raw, **generation)
+    stream = engine.stream
+    if options.attention:
+        from engine.insight.page import stream_with_page
+
+        stream = partial(stream_with_page, engine, options.attention)
+    pieces = stream(prompt, pixels, raw=options.raw, **generation)
     return _answer(pieces, options, pictures, noise)
 
 
@@ -111,7 +119,7 @@ def _converse(options: argparse.Namespace) -> int:
     """A conversation; --prompt is its first question, --image what it is about."""
     from engine.repl import Repl, read_lines
 
-    for flag in ("json", "raw", "compare", "draw_boxes"):
+    for flag in ("json", "raw", "compare", "attention", "draw_boxes"):
         if getattr(options, flag):
             raise OptionError(f"--chat takes no --{flag.replace('_', '-')}", hint="leave one out")
     if "-" in (options.prompt, *options.image):
@@ -288,6 +296,19 @@ def _check_drawing(options: argparse.Namespace) -> None:
         )
     if folder and not os.path.isdir(folder):
         raise OptionError(f"--draw-boxes {options.draw_boxes}: no folder {folder}")
+
+
+def _check_page(options: argparse.Namespace) -> None:
+    """Refuse at once what could only fail after the answer."""
+    if not options.image:
+        raise OptionError("--attention has no picture to show", hint="add --image FILE")
+    if options.compare:
+        raise OptionError(
+            "--attention takes no --compare", hint="its page compares with the full cache already"
+        )
+    folder = os.path.dirname(options.attention)
+    if folder and not os.path.isdir(folder):
+        raise OptionError(f"--attention {options.attention}: no folder {folder}")
 
 
 def _draw_boxes(path: str, picture: LoadedImage, result: Result, noise: Noise) -> None:

@@ -120,6 +120,11 @@ def build_parser() -> Parser:
     add("--stats", action="store_true", help="times, tokens per tier and bytes, on stderr")
     add("--json", action="store_true", help="print one JSON object with everything")
     add(
+        "--attention",
+        metavar="FILE.html",
+        help="write a page that shows what each token looked at, and what the cache kept",
+    )
+    add(
         "--draw-boxes",
         metavar="FILE",
         help="paint the regions the answer names on the last picture (Qwen-VL)",

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.cache.observe import Observed
+from engine.cli import main
+from engine.compare import first_difference
 from engine.engine import Engine
 from engine.errors import OptionError
-from engine.insight.page import first_difference, mean_over_layers, pack, render, stream_with_page
+from engine.insight.page import mean_over_layers, pack, render, stream_with_page
 from engine.insight.panels import panels_of
 from engine.insight.recorder import Recorder, find_sinks, image_heads
 from engine.models.llava_next import LlavaNext
@@ -197,14 +199,6 @@ def test_sinks_are_attended_whatever_is_said() -> None:
     assert find_sinks(torch.zeros(6, 0)) == []
 
 
-@pytest.mark.parametrize(
-    ("mine", "other", "expected"),
-    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None), ([], [4], 0)],
-)
-def test_first_difference(mine: list[int], other: list[int], expected: int | None) -> None:
-    assert first_difference(mine, other) == expected
-
-
 def test_what_cannot_be_shown_is_refused(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     with pytest.raises(OptionError, match="needs a picture"):
@@ -216,6 +210,29 @@ def test_what_cannot_be_shown_is_refused(engine: Engine, tmp_path: Path) -> None
     with pytest.raises(OptionError, match="no folder"):
         list(stream_with_page(engine, tmp_path / "no" / "page.html", "What?", [noise(9, 9)]))
     assert not path.exists()
+
+
+def test_the_command_line_writes_the_page(
+    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, page = tmp_path / "a.png", tmp_path / "page.html"
+    noise(70, 50).save(picture)
+    ask = ["--model", str(checkpoint(SHAPE)), "--prompt", "What?", "-n", "4", "--device", "cpu"]
+    shown = ["--image", str(picture), "--attention", str(page)]
+    assert main([*ask, *shown]) == 0
+    said = capsys.readouterr().out
+    data = data_in(page)
+    assert "".join(text or "" for text in data["steps"]).strip() == said.strip()
+    assert data["prompt"] == "What?"
+    page.unlink()
+    for wrong in (
+        ["--attention", str(page)],
+        [*shown, "--compare"],
+        ["--image", str(picture), "--attention", str(tmp_path / "no" / "page.html")],
+    ):
+        assert main([*ask, *wrong]) == 2
+        assert "--attention" in capsys.readouterr().err
+    assert not page.exists()
 
 
 # -- grids ----------------------------------------------------------------------------------------

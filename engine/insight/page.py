@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.compare import first_difference
 from engine.errors import OptionError
 from engine.image import open_image
 from engine.insight.panels import Panel, bytes_of, panels_of
@@ -29,7 +30,7 @@ from engine.result import Result
 from engine.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from engine.engine import Engine, Messages
 
 # Bytes, before compression, of the strongest patches of every layer and of one layer's heads.
 LAYER_BYTES, HEAD_BYTES = 800_000, 200_000
@@ -38,7 +39,7 @@ LAYER_BYTES, HEAD_BYTES = 800_000, 200_000
 def stream_with_page(
     engine: Engine,
     path: str | PathLike[str],
-    prompt: str,
+    prompt: Messages,
     images: Sequence[Picture],
     *,
     raw: bool = False,
@@ -66,7 +67,8 @@ def stream_with_page(
     exact = None
     if engine.policy.spec != "full":
         exact = engine.with_cache("full").generate(prompt, images, raw=raw, **options)
-    data = page_data(engine, prompt, panels, recorder, result, exact)
+    shown = prompt if isinstance(prompt, str) else engine.render(prompt, images, raw=raw).text
+    data = page_data(engine, shown, panels, recorder, result, exact)
     Path(path).write_text(render(data), encoding="utf-8")
     yield result
 
@@ -112,17 +114,6 @@ def render(data: dict[str, Any]) -> str:
         text = text.replace(character, f"\\u{ord(character):04x}")
     page = page.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
     return page.replace("/*DATA*/", text)
-
-
-def first_difference(mine: Sequence[int], other: Sequence[int]) -> int | None:
-    """Number of the first token in which two answers differ; None if they are the same.
-
-    >>> first_difference([5, 6, 7], [5, 6]), first_difference([5], [5])
-    (2, None)
-    """
-    pairs = zip(mine, other, strict=False)
-    common = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(mine), len(other)))
-    return None if common == len(mine) == len(other) else common
 
 
 def token_pieces(engine: Engine, token_ids: Sequence[int]) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.browser import Browser, find_chromium
 from engine.cache.observe import Observed
 from engine.cli import main
 from engine.compare import first_difference
@@ -23,7 +24,6 @@ from engine.insight.panels import panels_of
 from engine.insight.recorder import Recorder, find_sinks, image_heads
 from engine.models.llava_next import LlavaNext
 from engine.result import Result
-from tests.browser import Browser, find_chromium
 from tests.checkpoints import Shape
 from tests.next_checkpoints import write_next
 from tests.oracle import noise

@@ -1,11 +1,19 @@
-"""A headless Chromium, driven through its debugging pipe with nothing but the standard library."""
+"""A headless Chromium, driven through its debugging pipe with nothing but the standard library.
 
+python main.py --image examples/scene.jpg --prompt "Describe the picture in detail." \\
+    --attention page.html
+python -m bench.browser page.html docs/attention.png --token 21
+"""
+
+import argparse
 import base64
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -128,3 +136,27 @@ class Browser:
         self._process.wait(30)
         os.close(self._read)
         os.close(self._write)
+
+
+def main() -> None:
+    """Save a picture of an attention page."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--token", type=int, default=1, help="which token is shown, from 1")
+    options = parser.parse_args()
+    program = find_chromium()
+    if program is None:
+        sys.exit("error: no Chromium here\nhint: apt-get install chromium")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(program, Path(profile), height=1240)
+        try:
+            browser.open(options.page.resolve())
+            browser.run(f"document.body.style.overflow = 'hidden'; go({options.token - 1})")
+            browser.screenshot(options.output)
+        finally:
+            browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -223,6 +223,41 @@ def test_many_pictures_fit_or_are_refused_with_the_numbers(
     refused(asked, 5, "400 image", "context of 400")
 
 
+# The peak is VmHWM: what getrusage says begins with the parent's size at the fork.
+FAST = """
+import sys, time
+began = time.process_time()
+from engine.cli import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(code, time.process_time() - began, int(peak.split()[1]) / 1e3)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--image", "nowhere.png", "--prompt", "What?"], 3),
+        (["--image", "{bomb}", "--prompt", "What?"], 3),
+        (["--promt", "What?"], 2),
+        (["--prompt", "What?", "--temperature", "-1"], 2),
+    ],
+    ids=str,
+)
+def test_typos_fail_before_torch_is_imported(flags: list[str], code: int, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb(12_000, 12_000))
+    command = [sys.executable, "-c", FAST, *(flag.format(bomb=path) for flag in flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found, seconds, megabytes = map(float, done.stdout.split())
+    assert found == code
+    assert seconds < 0.5
+    assert megabytes < 100
+    assert done.stderr.count("error: ") == done.stderr.count("hint: ") == 1
+
+
 # -- 24 to 36: weights ----------------------------------------------------------------------------
 
 
@@ -502,6 +537,14 @@ def test_full_disk_gives_the_systems_words(model: Path) -> None:
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert os.strerror(errno.ENOSPC) in err
+    assert "Traceback" not in err
+
+
+def test_closed_stdout_gives_the_systems_words(model: Path) -> None:
+    process = start(model, "-n", "3", stdout=None, preexec_fn=lambda: os.close(1))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert os.strerror(errno.EBADF) in err
     assert "Traceback" not in err
 
 

@@ -1,0 +1,277 @@
+"""The command line from end to end: streams, exit codes, speed of refusals, interrupts."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.cli import main
+from engine.engine import Engine
+from engine.image import MAX_PIXELS
+from engine.terminal import printable, say
+from tests.checkpoints import Shape
+from tests.oracle import noise
+
+SHAPE = Shape(kv_heads=2)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(SHAPE)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    noise(70, 50).save(tmp_path / "car.png")
+    return tmp_path / "car.png"
+
+
+@pytest.fixture
+def ask(folder: Path, picture: Path) -> Callable[..., int]:
+    """``ask(*flags)``: the command line on a test model and a picture."""
+
+    def run(*flags: str, prompt: str = "What?", image: str = "") -> int:
+        arguments = ["--model", str(folder), "--image", image or str(picture), "-p", prompt]
+        return main([*arguments, "-n", "6", "--device", "cpu", *flags])
+
+    return run
+
+
+@pytest.fixture
+def answer(engine_of: Callable[..., Engine]) -> str:
+    """What the exact model says."""
+    return engine_of(SHAPE).generate("What?", [noise(70, 50)], max_new_tokens=6).text
+
+
+# -- the answer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-stream",), ("--stats",), ("--quiet",)])
+def test_stdout_is_the_answer_alone(
+    ask: Callable[..., int],
+    answer: str,
+    flags: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ask("--cache", "full", *flags) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{answer}\n"
+    assert bool(said.err) == (flags == ("--stats",))
+
+
+def test_json_is_one_object(
+    ask: Callable[..., int], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask("--cache", "full", "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    values = json.loads(lines[0])
+    assert values["text"] == answer
+    assert values["image_tokens"] == SHAPE.image_tokens
+    assert values["cache"]["policy"] == "full"
+    assert values["timings"]["ttft"] > 0
+
+
+def test_compare_shows_both_answers(
+    ask: Callable[..., int], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask("--compare", "--cache", "streaming", "--json") == 0
+    both = json.loads(capsys.readouterr().out)
+    full, chosen = both["full"], both["chosen"]
+    assert full["text"] == answer
+    assert chosen["cache"]["bytes_used"] < full["cache"]["bytes_used"]
+    place = both["first_difference"]
+    ids = full["token_ids"], chosen["token_ids"]
+    assert (place is None) == (ids[0] == ids[1])
+    if place is not None:
+        assert ids[0][:place] == ids[1][:place]
+        assert ids[0][place : place + 1] != ids[1][place : place + 1]
+    assert ask("--compare", "--cache", "streaming") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"--- full\n{answer}\n[6 tokens | cache ")
+    assert said.count("tokens/s]") == 2
+    assert ask("--compare", "--cache", "full") == 2
+
+
+def test_compare_finds_the_first_difference() -> None:
+    from engine.compare import first_difference
+
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 9, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([], [4]) == 0
+
+
+def test_a_system_text_reaches_the_model(
+    ask: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask("--system", "Be brief.", "--verbose") == 0
+    assert "'Be brief. USER: <image>" in capsys.readouterr().err
+    assert ask("--system", "Be brief.", "--raw", prompt="<image>x") == 2
+
+
+def test_prompt_and_picture_may_come_from_stdin_and_files(
+    ask: Callable[..., int],
+    answer: str,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "q.txt").write_text("What?")
+    assert ask("--cache", "full", prompt=f"@{tmp_path / 'q.txt'}") == 0
+    stream = io.TextIOWrapper(io.BytesIO(picture.read_bytes()))
+    monkeypatch.setattr("sys.stdin", stream)
+    assert ask("--cache", "full", image="-") == 0
+    assert capsys.readouterr().out == f"{answer}\n" * 2
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "error", "hint"),
+    [
+        (["--imag", "x"], 2, "unrecognized arguments: --imag", "did you mean --image?"),
+        (["--max-new-token", "3"], 2, "--max-new-token", "did you mean --max-new-tokens?"),
+        ([], 2, "no --prompt is given", "add --prompt"),
+        (["-p", "x", "--image", "nothing.png"], 3, "nothing.png does not exist", "path"),
+        (["-p", "x", "--image", "http://a.b/c.png"], 3, "not fetched by default", "--allow-url"),
+        (["-p", "x", "--image", "data:,"], 3, "empty (0 bytes)", "again"),
+        (["-p", "x", "--max-pixels", "0", "--image", "a"], 2, "--max-pixels is 0", str(MAX_PIXELS)),
+        (["-p", "x", "-n", "0"], 2, "max_new_tokens is 0", "1 or more"),
+        (["-p", "x", "--temperature", "nan"], 2, "temperature is nan", "0 (greedy)"),
+        (["-p", "x", "--top-p", "0"], 2, "top_p is 0", "above 0"),
+        (["-p", "x", "--model", "no/such/folder"], 4, "does not exist", "hub name"),
+        (["-p", "x", "--cache", "nonsense"], 2, "nonsense", "full"),
+        (["-p", "@nothing.txt"], 2, "cannot be read", ""),
+    ],
+)
+def test_refusals(
+    flags: list[str], code: int, error: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert error in lines[0]
+    assert len(lines) <= 2
+    assert hint in "".join(lines[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-p", "x", "--image", "nothing.png"],
+        ["-p", "x", "--imag", "a.png"],
+        ["-p", "x", "--temperature", "-1"],
+        ["-p", "x", "--image", "https://127.0.0.1/", "--allow-url"],
+        ["--chat", "--json"],
+        ["--version"],
+    ],
+)
+def test_a_mistake_never_waits_for_torch(arguments: list[str]) -> None:
+    """The seconds are torch's import; without it the rest is a fraction of one."""
+    program = (
+        "import sys, time; began = time.process_time(); from engine.cli import main\n"
+        f"main({arguments!r}); print('torch' in sys.modules, time.process_time() - began)"
+    )
+    done = run_python("-c", program)
+    loaded, seconds = done.stdout.split()[-2:]
+    assert loaded == b"False"
+    assert float(seconds) < 0.5  # of this process's own time: the machine may be busy
+
+
+def test_help_starts_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert said.index("examples:") < said.index("--image PATH")
+    assert "exit codes:" in said
+
+
+# -- interrupts and broken pipes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-stream",), ("--json",)])
+def test_ctrl_c_keeps_what_was_said(
+    ask: Callable[..., int],
+    answer: str,
+    flags: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = Engine.stream
+
+    def stream(self: Engine, *args: Any, **options: Any) -> Iterator[Any]:
+        for number, piece in enumerate(real(self, *args, **options)):
+            yield piece
+            if number == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    assert ask("--cache", "full", *flags) == 130
+    said = capsys.readouterr()
+    if flags == ("--json",):
+        assert said.out == ""
+    else:
+        assert said.out.endswith("\n")
+        assert 1 < len(said.out) <= len(answer)  # a part, and the line's end
+        assert answer.startswith(said.out[:-1])
+    assert "Traceback" not in said.err
+
+
+def run_python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=options.pop("stdout", subprocess.PIPE),
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    inlet, outlet = os.pipe()
+    os.close(inlet)
+    done = run_python("main.py", "--version", stdout=outlet)
+    speaking = "from engine import cli; cli._run = lambda _: cli.say('x' * 100000); cli.main([])"
+    streamed = run_python("-c", speaking, stdout=outlet)
+    os.close(outlet)
+    assert (streamed.returncode, streamed.stderr) == (0, b"")
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_the_systems_words() -> None:
+    program = "import sys; from engine import cli; cli._run = lambda _: cli.say('x')\n"
+    with open("/dev/full", "wb") as full:
+        done = run_python("-c", program + "sys.exit(cli.main([]))", stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == b"error: No space left on device\n"
+
+
+def test_a_terminal_gets_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "red\x1b[31m\x07\x9b\u202e\r\n\tü 漢"
+    assert printable(hostile) == "red[31m\n\tü 漢"
+    say(hostile)
+    assert capsys.readouterr().out == hostile  # a file keeps what the model said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    say(hostile)
+    assert capsys.readouterr().out == printable(hostile)

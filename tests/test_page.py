@@ -27,6 +27,7 @@ from engine.result import Result
 from tests.checkpoints import Shape
 from tests.next_checkpoints import write_next
 from tests.oracle import noise
+from tests.qwen_checkpoint import QwenShape, write_qwen
 
 SHAPE = Shape(kv_heads=2)
 CACHE = "avl:secondary=0.6,core=0.3,every=2,floor=3"
@@ -294,6 +295,7 @@ def test_the_page_works_in_a_browser(
 ) -> None:
     path, result = written
     data = data_in(path)
+    before = len(browser.requested())
     browser.open(path)
     assert text(browser, "question") == HOSTILE
     assert browser.run("document.querySelectorAll('#answer span').length") == 9
@@ -318,7 +320,7 @@ def test_the_page_works_in_a_browser(
     browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 20_000
     assert browser.complaints() == []
-    assert browser.requested() == [path.as_uri()]
+    assert browser.requested()[before:] == [path.as_uri()]
 
 
 def test_the_most_attended_patch_in_the_browser_is_that_of_the_trace(
@@ -338,6 +340,30 @@ def test_the_most_attended_patch_in_the_browser_is_that_of_the_trace(
     row, column = divmod(int(best.argmax()), int(len(best) ** 0.5))
     first = text(browser, "top").splitlines()[0]
     assert first.startswith(f"row {row + 1}, column {column + 1}: {100 * best.max():.2f} %")
+
+
+def test_tiles_and_queries_are_drawn_too(browser: Browser, tmp_path: Path) -> None:
+    """LLaVA-1.6 with two pictures, and Qwen-VL, whose queries are a list beside the picture."""
+    for name, folder, pictures in (
+        ("next", write_next(tmp_path / "next", "vicuna"), [noise(90, 41), noise(30, 70)]),
+        ("qwen", write_qwen(tmp_path / "qwen", QwenShape()), [noise(70, 50)]),
+    ):
+        model = Engine.load(folder, device="cpu", cache="avl:floor=3")
+        page = tmp_path / f"{name}.html"
+        list(stream_with_page(model, page, "What?", pictures, max_new_tokens=2, ignore_eos=True))
+        data = data_in(page)
+        shown = [token for panel in data["panels"] for token in panel["tokens"] + panel["newlines"]]
+        assert sorted(shown) == list(range(len(data["positions"])))
+        assert [panel["placed"] for panel in data["panels"]] == [name == "next"] * len(
+            data["panels"]
+        )
+        before = len(browser.requested())
+        browser.open(page)
+        places = [line.split()[0] for line in text(browser, "top").splitlines()]
+        assert len(places) == 10
+        assert set(places) <= ({"row", "newline"} if name == "next" else {"query"})
+        assert browser.requested()[before:] == [page.as_uri()]
+    assert browser.complaints() == []
 
 
 def canvas(browser: Browser, name: str) -> str:

@@ -52,7 +52,7 @@ function attention(pass) {
   return found;
 }
 
-// Tiers of the chosen layer; over all layers, the tier in most of them.
+// Tiers of the chosen layer; over all layers, the tier in most of them (the lower one if tied).
 function tiersNow(pass) {
   const layer = at("layer").value, base = pass * data.layers * tokens;
   if (layer !== "mean") {
@@ -63,7 +63,7 @@ function tiersNow(pass) {
   for (let i = 0; i < tokens; i++) {
     const votes = [0, 0, 0];
     for (let l = 0; l < data.layers; l++) votes[tiers[base + l * tokens + i]]++;
-    found[i] = votes[2] >= votes[1] && votes[2] >= votes[0] ? 2 : votes[1] >= votes[0] ? 1 : 0;
+    found[i] = votes[0] >= votes[1] && votes[0] >= votes[2] ? 0 : votes[1] >= votes[2] ? 1 : 2;
   }
   return found;
 }
@@ -89,12 +89,12 @@ function drawTier(pen, tier, x, y, w, h) {
   pen.globalAlpha = 1;
   pen.strokeStyle = COLOURS[tier];
   if (tier === 2) {
-    pen.lineWidth = Math.max(2, w / 8);
+    pen.lineWidth = Math.min(6, Math.max(2, w / 8));
     pen.strokeRect(x + 1, y + 1, w - 2, h - 2);
   } else if (tier === 1) {
-    pen.lineWidth = Math.max(1.5, w / 8);
+    pen.lineWidth = Math.min(5, Math.max(1.5, w / 8));
     pen.beginPath();
-    for (let d = -h; d < w; d += w / 2) { pen.moveTo(x + d, y + h); pen.lineTo(x + d + h, y); }
+    for (let d = -h; d < w; d += Math.min(20, w / 2)) { pen.moveTo(x + d, y + h); pen.lineTo(x + d + h, y); }
     pen.stroke();
   } else {
     pen.fillStyle = "#8b93a1";

@@ -9,6 +9,7 @@ tests/corpus/<target>/ and tried first from then on. By hand:
 
 import argparse
 import io
+import itertools
 import json
 import random
 import resource
@@ -20,6 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,7 +208,7 @@ def _changed(draw: random.Random, root: Any) -> Any:
         key = draw.choice(list(node)) if isinstance(node, dict) else draw.randrange(len(node))
         node = node[key]
     if parent is None:
-        return draw.choice(HOSTILE)
+        return deepcopy(draw.choice(HOSTILE))
     kind = draw.randrange(5)
     if kind == 0:
         del parent[key]
@@ -215,9 +217,9 @@ def _changed(draw: random.Random, root: Any) -> Any:
     elif kind == 2 and type(node) is int:
         parent[key] = draw.choice([node + 1, node - 1, -node, node * 2, node * 1000, str(node)])
     elif kind == 3 and isinstance(parent, list):
-        parent.insert(draw.randrange(len(parent) + 1), node)
+        parent.insert(draw.randrange(len(parent) + 1), deepcopy(node))
     else:
-        parent[key] = draw.choice(HOSTILE)
+        parent[key] = deepcopy(draw.choice(HOSTILE))
     return root
 
 
@@ -503,26 +505,29 @@ def main() -> int:
     parser.add_argument("--target", default="", help="only targets whose name begins so")
     parser.add_argument("--once", type=int, default=0, help="only one round of so many inputs")
     options = parser.parse_args()
-    end, seed, failed = time.monotonic() + 60 * options.minutes, options.seed, 0
+    end, seed, failed = time.monotonic() + 60 * options.minutes, options.seed - 1, 0
     reports: dict[str, Report] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        targets = make_targets(Path(folder))
-        chosen = {n: t for n, t in targets.items() if n.startswith(options.target)}
-        while time.monotonic() < end:
-            for name, target in chosen.items():
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            targets = make_targets(Path(folder))
+            chosen = [name for name in targets if name.startswith(options.target)]
+            for name in itertools.cycle(chosen):
+                seed += name == chosen[0]
+                if time.monotonic() > end or (options.once and seed > options.seed):
+                    break
                 report = reports.setdefault(name, Report())
-                fuzz(name, target, options.once or 200, seed, report)
+                fuzz(name, targets[name], options.once or 100, seed, report)
                 for line in keep_findings(report):
                     print(line, flush=True)
                 failed += len(report.findings)
                 report.findings.clear()
-            seed += 1
-            if options.once:
-                break
+    except KeyboardInterrupt:
+        print("interrupted")
     for name, report in reports.items():
         counts = f"{report.accepted:,} accepted, {report.refused:,} refused"
         print(f"{name}: {counts}, slowest {report.slowest:.2f} s", flush=True)
-    print(f"{failed} findings, seeds {options.seed} to {seed - 1}")
+    tried = sum(report.accepted + report.refused for report in reports.values()) + failed
+    print(f"{tried:,} inputs, {failed} findings, seeds {options.seed} to {seed}")
     return 1 if failed else 0
 
 

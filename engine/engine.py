@@ -17,6 +17,7 @@ from engine.cache.observe import Observer
 from engine.cache.policy import Policy
 from engine.cache.prefill import Uncached
 from engine.cache.specs import parse
+from engine.capacity import memory_for
 from engine.chat import Chat
 from engine.errors import OptionError
 from engine.generation import Answer, generate
@@ -247,7 +248,9 @@ class Engine:
         pictures, built = self._prepare(prompt, images, raw, number)
         places = [segment for segment in built.segments if segment.kind == "image"]
         used = [pictures[place.image] for place in places]
-        features = self._encoder.encode(used)
+        pixels = [p.tiles.nbytes for p in used if isinstance(p, Pixels)]
+        with memory_for("encoding the pictures", sum(pixels), self.device):
+            features = self._encoder.encode(used)
         timings.picture = perf_counter() - began
         before = list(after or ())
         spans = [(place.start + len(before), place.end + len(before)) for place in places]

@@ -26,9 +26,18 @@ def printable(text: str) -> str:
 
 def complain(message: str, hint: str = "") -> None:
     """One ``error:`` line on stderr, and one ``hint:`` where there is one."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {escaped(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {escaped(hint)}", file=sys.stderr)
+
+
+def escaped(text: str) -> str:
+    r"""``text`` on one line: a file's name may hold a newline, or worse.
+
+    >>> escaped("a\nb")
+    'a\\nb'
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def forget_stdout() -> None:

@@ -107,9 +107,9 @@ def _load_all(
     if family.tower and not any(name.startswith("vision.") for name in held):
         tower, names = family.tower
         with Checkpoint.open(tower) as tower_checkpoint:
-            load_weights(model.vision, tower_checkpoint, names, device, dtype)
+            load_weights(model.vision, tower_checkpoint, names, device, dtype, mapped=True)
     is_tied = model.decoder.config.tied_head
-    load_weights(model, checkpoint, rename, device, dtype, tied if is_tied else {})
+    load_weights(model, checkpoint, rename, device, dtype, tied if is_tied else {}, mapped=True)
 
 
 def _auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -154,6 +154,26 @@ def test_untied_head_that_is_absent_is_missing(tmp_path: Path) -> None:
         load_weights(meta_toy(), checkpoint, same)
 
 
+def test_mapped_weights_are_the_file_and_may_be_changed_privately(tmp_path: Path) -> None:
+    """What fits as it lies is not copied; writing to it leaves the file alone."""
+    values = {"large": torch.randn(300, 100), "small": torch.randn(3, 3)}
+    with opened(tmp_path, values) as checkpoint:
+        read = {
+            name: checkpoint.read_part(checkpoint.tensors[name], "cpu", torch.float32, mapped=True)
+            for name in values
+        }
+        other = checkpoint.read_part(
+            checkpoint.tensors["large"], "cpu", torch.bfloat16, mapped=True
+        )
+    assert all(torch.equal(read[name], values[name]) for name in values)
+    assert torch.equal(other, values["large"].bfloat16())
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count(str(tmp_path / "model.safetensors")) == 1
+    read["large"].zero_()
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint.read("large"), values["large"])
+
+
 def test_a_second_checkpoint_supplies_what_the_first_lacks(tmp_path: Path) -> None:
     tensors = toy_tensors()
     tower = {"weight": tensors.pop("norm.weight"), "bias": tensors.pop("norm.bias")}

@@ -1,13 +1,12 @@
 """A folder of safetensors files as one checked set of tensors, read one by one.
 
-Each tensor is copied from a memory map of just its own bytes straight to the device and dtype where
-it will live, so that beside the model itself never more than one tensor is in memory.
+Each tensor is read through a memory map of just its own bytes, straight to the device and dtype
+where it will live, so that beside the model itself never more than one tensor is in memory.
 """
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -21,6 +20,9 @@ from weights.header import TensorInfo, open_file, read_json, show
 from weights.names import Rename, target_names
 
 __all__ = ["Checkpoint", "Fit", "TensorInfo", "fit_weights", "load_weights", "read_json"]
+
+# Smaller tensors are copied: a map of its own costs more than they do.
+MAPPED_FROM = 1 << 16
 
 
 class Checkpoint:
@@ -57,14 +59,28 @@ class Checkpoint:
         return self.read_part(self.tensors[name], device, dtype)
 
     def read_part(
-        self, info: TensorInfo, device: str | torch.device, dtype: torch.dtype | None
+        self,
+        info: TensorInfo,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        mapped: bool = False,
     ) -> torch.Tensor:
-        """Copies what `info` describes: a tensor, or rows of one (`TensorInfo.split`)."""
-        target = torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
-        if info.nbytes:
-            with self._mapped(info) as source:
-                target.copy_(source)
-                del source  # nothing may point into the map when it is closed
+        """Copies what `info` describes: a tensor, or rows of one (`TensorInfo.split`).
+
+        With `mapped`, a large tensor that a CPU can use as it lies in the file is not copied: it
+        stays a private map of the file for as long as it lives.
+        """
+        dtype = dtype or info.dtype
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype, device=device)
+        view, source = self._map(info)
+        usable = torch.device(device).type == "cpu" and dtype == info.dtype
+        if mapped and usable and info.nbytes >= MAPPED_FROM:
+            return source
+        target = torch.empty(info.shape, dtype=dtype, device=device)
+        target.copy_(source)
+        del source  # nothing may point into the map when it is closed
+        view.close()
         return target
 
     def equal(self, one: str, other: str, chunk: int = 16 << 20) -> bool:
@@ -80,7 +96,7 @@ class Checkpoint:
         )
 
     def close(self) -> None:
-        """Closes the files; tensors that were read stay valid, they are copies."""
+        """Closes the files; tensors that were read stay valid: copies, or maps of their own."""
         for file, _ in self._files.values():
             file.close()
 
@@ -95,12 +111,11 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    @contextmanager
-    def _mapped(self, info: TensorInfo) -> Iterator[torch.Tensor]:
-        """The tensor as it lies in the file, for as long as the block runs.
+    def _map(self, info: TensorInfo) -> tuple[mmap.mmap, torch.Tensor]:
+        """A map of just the tensor's bytes, and the tensor as it lies there.
 
-        Touching a map beyond the end of its file kills the process (SIGBUS), so the size is checked
-        just before, and no map outlives the copy out of it.
+        Touching a map beyond the end of its file kills the process (SIGBUS): the size is checked
+        just before.
         """
         file, size = self._files[info.file]
         now = os.fstat(file.fileno()).st_size
@@ -112,14 +127,11 @@ class Checkpoint:
         offset = info.start % mmap.ALLOCATIONGRANULARITY
         start = info.start - offset
         # A private writable map, never written to: torch warns about read-only memory.
-        with mmap.mmap(
-            file.fileno(), info.stop - start, access=mmap.ACCESS_COPY, offset=start
-        ) as view:
-            raw = torch.frombuffer(view, dtype=torch.uint8, count=info.nbytes, offset=offset)
-            if offset % info.dtype.itemsize:  # legal in the format, but not for a typed view
-                raw = raw.clone()
-            yield raw.view(info.dtype).view(info.shape)
-            del raw
+        view = mmap.mmap(file.fileno(), info.stop - start, access=mmap.ACCESS_COPY, offset=start)
+        raw = torch.frombuffer(view, dtype=torch.uint8, count=info.nbytes, offset=offset)
+        if offset % info.dtype.itemsize:  # legal in the format, but not for a typed view
+            raw = raw.clone()
+        return view, raw.view(info.dtype).view(info.shape)
 
 
 def load_weights(
@@ -129,6 +141,7 @@ def load_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     tied: Mapping[str, str] | None = None,
+    mapped: bool = False,
 ) -> list[str]:
     """Fills the parameters of a module built on the meta device, one tensor at a time.
 
@@ -143,6 +156,7 @@ def load_weights(
             `keep_float32 = True` keeps its own ones in float32.
         tied: name -> name of the parameter it shares, where the config ties them. The first may be
             absent from the file; if it is present it must be equal.
+        mapped: leave large tensors in the file's map where a CPU can use them as they lie.
 
     Returns:
         The names on disk that `rename` said are unused.
@@ -153,7 +167,8 @@ def load_weights(
     fit = fit_weights(module, checkpoint, rename, tied)
     # In the order of the file: sequential reading is what a disk does best.
     for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
-        _assign(module, name, checkpoint.read_part(info, device, _dtype(module, name, dtype)))
+        tensor = checkpoint.read_part(info, device, _dtype(module, name, dtype), mapped)
+        _assign(module, name, tensor)
     for name, other in fit.shared.items():
         owner, leaf = _owner(module, name)
         owner._parameters[leaf] = module.get_parameter(other)

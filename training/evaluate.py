@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pages", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--style", default="test", choices=sorted(FIRST_SEED))
     parser.add_argument("--tasks", nargs="*", default=None)
     parser.add_argument("--device", default="cpu")

@@ -40,7 +40,7 @@ struct AttentionArgs {
 
 // y = x * weight^T + bias for a few rows: the decoder's linear layers.
 struct GemvArgs {
-  DType dtype;   // of every tensor
+  DType dtype;   // of the weight, and of x, bias and y unless they are wide
   int32_t rows;  // 1 to 4
   int64_t in, out;
   const void* x;  // [rows, in]
@@ -50,6 +50,7 @@ struct GemvArgs {
   void* y;             // [rows, out] contiguous
   float* x32;          // scratch, [rows, in]
   int32_t threads;
+  bool wide = false;  // x, bias and y are float whatever the weight is
 };
 
 }  // namespace avl

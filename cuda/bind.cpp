@@ -182,8 +182,8 @@ class AttentionPlan {
 };
 
 // Numbers one by one, not in a dict: this is called for every linear layer of every step.
-void gemv(const CpuKernels* table, int dtype, int rows, int64_t in, int64_t out, uintptr_t x,
-          int64_t x_row, uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) {
+void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, int64_t out,
+          uintptr_t x, int64_t x_row, uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) {
   require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 4, "gemv: wrong dtype or rows");
   require(in >= 1 && out >= 1 && x_row >= 0 && threads >= 1, "gemv: wrong sizes");
   require(x && weight && y, "gemv: x, weight and y must not be null");
@@ -200,7 +200,8 @@ void gemv(const CpuKernels* table, int dtype, int rows, int64_t in, int64_t out,
                    reinterpret_cast<void*>(bias),
                    reinterpret_cast<void*>(y),
                    scratch.data(),
-                   threads};
+                   threads,
+                   wide};
   py::gil_scoped_release unlocked;
   table->gemv(a);
 }
@@ -299,11 +300,11 @@ PYBIND11_MODULE(_native, m) {
            py::arg("cuda"), py::arg("isa"), py::arg("fields"))
       .def("run", &avl::AttentionPlan::run, py::arg("stream"));
   m.def("gemv",
-        [](int dtype, int rows, int64_t in, int64_t out, uintptr_t x, int64_t x_row,
+        [](int dtype, bool wide, int rows, int64_t in, int64_t out, uintptr_t x, int64_t x_row,
            uintptr_t weight, uintptr_t bias, uintptr_t y, int threads, const std::string& isa) {
           static const avl::CpuKernels* best = avl::cpu_kernels();
           const avl::CpuKernels* table = isa.empty() ? best : &avl::kernels(isa);
-          avl::gemv(table, dtype, rows, in, out, x, x_row, weight, bias, y, threads);
+          avl::gemv(table, dtype, wide, rows, in, out, x, x_row, weight, bias, y, threads);
         });
   m.def("rank", &avl::rank, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
   m.def("age", &avl::age, py::arg("cuda"), py::arg("stream"), py::arg("fields"));

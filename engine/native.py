@@ -164,18 +164,33 @@ class AttentionPlan:
         return AttentionResult(self.out, self.logits, self.lse)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: Tensor | None = None
+) -> Tensor:
     """``x @ weight.T + bias`` like torch's, through ``gemv`` where that is faster.
 
-    That is: on a CPU, in bfloat16, for at most 4 rows of x ``[..., in]``; else torch computes it.
+    That is: on a CPU, with weights in bfloat16, for at most 4 rows of x ``[..., in]``; else torch
+    computes it. ``narrow`` is the same weight in bfloat16 beside a float32 one, see ``narrowed``.
     """
+    stored = weight if narrow is None else narrow
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if weight.dtype is not torch.bfloat16 or weight.is_cuda or not 1 <= rows <= _GEMV_ROWS:
+    if stored.dtype is not torch.bfloat16 or stored.is_cuda or not 1 <= rows <= _GEMV_ROWS:
         return F.linear(x, weight, bias)
     training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if training or not _gemv_pays():
         return F.linear(x, weight, bias)
-    return gemv(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return gemv(x.reshape(rows, -1), stored, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def narrowed(weight: Tensor) -> Tensor | None:
+    """A float32 weight in bfloat16 where that loses nothing and halves what decoding reads.
+
+    Checkpoints are stored in 16 bits: run in float32 their products are the same numbers.
+    """
+    if weight.dtype is not torch.float32 or weight.is_cuda or not _gemv_pays():
+        return None
+    narrow = weight.bfloat16()
+    return narrow if torch.equal(narrow.float(), weight) else None
 
 
 @functools.cache
@@ -189,8 +204,8 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = ""
     """``x @ weight.T + bias`` on the CPU for 1 to 4 rows, sums in fp32: ``[rows, out]``.
 
     x ``[rows, in]`` (rows may be strided), weight ``[out, in]`` contiguous, bias ``[out]``; one
-    dtype of float32, float16, bfloat16. Reads the weights once, at the speed of memory. Raises
-    ValueError for other arguments.
+    dtype of float32, float16, bfloat16, or x and bias in float32 whatever the weight is. Reads the
+    weights once, at the speed of memory. Raises ValueError for other arguments.
     """
     module, problem = _load()
     if module is None:
@@ -199,7 +214,9 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = ""
         raise ValueError(f"x is {describe(x)}, which does not fit weight {describe(weight)}")
     if not 1 <= x.shape[0] <= _GEMV_ROWS:
         raise ValueError(f"x must have 1 to {_GEMV_ROWS} rows, got {describe(x)}")
-    if x.dtype != weight.dtype or x.dtype not in _DTYPES or x.is_cuda or weight.is_cuda:
+    wide = x.dtype is torch.float32
+    known = weight.dtype in _DTYPES and (wide or x.dtype == weight.dtype)
+    if not known or x.is_cuda or weight.is_cuda:
         raise ValueError(f"x is {describe(x)} but weight is {describe(weight)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias is {describe(bias)} but weight is {describe(weight)}")
@@ -209,7 +226,7 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = ""
         x = x.contiguous()
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     rows, size_in = x.shape
-    sizes = (_DTYPES[x.dtype], rows, size_in, y.shape[1], x.data_ptr(), x.stride(0))
+    sizes = (_DTYPES[weight.dtype], wide, rows, size_in, y.shape[1], x.data_ptr(), x.stride(0))
     pointers = (weight.data_ptr(), _address(bias), y.data_ptr())
     module.gemv(*sizes, *pointers, torch.get_num_threads(), isa)
     return y

@@ -493,6 +493,32 @@ def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
         assert (got.double() - want).abs().max() <= 2 * theirs + floor
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (31, 5), (257, 130), (1024, 300)])
+def test_gemv_of_narrow_weights_is_float32s(isa, dtype, rows, size_in, size_out):
+    g = torch.Generator().manual_seed(size_in)
+    x = torch.randn(rows, 2 * size_in, generator=g)[:, :size_in]
+    w = torch.randn(size_out, size_in, generator=g).to(dtype)
+    bias = torch.randn(size_out, generator=g)
+    got = native.gemv(x, w, bias, isa=isa)
+    want = F.linear(x.double(), w.double(), bias.double())
+    theirs = (F.linear(x, w.float(), bias).double() - want).abs().max()
+    assert got.dtype == torch.float32
+    assert (got.double() - want).abs().max() <= 2 * theirs + 1e-6 * size_in**0.5
+
+
+@needs_native
+def test_a_weight_is_narrowed_only_where_nothing_is_lost():
+    exact = torch.randn(7, 48).bfloat16().float()
+    narrow = native.narrowed(exact)
+    assert narrow is None or torch.equal(narrow.float(), exact)
+    assert native.narrowed(exact + 1e-3) is None
+    assert native.narrowed(exact.bfloat16()) is None
+    x = torch.randn(3, 48)
+    torch.testing.assert_close(native.linear(x, exact, None, narrow), F.linear(x, exact))
+
+
 @needs_native
 def test_gemv_refuses_what_does_not_fit():
     x, w = torch.randn(2, 8), torch.randn(3, 8)

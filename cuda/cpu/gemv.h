@@ -11,7 +11,8 @@ namespace AVL_ISA {
 constexpr int OUTS = 4;  // rows of W read side by side
 
 // What one step along the inner dimension loads and how it multiplies: W floats, or 2 W bf16 pairs.
-template <class T>
+// T is the weight's type, Y that of x and y: the same, or float.
+template <class T, class Y>
 struct Lane {
   static constexpr int width = W;
   using X = float;
@@ -23,7 +24,7 @@ struct Lane {
 
 #if defined(__AVX512BF16__)
 template <>
-struct Lane<bf16> {
+struct Lane<bf16, bf16> {
   static constexpr int width = 2 * W;
   using X = bf16;
   __m512bh value;
@@ -35,25 +36,25 @@ struct Lane<bf16> {
 };
 #endif
 
-template <class T>
-static inline const typename Lane<T>::X* input_row(const GemvArgs& a, int row) {
-  if constexpr (sizeof(typename Lane<T>::X) == sizeof(T))
-    return static_cast<const typename Lane<T>::X*>(a.x) + row * a.x_row;
+template <class T, class Y>
+static inline const typename Lane<T, Y>::X* input_row(const GemvArgs& a, int row) {
+  if constexpr (sizeof(typename Lane<T, Y>::X) == sizeof(Y))
+    return static_cast<const typename Lane<T, Y>::X*>(a.x) + row * a.x_row;
   else
-    return reinterpret_cast<const typename Lane<T>::X*>(a.x32 + row * a.in);
+    return reinterpret_cast<const typename Lane<T, Y>::X*>(a.x32 + row * a.in);
 }
 
 // OUTS outputs from `first` for R rows of x.
-template <class T, int R>
+template <class T, class Y, int R>
 static void gemv_block(const GemvArgs& a, int64_t first) {
-  using L = Lane<T>;
+  using L = Lane<T, Y>;
   const T* w[OUTS];
   for (int o = 0; o < OUTS; ++o) {  // past the end: repeat the last row, drop its result below
     const int64_t out = first + o < a.out ? first + o : a.out - 1;
     w[o] = static_cast<const T*>(a.weight) + out * a.in;
   }
   const typename L::X* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = input_row<T>(a, r);
+  for (int r = 0; r < R; ++r) rows[r] = input_row<T, Y>(a, r);
   vf acc[OUTS][R] = {};
   int64_t i = 0;
   for (; i + L::width <= a.in; i += L::width) {
@@ -68,29 +69,29 @@ static void gemv_block(const GemvArgs& a, int64_t first) {
     for (int r = 0; r < R; ++r) {
       float y = sum(acc[o][r]);
       for (int64_t j = i; j < a.in; ++j) y += to_float(w[o][j]) * to_float(rows[r][j]);
-      if (a.bias) y += to_float(static_cast<const T*>(a.bias)[first + o]);
-      static_cast<T*>(a.y)[r * a.out + first + o] = from_float<T>(y);
+      if (a.bias) y += to_float(static_cast<const Y*>(a.bias)[first + o]);
+      static_cast<Y*>(a.y)[r * a.out + first + o] = from_float<Y>(y);
     }
 }
 
-template <class T, int R>
+template <class T, class Y, int R>
 static void gemv_rows(const GemvArgs& a) {
   const int64_t blocks = (a.out + OUTS - 1) / OUTS;
   int64_t run = (1 << 18) / (a.in * OUTS * int64_t(sizeof(T))) + 1;  // about 256 KB for each grab
 #pragma omp parallel for schedule(dynamic, run) num_threads(a.threads)
-  for (int64_t b = 0; b < blocks; ++b) gemv_block<T, R>(a, b * OUTS);
+  for (int64_t b = 0; b < blocks; ++b) gemv_block<T, Y, R>(a, b * OUTS);
 }
 
-template <class T>
+template <class T, class Y = T>
 static int gemv(const GemvArgs& a) {
-  if constexpr (sizeof(typename Lane<T>::X) != sizeof(T))
+  if constexpr (sizeof(typename Lane<T, Y>::X) != sizeof(Y))
     for (int64_t i = 0; i < a.rows * a.in; ++i)
-      a.x32[i] = to_float(static_cast<const T*>(a.x)[i / a.in * a.x_row + i % a.in]);
+      a.x32[i] = to_float(static_cast<const Y*>(a.x)[i / a.in * a.x_row + i % a.in]);
   switch (a.rows) {
-    case 1: gemv_rows<T, 1>(a); return ok;
-    case 2: gemv_rows<T, 2>(a); return ok;
-    case 3: gemv_rows<T, 3>(a); return ok;
-    case 4: gemv_rows<T, 4>(a); return ok;
+    case 1: gemv_rows<T, Y, 1>(a); return ok;
+    case 2: gemv_rows<T, Y, 2>(a); return ok;
+    case 3: gemv_rows<T, Y, 3>(a); return ok;
+    case 4: gemv_rows<T, Y, 4>(a); return ok;
   }
   return unsupported;
 }

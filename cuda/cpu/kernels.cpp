@@ -39,8 +39,8 @@ static int run_pv(const AttentionArgs& a) {
 static int run_gemv(const GemvArgs& a) {
   switch (a.dtype) {
     case DType::f32: return gemv<float>(a);
-    case DType::f16: return gemv<fp16>(a);
-    case DType::bf16: return gemv<bf16>(a);
+    case DType::f16: return a.wide ? gemv<fp16, float>(a) : gemv<fp16>(a);
+    case DType::bf16: return a.wide ? gemv<bf16, float>(a) : gemv<bf16>(a);
   }
   return unsupported;
 }

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from engine.models.config import ConfigReader
 from engine.models.layers import Embedding, Linear, RMSNorm, SideBySide
 
-# On a CPU, hidden sizes up to this gain from joined weights; larger ones only pay for the copy.
-JOIN_UP_TO = 1024
+# On a CPU, hidden sizes up to this gain from prepared weights; larger ones only pay for the copy.
+PREPARE_UP_TO = 1024
 
 
 @dataclass(frozen=True)
@@ -236,16 +236,17 @@ class Decoder(nn.Module):
         self.head = Linear(config.hidden, config.vocab, bias=False)
 
     def prepare(self, device: torch.device) -> None:
-        """Build what is computed and not loaded: rotary frequencies in fp32, joined weights.
+        """Build what is computed and not loaded: rotary frequencies in fp32, prepared weights.
 
-        Joining saves launches, which only count on a GPU and for small matrices.
+        Preparing saves launches and bytes, which only count on a GPU and for small matrices.
         """
         self.rotation = Rotation(self.config.head_dim, self.config.rope_theta, device)
-        if device.type != "cpu" or self.config.hidden <= JOIN_UP_TO:
+        if device.type != "cpu" or self.config.hidden <= PREPARE_UP_TO:
             for layer in self.layers:
                 assert isinstance(layer, DecoderLayer)
-                layer.qkv.join()
-                layer.gate_up.join()
+                for part in (layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj):
+                    part.prepare()
+            self.head.prepare()
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """Run all layers over embeddings ``[tokens, hidden]``; returns the final normed states.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.native import linear
+from engine.native import linear, narrowed
 
 
 class RMSNorm(nn.Module):
@@ -38,34 +38,42 @@ class Embedding(nn.Module):
 class Linear(nn.Linear):
     """A linear layer that takes the native kernel for few rows where that is faster."""
 
+    narrow: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.narrow)
+
+    def prepare(self) -> None:
+        """Keep the weight in 16 bits too, for decoding, where nothing is lost by it."""
+        self.narrow = narrowed(self.weight.data)
 
 
 class SideBySide:
     """Several linear layers of one input, their outputs joined: ``[tokens, sum of outputs]``.
 
-    ``join`` lays their weights side by side, so that one product replaces several; the layers' own
-    parameters become views of it.
+    ``prepare`` lays their weights side by side, so that one product replaces several; the layers'
+    own parameters become views of it.
     """
 
     def __init__(self, *layers: Linear) -> None:
         self.layers = layers
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.narrow: Tensor | None = None
 
-    def join(self) -> None:
-        """Copy the weights side by side, layer by layer."""
+    def prepare(self) -> None:
+        """Copy the weights side by side, and keep them in 16 bits too where nothing is lost."""
         self.weight = torch.cat([layer.weight.data for layer in self.layers])
         sizes = [layer.out_features for layer in self.layers]
         for layer, part in zip(self.layers, self.weight.split(sizes), strict=True):
             layer.weight.data = part
         if self.layers[0].bias is not None:
             self.bias = torch.cat([layer.bias.data for layer in self.layers])
+        self.narrow = narrowed(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, in]`` to ``[tokens, sum of outputs]``."""
         if self.weight is None:
             return torch.cat([layer(x) for layer in self.layers], -1)
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.narrow)

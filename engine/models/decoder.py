@@ -210,15 +210,14 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Tensor, tables: Tables, view: View) -> Tensor:
         """One layer over ``hidden [tokens, hidden]``."""
         hidden = hidden + self.attention(self.attn_norm(hidden), tables, view)
-        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
+        gate, up = self.gate_up(self.mlp_norm(hidden))
         return hidden + self.down_proj(F.silu(gate) * up)
 
     def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""
-        heads, kv_heads = self.config.heads, self.config.kv_heads
-        joined = self.qkv(normed).view(len(normed), -1, self.config.head_dim)
-        q_and_k, v = joined.split_with_sizes([heads + kv_heads, kv_heads], 1)
-        q, k = rotate(q_and_k, tables).split_with_sizes([heads, kv_heads], 1)
+        shape = (len(normed), -1, self.config.head_dim)
+        q, k, v = (part.view(shape) for part in self.qkv(normed))
+        q, k = rotate(q, tables), rotate(k, tables)
         if tables.scale is not None:
             q = q * tables.scale
         return self.o_proj(view.attend(q, k, v).flatten(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +52,7 @@ class Linear(nn.Linear):
 
 
 class SideBySide:
-    """Several linear layers of one input, their outputs joined: ``[tokens, sum of outputs]``.
+    """Several linear layers of one input.
 
     ``prepare`` lays their weights side by side, so that one product replaces several; the layers'
     own parameters become views of it.
@@ -58,6 +60,7 @@ class SideBySide:
 
     def __init__(self, *layers: Linear) -> None:
         self.layers = layers
+        self._sizes = [layer.out_features for layer in layers]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.narrow: Tensor | None = None
@@ -65,15 +68,15 @@ class SideBySide:
     def prepare(self) -> None:
         """Copy the weights side by side, and keep them in 16 bits too where nothing is lost."""
         self.weight = torch.cat([layer.weight.data for layer in self.layers])
-        sizes = [layer.out_features for layer in self.layers]
-        for layer, part in zip(self.layers, self.weight.split(sizes), strict=True):
+        for layer, part in zip(self.layers, self.weight.split(self._sizes), strict=True):
             layer.weight.data = part
         if self.layers[0].bias is not None:
             self.bias = torch.cat([layer.bias.data for layer in self.layers])
         self.narrow = narrowed(self.weight)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[tokens, in]`` to ``[tokens, sum of outputs]``."""
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Every layer's ``[tokens, out]`` from ``[tokens, in]``."""
         if self.weight is None:
-            return torch.cat([layer(x) for layer in self.layers], -1)
-        return linear(x, self.weight, self.bias, self.narrow)
+            return [layer(x) for layer in self.layers]
+        joined = linear(x, self.weight, self.bias, self.narrow)
+        return joined.split_with_sizes(self._sizes, -1)

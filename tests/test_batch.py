@@ -11,6 +11,7 @@ import torch
 
 from engine.batch import Failure
 from engine.batch_file import run_batch
+from engine.cache.decode import Decoding
 from engine.cache.report import allocated_bytes
 from engine.engine import Engine
 from engine.errors import OptionError
@@ -67,6 +68,28 @@ def test_a_batch_answers_as_single_requests_do(
         assert all(isinstance(result, Result) for result in results)
         together = {order[r.index]: outcome(r) for r in results if isinstance(r, Result)}
         assert together == dict(enumerate(single))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.inference_mode()
+def test_forced_logits_do_not_depend_on_the_company(
+    engine_of: Callable[..., Engine], policy: str
+) -> None:
+    """Rows of different lengths, forced along the same ids, against each row alone."""
+    engine, forced = engine_of(SHAPE).with_cache(policy), [7, 30, 11, 4, 52, 9, 18]
+    asked = [("Hi", []), ("What is this? " * 4, [noise(70, 50)]), ("So?", [noise(40, 90)] * 2)]
+    alone = [engine.logits(prompt, images, forced) for prompt, images in asked]
+    pools, rows = make_pools(engine.model), []
+    for prompt, images in asked:
+        turn = engine.turn(prompt, images, Timings())
+        rows.append(prefill(engine.model, pools, engine.policy, turn, len(forced) + 1)[0])
+    decoding, decoder = Decoding(pools, engine.policy, rows), engine.model.decoder
+    for step, token in enumerate(forced[:-1]):
+        hidden = decoder(decoder.embed(torch.tensor([token] * len(rows))), decoding)
+        decoding.advance()
+        together = decoder.logits(hidden)
+        expected = torch.stack([logits[step + 1] for logits in alone])
+        torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)
 
 
 def test_results_come_as_soon_as_they_are_done(engine_of: Callable[..., Engine]) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints, engines and the oracle, made once and shared by all test files."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from engine.engine import Engine
+from engine.tokenizer import Tokenizer
 from tests.checkpoints import DEFAULT, Shape, write_llava
+from tests.toy_tokenizer import write_toy_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,24 @@ def engine_of(checkpoint: Callable[..., Path]) -> Callable[..., Engine]:
         return Engine.load(checkpoint(shape, layout), device="cpu", dtype=dtype, cache=cache)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy_tokenizer(folder)
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="session")
+def llava_folder() -> Path:
+    data = os.environ.get("AVL_REFERENCE_DATA", Path(__file__).parents[2] / "shared" / "data")
+    folder = Path(data) / "llava-1.5-7b-hf"
+    if not folder.is_dir():
+        pytest.skip("the published LLaVA-1.5 metadata is not here (AVL_REFERENCE_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava(llava_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(llava_folder)

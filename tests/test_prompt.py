@@ -1,7 +1,6 @@
 """Prompts against the published ids, transformers' template and literal expected strings."""
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from engine.prompt import (
     raw_prompt,
 )
 from engine.tokenizer import Tokenizer
-from tests.toy_tokenizer import write_toy_tokenizer
 
 CANONICAL = (
     "1 3148 1001 29901 29871 32000 29871 13 "
@@ -33,27 +31,6 @@ V1_SYSTEM = (
 )
 SPELLINGS = ["<s>", "</s>", "<image>", "<pad>", "<unk>", "<|im_end|>", "<img>"]
 Conversation = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("toy")
-    write_toy_tokenizer(folder)
-    return Tokenizer.from_folder(folder)
-
-
-@pytest.fixture(scope="module")
-def llava_folder() -> Path:
-    data = os.environ.get("AVL_REFERENCE_DATA", Path(__file__).parents[2] / "shared" / "data")
-    folder = Path(data) / "llava-1.5-7b-hf"
-    if not folder.is_dir():
-        pytest.skip("the published LLaVA-1.5 metadata is not here (AVL_REFERENCE_DATA)")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llava(llava_folder: Path) -> Tokenizer:
-    return Tokenizer.from_folder(llava_folder)
 
 
 def user(text: str, images: int = 0) -> dict[str, Any]:

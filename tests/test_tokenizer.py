@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import random
 import tempfile
 from pathlib import Path
@@ -23,7 +22,6 @@ from tests.toy_tokenizer import (
     toy_tokenizer_json,
     write_toy_config,
     write_toy_sentencepiece,
-    write_toy_tokenizer,
 )
 
 SPELLINGS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<0x0A>"]
@@ -39,27 +37,6 @@ TEXTS = [
 
 # Few distinct ids, so that every neighbourhood occurs: specials, bytes of 你, spaces, words, none.
 SOME_IDS = [0, 1, 2, 3 + 0xE4, 3 + 0xBD, 3 + 0xA0, 3 + 0x41, 259, 260, 270, 300, 301, 420, 9999]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("toy")
-    write_toy_tokenizer(folder)
-    return Tokenizer.from_folder(folder)
-
-
-@pytest.fixture(scope="module")
-def llava_folder() -> Path:
-    data = os.environ.get("AVL_REFERENCE_DATA", Path(__file__).parents[2] / "shared" / "data")
-    folder = Path(data) / "llava-1.5-7b-hf"
-    if not folder.is_dir():
-        pytest.skip("the published LLaVA-1.5 metadata is not here (AVL_REFERENCE_DATA)")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llava(llava_folder: Path) -> Tokenizer:
-    return Tokenizer.from_folder(llava_folder)
 
 
 def naive_sentencepiece(text: str) -> list[int]:

@@ -68,6 +68,31 @@ TWO_CORES = (
         (0.005, 0.0002),
         Weights(patch=0.3, read=0.05),
     ),
+    # The second half: reading. Each of these may also start from exported weights (`--start`).
+    Stage(
+        "documents",
+        30,
+        32,
+        _mix(96, 96, 0.25, 4, 8, 0.6),
+        (0.012, 0.008),
+        Weights(patch=0.6, guide=0.15, read=0.1),
+    ),
+    Stage(
+        "dense",
+        35,
+        32,
+        _mix(144, 112, 0.3, 6, 8, 0.6),
+        (0.008, 0.003),
+        Weights(patch=0.5, read=0.05),
+    ),
+    Stage(
+        "pages",
+        20,
+        8,
+        _mix(576, 128, 0.4, 6, 8, 0.6),
+        (0.003, 0.0001),
+        Weights(patch=0.3, read=0.05),
+    ),
 )
 
 PLANS = {"two-cores": TWO_CORES}

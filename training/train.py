@@ -25,6 +25,7 @@ from training.muon import Muon, split_parameters
 from training.recipe import PLANS, Stage
 from training.tokenizer import load, vocabulary_rows
 
+HEAD_STEPS = 150  # batches that teach the label head on weights that come without one
 ADAM_SHARE = 0.1  # AdamW's learning rate in units of Muon's
 
 
@@ -45,6 +46,8 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists():
             self.resume()
+        elif args.start:
+            self.begin_from(Path(args.start))
 
     def log(self, **record: Any) -> None:
         """One JSON line to log.jsonl and to the terminal."""
@@ -72,6 +75,29 @@ class Run:
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
         self.progress = state["progress"]
+
+    def begin_from(self, folder: Path) -> None:
+        """Start at stage `--stage` from exported weights; only the label head is learnt anew."""
+        from safetensors.torch import load_file
+
+        from training.export import load_tensors
+
+        load_tensors(self.trainee.model, load_file(folder / "model.safetensors"))
+        self.progress["stage"] = self.args.stage
+        self.progress["pages"] = self.args.first_page
+        stage = next(s for s in self.plan if s.name == self.args.stage)
+        head = torch.optim.AdamW(self.trainee.labels.parameters(), lr=1e-2)
+        for _, batch in zip(range(HEAD_STEPS), self.batches(stage), strict=False):
+            batch = {k: v.to(self.device) for k, v in batch.items()}
+            with torch.autocast(self.device.type, torch.bfloat16):
+                with torch.no_grad():
+                    features = self.trainee.model.vision(batch["pixels"], batch["index"])
+                loss, right = self.trainee.patch_loss(features.float(), batch)
+            head.zero_grad()
+            loss.backward()
+            head.step()
+            self.progress["pages"] += stage.batch
+        self.log(start=str(folder), patch=loss.item(), patch_right=right.item())
 
     def batches(self, stage: Stage) -> DataLoader[Batch]:
         """Batches of pages that this run has not seen yet."""
@@ -167,6 +193,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/tiny", help="folder of checkpoint and log")
     parser.add_argument("--export", default="runs/export", help="folder of the exported model")
+    parser.add_argument("--start", default=None, help="exported weights to begin from")
+    parser.add_argument("--stage", default="documents", help="the stage that --start begins with")
+    parser.add_argument("--first-page", type=int, default=0, help="pages earlier runs have used")
     parser.add_argument("--plan", default="two-cores", choices=sorted(PLANS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,7 @@
 # make test-slow   the tests that take minutes
 # make fuzz        hours of fuzzing: MINUTES=60 SEED=7 TARGET=png; findings go to tests/corpus
 # make gpu-check   on a machine with a CUDA device: build, run the GPU tests, write gpu-results/
+# make bench       a quick set of measurements, under ten minutes on two cores; into build/bench/
 # make clean       remove what was built; .venv stays
 #
 # A failed compilation is an error for `make test`; `make demo` then runs on plain torch instead.
@@ -12,13 +13,13 @@ BIN := .venv/bin
 STAMPS := .venv/stamps
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cuda/*.* cuda/*/*.*)
 
-.PHONY: demo test test-slow gpu-check clean fuzz
+.PHONY: demo test test-slow gpu-check clean fuzz bench
 
 demo: $(STAMPS)/run
 	$(BIN)/python main.py --image examples/car.jpg --prompt "What colour is the car?"
 
 test: export AVL_REQUIRE_NATIVE = 1
-test: $(STAMPS)/test
+test: $(STAMPS)/test $(STAMPS)/browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'cuda/*.h' 'cuda/*.cpp' 'cuda/*.cu' 'cuda/*.cuh')
@@ -63,3 +64,15 @@ $(STAMPS)/test: export AVL_REQUIRE_NATIVE = 1
 $(STAMPS)/test: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
 	$(INSTALL) -e ".[test]"
 	touch $@ $(STAMPS)/run
+
+# Debian's browser for the tests of the attention page. Tried once: where apt is not to be had (no
+# root and no sudo without a password, no network, another system) those tests are skipped.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+APT := $(SUDO) apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
+
+$(STAMPS)/browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+		echo "installing chromium for the browser tests"; \
+		$(APT) update && $(APT) install -y --no-install-recommends chromium >/dev/null; \
+	} || echo "note: no chromium (apt failed, see above): the browser tests will be skipped"
+	@mkdir -p $(STAMPS) && touch $@

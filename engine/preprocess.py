@@ -8,7 +8,7 @@ Two published ways to make a picture square for LLaVA-1.5 give different pixels,
     pad    the original repository: pad to a square with the mean colour, then the same
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from engine.errors import CheckpointError, ImageError
 from engine.image import MAX_PIXELS
+from engine.models.config import ConfigReader, shown
 
 Mode = Literal["crop", "pad"]
 
@@ -74,7 +75,9 @@ class ImageProcessor:
         shortest, exact = read.size() if read.flag("do_resize", True) else (None, None)
         crop = read.pair("crop_size", 224) if read.flag("do_center_crop", True) else None
         if crop is None and exact is None:
-            raise read.wrong("do_center_crop", "pictures of one size need a crop or a fixed size")
+            raise read.fail(
+                "do_center_crop", "is false: pictures of one size need a crop or a fixed size"
+            )
         normalize = read.flag("do_normalize", True)
         return cls(
             mode=mode,
@@ -190,66 +193,48 @@ def _cut_long_side(
     return part, shortest_edge_size(part.size, min(size))
 
 
-class _Reader:
-    """Typed access to a preprocessor configuration; every complaint names file and key."""
-
-    def __init__(self, config: Mapping[str, Any], name: str) -> None:
-        self.config, self.name = config, name
-
-    def wrong(self, key: str, reason: str) -> CheckpointError:
-        value = repr(self.config.get(key))[:80]
-        return CheckpointError(
-            f"{self.name}: {key} is {value}: {reason}",
-            hint="compare the file with the published one",
-        )
-
-    def _get(self, key: str, default: Any, accept: Callable[[Any], bool], expected: str) -> Any:
-        value = self.config.get(key)
-        if value is None:
-            return default
-        if not accept(value):
-            raise self.wrong(key, f"expected {expected}")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        return bool(self._get(key, default, lambda value: isinstance(value, bool), "true or false"))
+class _Reader(ConfigReader):
+    """The values that only a preprocessor configuration has."""
 
     def size(self) -> tuple[int | None, tuple[int, int] | None]:
         """Return (shortest edge, None), or (None, (height, width))."""
-        value = self.config.get("size", 224)
+        value = self._get("size", 224)
         if isinstance(value, Mapping) and set(value) != {"shortest_edge"}:
             return None, self.pair("size", 224)
         shortest = value["shortest_edge"] if isinstance(value, Mapping) else value
         if not _is_length(shortest):
-            raise self.wrong("size", "expected a length in pixels from 1 to 8192")
+            raise self.fail("size", f"is {shown(value)}, not a length in pixels from 1 to 8192")
         return int(shortest), None
 
     def pair(self, key: str, default: int) -> tuple[int, int]:
         """Return (height, width) of a size given as {"height", "width"} or as one number."""
-        value = self.config.get(key, default)
-        if not isinstance(value, Mapping):
-            value = {"height": value, "width": value}
-        if set(value) != {"height", "width"} or not all(map(_is_length, value.values())):
-            raise self.wrong(key, "expected height and width in pixels from 1 to 8192")
-        return value["height"], value["width"]
+        value = self._get(key, default)
+        sides = value if isinstance(value, Mapping) else {"height": value, "width": value}
+        if set(sides) != {"height", "width"} or not all(map(_is_length, sides.values())):
+            raise self.fail(
+                key, f"is {shown(value)}, not height and width in pixels from 1 to 8192"
+            )
+        return sides["height"], sides["width"]
 
     def resample(self) -> Image.Resampling:
-        numbers = [int(item) for item in Image.Resampling]
-        number = self._get(
-            "resample", 3, lambda value: type(value) is int and value in numbers, "0 to 5"
-        )
-        return Image.Resampling(number)
+        return Image.Resampling(self.integer("resample", 3, 0, 5))
 
     def factor(self) -> float:
-        accept: Callable[[Any], bool] = lambda value: _is_number(value) and 0 < value <= 1  # noqa: E731
-        return float(self._get("rescale_factor", 1 / 255, accept, "a number above 0, at most 1"))
+        factor = self.number("rescale_factor", 1 / 255)
+        if factor > 1:
+            raise self.fail("rescale_factor", f"is {factor}; it must be at most 1")
+        return factor
 
     def channels(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """Return three numbers; those of `image_std` are above zero."""
         low = 0.0 if key == "image_mean" else 1e-6
-        value = self._get(key, default, lambda value: isinstance(value, list | tuple), "a list")
-        if len(value) != 3 or not all(_is_number(item) and low <= item <= 255 for item in value):
-            raise self.wrong(key, "expected three numbers for red, green and blue")
+        value = self._get(key, default)
+        if not (
+            isinstance(value, list | tuple)
+            and len(value) == 3
+            and all(_is_number(item) and low <= item <= 255 for item in value)
+        ):
+            raise self.fail(key, f"is {shown(value)}, not three numbers for red, green and blue")
         return tuple(map(float, value))
 
 

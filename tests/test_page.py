@@ -269,6 +269,12 @@ def test_tiles_lie_where_their_tokens_come_from(tmp_path: Path) -> None:
         row, column = cell // tiles.columns + grid.top, cell % tiles.columns + grid.left
         tile = 1 + row // side * grid.tiles[1] + column // side
         assert joined[token] == (tile * side + row % side) * side + column % side
+    tile_of = [int(joined[token]) // side**2 for token in tiles.tokens]
+    across = [n for n in range(1, tiles.columns) if tile_of[n] != tile_of[n - 1]]
+    first_column = tile_of[:: tiles.columns]
+    down = [n for n in range(1, tiles.rows) if first_column[n] != first_column[n - 1]]
+    assert (tiles.column_seams, tiles.row_seams) == (tuple(across), tuple(down))
+    assert across or down, "there are several tiles"
     patch = model.config.vision.image // side
     assert tiles.picture.size == (tiles.columns * patch, tiles.rows * patch)
 

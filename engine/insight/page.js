@@ -111,7 +111,7 @@ function ramp(v) {
 }
 
 function drawPanel(panel, tier, heat, high) {
-  const { columns, rows, tokens: cells, placed } = panel.spec;
+  const { columns, rows, tokens: cells, placed, seams } = panel.spec;
   for (const kind of ["kept", "heat"]) {
     const canvas = panel[kind], pen = canvas.getContext("2d");
     pen.clearRect(0, 0, canvas.width, canvas.height);
@@ -130,11 +130,14 @@ function drawPanel(panel, tier, heat, high) {
       pen.globalAlpha = 1;
       if (masked) { pen.strokeStyle = "#fff"; pen.strokeRect(x + w / 4, y + h / 4, w / 2, h / 2); }
     });
+    pen.fillStyle = "#fff";
+    for (const column of seams.columns) pen.fillRect(column * w - 1, 0, 2, canvas.height);
+    for (const row of seams.rows) pen.fillRect(0, row * h - 1, canvas.width, 2);
   }
 }
 
 const percent = (x) => (100 * x).toFixed(x < 0.001 ? 3 : 2) + " %";
-const label = (text) => (text === null ? "end of answer" : JSON.stringify(text));
+const label = (text) => (text === null ? "end of answer" : text ? JSON.stringify(text) : "a token without text");
 
 function where(token) {
   for (const { spec } of panels) {
@@ -159,7 +162,7 @@ function show() {
   at("slider").value = step;
   at("slider").setAttribute("aria-valuetext", label(data.steps[step]));
   at("now").textContent = `token ${step + 1} of ${steps}: ${label(data.steps[step])}`;
-  at("high").textContent = percent(high) + " on one patch";
+  at("high").textContent = percent(high) + (panels[0].spec.placed ? " on one patch" : " on one query");
   const counts = [0, 0, 0];
   tier.forEach((t) => counts[t]++);
   at("counts").textContent = `${counts[2]} core, ${counts[1]} secondary, ${counts[0]} minor of ${tokens}`

@@ -246,6 +246,7 @@ def _panel_values(panels: Sequence[Sequence[Panel]]) -> list[dict[str, Any]]:
                     "placed": panel.placed,
                     "tokens": [first + token for token in panel.tokens],
                     "newlines": [first + token for token in panel.newlines],
+                    "seams": {"rows": panel.row_seams, "columns": panel.column_seams},
                 }
             )
         first += sum(len(panel.tokens) + len(panel.newlines) for panel in group)

@@ -29,6 +29,7 @@ class Panel:
         placed: whether a cell's token comes from what lies under it. Qwen-VL's 256 queries each
             read the whole picture: they are a list, not places.
         newlines: numbers of tokens that end the grid's rows and show nothing (LLaVA-1.6).
+        row_seams, column_seams: rows and columns of the grid with which a further tile begins.
     """
 
     title: str
@@ -38,6 +39,8 @@ class Panel:
     tokens: list[int]
     placed: bool = True
     newlines: tuple[int, ...] = ()
+    row_seams: tuple[int, ...] = ()
+    column_seams: tuple[int, ...] = ()
 
 
 def panels_of(model: VisionLanguageModel, processor: ImageProcessor, pixels: Pixels) -> list[Panel]:
@@ -86,8 +89,15 @@ def _tiled(model: LlavaNext, pixels: Pixels, seen: list[Image.Image]) -> list[Pa
             grid.width,
             [start + column for start in starts for column in range(grid.width)],
             newlines=tuple(start + grid.width for start in starts),
+            row_seams=_seams(grid.top, grid.height, vision.grid),
+            column_seams=_seams(grid.left, grid.width, vision.grid),
         ),
     ]
+
+
+def _seams(cut: int, length: int, side: int) -> tuple[int, ...]:
+    """Where tiles of ``side`` begin inside what is left when ``cut`` was cut off before it."""
+    return tuple(at for at in range(1, length) if (at + cut) % side == 0)
 
 
 def bytes_of(tensor: Tensor) -> bytes:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from bench.common import paired_ratio, write_report
+from bench import common
+from bench.common import paired_ratio, progress, write_report
 from bench.decode import QUESTION, picture, seeded
 from engine.batch import Batch
 from engine.cache.report import allocated_bytes
@@ -31,7 +32,7 @@ def main() -> None:
     engine = Engine.load(folder, device=options.device, dtype=options.dtype, offline=True)
     cells = [(spec, size) for spec in options.cache for size in options.sizes]
     samples: dict[tuple[str, int], list[dict[str, float]]] = {cell: [] for cell in cells}
-    for block in range(options.blocks):
+    for block in progress(range(options.blocks), "blocks"):
         for spec, size in cells if block % 2 == 0 else cells[::-1]:
             samples[spec, size].append(measure(engine.with_cache(spec), size, options.tokens))
     rows = [row(samples, spec, size, options) for spec, size in cells]
@@ -39,12 +40,17 @@ def main() -> None:
         key: getattr(options, key) for key in ("dtype", "threads", "tokens", "blocks", "device")
     }
     settings["model"] = options.model or f"seeded {options.preset}"
-    path = write_report(options.name, settings, rows, notes=["Ratios are within blocks."])
+    settings["seed"] = None if options.model else common.SEED
+    notes = [
+        f"Ratios are within blocks. Limit: the bytes that a step reads, weights and attended keys "
+        f"and values, against those of {options.cache[0]}: the ratio if a step were reading alone."
+    ]
+    path = write_report(options.name, settings, rows, notes, options.out)
     print(path.with_suffix(".md").read_text())
 
 
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.make_parser(__doc__, name="batch")
     parser.add_argument("--model", help="a checkpoint folder")
     parser.add_argument("--preset", default="tiny-test", help="a shape of bench/seeded.py instead")
     parser.add_argument("--cache", action="append", help="policies (default: full, avl)")
@@ -56,8 +62,7 @@ def read_options() -> argparse.Namespace:
         "--tokens", type=int, default=30, help="decode steps: whole cycles of K = 3"
     )
     parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--name", default="batch", help="of the result files")
-    options = parser.parse_args()
+    options = common.read_options(parser)
     options.cache = options.cache or ["full", "avl"]
     return options
 
@@ -81,8 +86,22 @@ def measure(engine: Engine, size: int, tokens: int) -> dict[str, float]:
         batch.step()
     seconds = (perf_counter() - began) / tokens
     batch.step()
-    used = sum(result.cache.bytes_used for result in batch.finished())
-    return {"step": seconds, "used": used, "allocated": allocated_bytes(batch.pools)}
+    reports = [result.cache for result in batch.finished()]
+    return {
+        "step": seconds,
+        "used": sum(report.bytes_used for report in reports),
+        "attended": sum(report.used_share * report.bytes_full for report in reports),
+        "weights": decode_weights(engine, size),
+        "allocated": allocated_bytes(batch.pools),
+    }
+
+
+def decode_weights(engine: Engine, rows: int) -> int:
+    """Bytes of weights that a step over ``rows`` reads; a few rows of the embedding aside."""
+    decoder = engine.model.decoder
+    weights = [*decoder.layers.parameters(), *decoder.head.parameters()]
+    narrow = decoder.head.narrow is not None and rows <= 4  # see engine/native.py:narrowed
+    return sum(w.numel() * (2 if narrow else w.element_size()) for w in weights)
 
 
 def row(
@@ -97,6 +116,7 @@ def row(
     one = [1 / sample["step"] for sample in samples[spec, options.sizes[0]]]
     full = [sample["step"] for sample in samples[options.cache[0], size]]
     gain, against = paired_ratio(rates, one), paired_ratio(mine, full)
+    last, last_full = samples[spec, size][-1], samples[options.cache[0], size][-1]
     return {
         "policy": spec,
         "batch": size,
@@ -107,9 +127,15 @@ def row(
         "95 %": f"{gain['low']:.3g}-{gain['high']:.3g}",
         f"step / {options.cache[0]}": against["ratio"],
         "95 % ": f"{against['low']:.3g}-{against['high']:.3g}",
-        "KV used MB": samples[spec, size][-1]["used"] / 1e6,
-        "KV allocated MB": samples[spec, size][-1]["allocated"] / 1e6,
+        "limit": bytes_read(last) / bytes_read(last_full),
+        "KV used MB": last["used"] / 1e6,
+        "KV allocated MB": last["allocated"] / 1e6,
     }
+
+
+def bytes_read(sample: dict[str, float]) -> float:
+    """Bytes of weights and of attended keys and values that a step reads."""
+    return sample["weights"] + sample["attended"]
 
 
 if __name__ == "__main__":

@@ -1,23 +1,76 @@
-"""What every measurement here shares: where it ran, how it is summed up, how it is written down.
+"""What every benchmark here shares: its flags, where it ran, how it is summed up and written down.
 
-Importing this module imports no torch: programs that time a cold start use it too.
+Importing this module imports no torch: programs that time a cold start use it too, and so
+`python -m bench.NAME --help` answers at once.
 """
 
+import argparse
 import json
 import os
 import platform
 import random
 import re
+import shlex
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+SEED = 20240914  # of seeded weights and of random inputs
+
+
+def make_parser(about: str, name: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that every benchmark has; ``about`` is its module's docstring.
+
+    ``name`` is what its report is called unless ``--name`` says otherwise; None if that depends.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    report = parser.add_argument_group("report")
+    report.add_argument("--name", default=name, help="write NAME.json and NAME.md")
+    report.add_argument("--out", type=Path, default=RESULTS, help="into this folder")
+    report.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    return parser
+
+
+def read_options(
+    parser: argparse.ArgumentParser,
+    names: Callable[[argparse.Namespace], Sequence[str]] = lambda options: [options.name],
+) -> argparse.Namespace:
+    """Read the command line; refuse at once, not after the measurement, to overwrite a report.
+
+    ``names`` are the reports that these options will write.
+    """
+    options = parser.parse_args()
+    paths = [options.out / f"{name}.json" for name in names(options)]
+    there = [str(path) for path in paths if path.exists()]
+    if there and not options.overwrite:
+        parser.error(f"{there[0]} is there already: add --overwrite, or another --name or --out")
+    return options
+
+
+def progress(items: Iterable[Item], unit: str, total: int | None = None) -> Iterator[Item]:
+    """The items, counted on a bar on standard error."""
+    from tqdm import tqdm
+
+    yield from tqdm(items, unit=" " + unit, total=total, dynamic_ncols=True)
+
+
+def command() -> str:
+    """The command line that repeats this run."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
+    return " ".join([program, *map(shlex.quote, arguments)])
 
 
 def commit() -> str:
@@ -129,7 +182,7 @@ def write_report(
 
     Args:
         name: of the measurement, for example "load".
-        settings: dtype, threads, model shape and whatever else was chosen.
+        settings: dtype, seed, threads, model shape and whatever else was chosen.
         rows: what was measured; the keys of the first row are the columns.
         notes: sentences that belong under the table.
         folder: where to; default `bench/results`.
@@ -138,6 +191,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "name": name,
+        "command": command(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine(),
@@ -154,26 +208,36 @@ def write_report(
 
 def markdown(record: Mapping[str, Any]) -> str:
     """A record of `write_report` for people: one table, and where it comes from."""
+    lines = [f"# {record['name']}", "", *origin(record), "", *table(record["rows"]), ""]
+    return "\n".join([*lines, *(f"{note}\n" for note in record["notes"])])
+
+
+def origin(record: Mapping[str, Any]) -> list[str]:
+    """Lines that say where a record comes from, and how to get it again."""
     where = record["machine"]
-    columns = list(record["rows"][0])
-    cells = [[_cell(row.get(column)) for column in columns] for row in record["rows"]]
     lines = [
-        f"# {record['name']}",
-        "",
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores, commit {record['commit']}, "
         + ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
         "",
-        ", ".join(f"{key} {_cell(value)}" for key, value in record["settings"].items()),
-        "",
-        *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)),
-        "",
-        *(f"{note}\n" for note in record["notes"]),
+        ", ".join(f"{key} {cell(value)}" for key, value in record["settings"].items()),
     ]
-    return "\n".join(lines)
+    if "command" in record:
+        lines += ["", f"Again: `{record['command']}`"]
+    return lines
 
 
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows as lines of Markdown; the keys of the first one are the columns."""
+    columns = list(rows[0])
+    cells = [[cell(row.get(column)) for column in columns] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
+
+
+def cell(value: object) -> str:
+    """A value with four figures, nothing for None."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
 def _output(*command: str) -> str:

@@ -18,7 +18,8 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-from bench.common import ROOT, machine, paired_ratio, summary, write_report
+from bench import common
+from bench.common import ROOT, machine, paired_ratio, progress, summary, write_report
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,10 +55,11 @@ def main() -> None:
         runners[THEIRS] = transformers_runner(folder, options)
     samples = measure(runners, options.blocks, options.warmup)
     path = write_report(
-        options.name or f"decode-{Path(options.model).name if options.model else options.preset}",
+        report_name(options),
         {
             "model": options.model or f"seeded {options.preset}",
             "dtype": options.dtype,
+            "seed": options.seed,
             "threads": options.threads,
             "new_tokens": options.tokens,
             "blocks": options.blocks,
@@ -65,13 +67,13 @@ def main() -> None:
         },
         [row(name, samples, options.dtype) for name in samples],
         notes(samples),
-        Path(options.out) if options.out else None,
+        options.out,
     )
     print(path.with_suffix(".md").read_text())
 
 
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Decode speed beside transformers.")
+    parser = common.make_parser(__doc__, name=None)
     parser.add_argument("--model", help="a checkpoint folder")
     parser.add_argument("--preset", default="tiny-test", help="a shape of bench/seeded.py instead")
     parser.add_argument("--cache", action="append", help="policies of ours (default: full, avl)")
@@ -82,12 +84,17 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=1, help="blocks that are thrown away")
     parser.add_argument("--alone", action="store_true", help="without transformers")
-    parser.add_argument("--name", help="of the result files")
-    parser.add_argument("--out", help="folder of the result files (default: bench/results)")
-    options = parser.parse_args()
+    options = common.read_options(parser, lambda options: [report_name(options)])
     options.cache = options.cache or ["full", "avl"]
+    options.seed = None if options.model else common.SEED
     options.load = machine()["load_average"]
     return options
+
+
+def report_name(options: argparse.Namespace) -> str:
+    """What the report is called: by its model, unless told otherwise."""
+    model = Path(options.model).name if options.model else options.preset
+    return options.name or f"decode-{model}"
 
 
 def seeded(preset: str) -> Path:
@@ -203,7 +210,7 @@ def measure(
 ) -> dict[str, list[Sample]]:
     """Each block runs everyone once; every other block in reverse, so that no place is favoured."""
     samples: dict[str, list[Sample]] = {name: [] for name in runners}
-    for block in range(-warmup, blocks):
+    for block in progress(range(-warmup, blocks), "blocks"):
         names = list(runners) if block % 2 == 0 else list(reversed(runners))
         for name in names:
             sample = runners[name]()

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.common import ROOT, paired_ratio, peak_rss, rss, summary, warm, write_report
+from bench import common
+from bench.common import ROOT, paired_ratio, peak_rss, progress, rss, summary, warm, write_report
 
 QUESTION = "What is in the picture?"
 OURS, THEIRS = "ours", "transformers"
@@ -33,16 +34,15 @@ def main() -> None:
     folder = arguments.folder or Path(tempfile.gettempdir()) / "avl-bench" / arguments.preset
     largest, total, picture = prepare(folder, arguments.preset)
     runs: dict[str, list[dict[str, Any]]] = {OURS: [], THEIRS: []}
-    for round_number in range(arguments.rounds):
+    for round_number in progress(range(arguments.rounds), "rounds"):
         for side in (OURS, THEIRS) if round_number % 2 == 0 else (THEIRS, OURS):
             warm(sorted(folder.glob("*.safetensors")))
             runs[side].append(start(side, folder, picture, arguments))
-            print(f"round {round_number + 1}/{arguments.rounds}, {side}: {runs[side][-1]}")
     report(arguments, runs, largest, total)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.make_parser(__doc__, name=None)
     parser.add_argument("--preset", default="1b", help="shape, see bench/seeded.py")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is kept between runs")
     parser.add_argument("--rounds", type=int, default=5)
@@ -50,11 +50,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--cache", default="full", help="cache policy of our side")
     parser.add_argument("--text-only", action="store_true", help="no picture in the prompt")
-    parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--child", choices=[OURS, THEIRS], help=argparse.SUPPRESS)
     parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return common.read_options(parser, lambda o: [] if o.child else [report_name(o)])
+
+
+def report_name(options: argparse.Namespace) -> str:
+    """What the report is called, unless told otherwise."""
+    return options.name or ("load_text" if options.text_only else "load")
 
 
 def prepare(folder: Path, preset: str) -> tuple[int, int, Path]:
@@ -180,6 +184,7 @@ def report(
     settings = {
         "preset": arguments.preset,
         "dtype": arguments.dtype,
+        "seed": common.SEED,
         "threads": arguments.threads,
         "cache": arguments.cache,
         "picture": not arguments.text_only,
@@ -187,7 +192,7 @@ def report(
         "page cache": "warm",
         "checkpoint MB": total / 1e6,
     }
-    name = "load_text" if arguments.text_only else "load"
+    name = report_name(arguments)
     path = write_report(name, {**settings, "ratio": ratio}, rows, notes, arguments.out)
     print(path.with_suffix(".md").read_text())
 

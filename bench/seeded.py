@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from bench.common import SEED
 from tests.toy_tokenizer import write_toy_tokenizer
 
-SEED = 20240914
 SHARD_BYTES = 1_000_000_000
 
 

@@ -1,7 +1,6 @@
 """What every benchmark here shares: its flags, where it ran, how it is summed up and written down.
 
-Importing this module imports no torch: programs that time a cold start use it too, and so
-`python -m bench.NAME --help` answers at once.
+Importing this module imports no torch: programs that time a cold start use it too.
 """
 
 import argparse
@@ -58,17 +57,20 @@ def read_options(
 
 
 def progress(items: Iterable[Item], unit: str, total: int | None = None) -> Iterator[Item]:
-    """The items, counted on a bar on standard error."""
-    from tqdm import tqdm
-
-    yield from tqdm(items, unit=" " + unit, total=total, dynamic_ncols=True)
+    """The items, counted on a bar on standard error (a bare GPU machine may have no tqdm)."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from items
+    else:
+        yield from tqdm(items, unit=" " + unit, total=total, dynamic_ncols=True)
 
 
 def command() -> str:
     """The command line that repeats this run."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
-    program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    program = f"python -m {spec.name}" if spec else f"python {os.path.relpath(sys.argv[0], ROOT)}"
     arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
     return " ".join([program, *map(shlex.quote, arguments)])
 

@@ -79,8 +79,9 @@ def steps(dry: bool, out: Path) -> list[Step]:
     bench = [
         sys.executable,
         str(ROOT / "bench" / "kernels.py"),
-        "--json",
-        str(out / "kernels.json"),
+        "--overwrite",
+        "--out",
+        str(out),
     ]
     if Path(bench[1]).exists():
         device = ["--device", "cpu", "--quick"] if dry else ["--device", "cuda", "--levels"]

@@ -1,6 +1,6 @@
 """Attention kernels over LLaVA's shapes: full, slice-then-multiply, ours in place, torch's SDPA.
 
-    python bench/kernels.py [--device cpu|cuda] [--threads N] [--quick] [--levels] [--json FILE]
+    python -m bench.kernels [--device cpu|cuda] [--threads N] [--quick] [--levels]
 
 Every contestant computes one decode step's attention of one layer. Contestants are interleaved and
 the pools rotated over enough memory that no cache helps; reported are medians, the ratio to SDPA
@@ -9,8 +9,6 @@ measured in the same run. On a CPU a second table times the decode GEMV against 
 Read the ratios on a quiet machine: the load of other processes is printed first.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -202,14 +200,14 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.make_parser(__doc__, name="kernels")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (ratios: 1 is safest)")
     parser.add_argument("--quick", action="store_true", help="small and short: a smoke test")
     parser.add_argument("--levels", action="store_true", help="time the teaching kernels (cuda)")
-    parser.add_argument("--json", type=Path, help="write the results there")
-    options = parser.parse_args()
+    options = common.read_options(parser)
     torch.set_num_threads(options.threads)
+    torch.manual_seed(common.SEED)
     if native.backend().name == "torch":
         print(f"error: {native.backend().reason}\nhint: build the native module first (make test)")
         return 1
@@ -221,20 +219,20 @@ def main() -> int:
     if options.device == "cuda":
         shapes += [(8, 2880), (32, 2880)]
     results = []
-    for rows, tokens in shapes:
-        for dtype in (torch.bfloat16, torch.float32):
-            results += measure(rows, tokens, dtype, options.device, peak, options.quick)
+    cells = [(shape, dtype) for shape in shapes for dtype in (torch.bfloat16, torch.float32)]
+    for (rows, tokens), dtype in common.progress(cells, "shapes"):
+        results += measure(rows, tokens, dtype, options.device, peak, options.quick)
     if options.device == "cpu":
         results += measure_gemv(peak, options.quick)
     elif options.levels:
         results += measure_levels(options.device, options.quick)
     show(results)
-    if options.json:
-        facts = {"commit": common.commit(), "machine": common.machine()}
-        facts |= {"versions": common.versions(), "threads": options.threads}
-        facts |= {"read_gb_per_s": peak, "quick": options.quick}
-        report = {"facts": facts, "results": [asdict(row) for row in results]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    settings = {"dtype": "in the case", "seed": common.SEED, "device": options.device}
+    settings |= {"threads": options.threads, "read GB/s": peak, "quick": options.quick}
+    path = common.write_report(
+        options.name, settings, [asdict(row) for row in results], [], options.out
+    )
+    print(f"\n{path}\nagain: {common.command()}")
     return 0
 
 

@@ -60,11 +60,10 @@ class Trainee(nn.Module):
             right = right & (part.argmax(-1) == target[..., i])
         return loss, (right & shown).sum() / shown.sum().clamp(min=1)
 
-    def states(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected patches, decoder states of the text, and the guided block's weights."""
+    def states(self, projected: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Decoder states of the text, and the guided block's weights."""
         b, n = batch["index"].shape
         p = len(self.prefix)
-        projected = self.model.project(features).float()
         embed = self.model.decoder.embed
         before = embed(self.prefix).expand(b, -1, -1)
         x = torch.cat([before, projected, embed(batch["ids"])], 1)
@@ -78,19 +77,25 @@ class Trainee(nn.Module):
         mask = (earlier & (same | (segment == -2)[:, None]))[:, None]
         out, weights, _ = self.model.decoder(x, position, mask, watch=self.guided_block)
         assert weights is not None
-        return projected, out[:, p + n :], weights[:, :GUIDED_HEADS, p + n :, p : p + n]
+        return out[:, p + n :], weights[:, :GUIDED_HEADS, p + n :, p : p + n]
+
+    def read_loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of the first character of every patch that has one."""
+        first = self.char_ids[batch["chars"][..., 0]].flatten()
+        loss = F.cross_entropy(scores.flatten(0, 1), first, reduction="sum")
+        return loss / (first >= 0).sum().clamp(min=1)
 
     def forward(self, batch: Batch, vision_only: bool = False) -> dict[str, Tensor]:
         """All losses; `right` marks answer tokens whose arg-max is exact."""
         features = self.model.vision(batch["pixels"], batch["index"]).float()
         patch, patch_right = self.patch_loss(features, batch)
+        projected = self.model.project(features).float()
         if vision_only:
-            return {"patch": patch, "patch_right": patch_right}
-        projected, text, weights = self.states(features, batch)
+            read = self.read_loss(self.model.head(projected).float(), batch)
+            return {"patch": patch, "patch_right": patch_right, "read": read}
+        text, weights = self.states(projected, batch)
         n = projected.shape[1]
         scores = self.model.head(torch.cat([projected, text], 1)).float()
-        first = self.char_ids[batch["chars"][..., 0]]
-        read = F.cross_entropy(scores[:, :n].flatten(0, 1), first.flatten(), reduction="sum")
         loss = F.cross_entropy(scores[:, n:].flatten(0, 1), batch["target"].flatten())
         guide = batch["guide"]
         index = guide.clamp(min=0)[:, None].expand(-1, GUIDED_HEADS, -1, -1)
@@ -101,7 +106,7 @@ class Trainee(nn.Module):
             "text": loss,
             "patch": patch,
             "patch_right": patch_right,
-            "read": read / (first >= 0).sum().clamp(min=1),
+            "read": self.read_loss(scores[:, :n], batch),
             "guide": miss.sum() / (asked.sum() * GUIDED_HEADS).clamp(min=1),
             "right": scores[:, n:].argmax(-1) == batch["target"],
         }

@@ -69,9 +69,10 @@ TWO_CORES = (
         Weights(patch=0.3, read=0.05),
     ),
     # The second half: reading. Each of these may also start from exported weights (`--start`).
+    Stage("glyphs", 12, 32, _mix(208, 8, 0.1, 8, 6, 0.0), (0.015, 0.006), vision_only=True),
     Stage(
         "documents",
-        30,
+        16,
         32,
         _mix(96, 96, 0.25, 4, 8, 0.6),
         (0.012, 0.008),

@@ -16,6 +16,7 @@ import torch
 from engine.cache.decode import Decoding
 from engine.cache.report import report
 from engine.cache.row import Row
+from engine.capacity import memory_for
 from engine.errors import EngineError, OptionError
 from engine.generation import Answer, refuse_nan
 from engine.options import OptionValues, make_options
@@ -25,6 +26,8 @@ from engine.session import Turn, make_pools, pool_memory, prefill
 if TYPE_CHECKING:
     from engine.engine import Engine, Messages
     from engine.pictures import Picture
+
+_FEWER = "try fewer --rows than {}, --dtype bf16, or smaller pictures; finished answers are kept"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def generate_batch(
     """Answer ``requests``, ``rows`` at a time; yields each result as soon as it is done.
 
     ``Result.index`` and ``Failure.index`` say which request it belongs to, counted from 0.
+
+    Raises CapacityError if memory runs out while the rows are decoded: none of them can go on.
     """
     if rows < 1:
         raise OptionError(f"rows is {rows}", hint="use 1 or more")
@@ -148,9 +153,19 @@ class Batch:
         answer.take(token)
         return _Running(index, turn, answer, row, timings, token)
 
-    @torch.inference_mode()
     def step(self) -> None:
-        """One token for every row."""
+        """One token for every row.
+
+        Raises CapacityError: a step that memory cut short cannot be taken again, for any of them.
+        """
+        count = len(self.running)
+        needed = 2 * len(self.pools) * self.pools[-1].k.nbytes
+        doing, hint = f"answering {count} requests together", _FEWER.format(count)
+        with memory_for(doing, needed, self.engine.device, hint):
+            self._step()
+
+    @torch.inference_mode()
+    def _step(self) -> None:
         began = perf_counter()
         if self._decoding is None:
             rows = [each.row for each in self.running]

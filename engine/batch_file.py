@@ -13,12 +13,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from engine.batch import Failure
-from engine.engine import Engine
 from engine.errors import EngineError, OptionError
-from engine.result import Result
+
+if TYPE_CHECKING:
+    from engine.batch import Failure
+    from engine.engine import Engine
+    from engine.result import Result
 
 # Of a Result: what depends on the request alone.
 FIELDS = ("index", "text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason")
@@ -91,6 +93,8 @@ def _index(line: bytes) -> int | None:
 
 
 def _line(result: Result | Failure, index: int) -> str:
+    from engine.batch import Failure  # by now torch is imported, by the engine
+
     if isinstance(result, Failure):
         return json.dumps({"index": index, **error_record(result.error)}, ensure_ascii=False)
     values = {**result.as_dict(), "index": index}

@@ -14,13 +14,14 @@ HINT = "try --dtype bf16, fewer or smaller pictures, a shorter answer (-n), or -
 
 
 @contextmanager
-def memory_for(doing: str, needed: int, device: torch.device) -> Iterator[None]:
+def memory_for(doing: str, needed: int, device: torch.device, hint: str = HINT) -> Iterator[None]:
     """Turn a failed allocation inside the block into a CapacityError.
 
     Args:
         doing: what the memory is for, as in "loading the weights".
         needed: bytes that this takes at least.
         device: where.
+        hint: what to ask less of.
     """
     try:
         yield
@@ -30,7 +31,7 @@ def memory_for(doing: str, needed: int, device: torch.device) -> Iterator[None]:
         raise CapacityError(
             f"out of memory while {doing} on {device}: at least {needed / 1e9:,.3f} GB are needed, "
             f"{free_bytes(device) / 1e9:,.3f} GB are free",
-            hint=HINT,
+            hint=hint,
         ) from None
 
 

@@ -160,7 +160,7 @@ def _version() -> str:
 def _check(options: argparse.Namespace) -> int:
     from engine.doctor import check
 
-    return check(options.model, options.revision, options.offline, options.quiet)
+    return check(options.model, options.revision, options.offline, options.quiet, options.json)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -7,29 +7,30 @@ pieces of 16 MB, so that a folder of any size needs little memory.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from engine.device import why_no_cuda
 from engine.errors import CheckpointError, EngineError
 from engine.families import Family, recognise
 from engine.native import backend
-from engine.terminal import printable
+from engine.terminal import escaped
 from engine.tokenizer import Tokenizer
 from weights.checkpoint import Checkpoint, TensorInfo, fit_weights
 from weights.hub import TINY, resolve
 from weights.names import target_names
-
-T = TypeVar("T")
 
 CHUNK = 16 << 20
 PACKAGES = ("torch", "safetensors", "tokenizers", "pillow", "huggingface-hub", "tqdm")
@@ -38,41 +39,85 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "pillow", "huggingface-hub", "
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
+@dataclass(frozen=True)
+class Finding:
+    """How one check went: what was looked at, and in words what was found."""
+
+    name: str
+    ok: bool
+    text: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"{self.name}: ok - {self.text}"
+        return f"{self.name}: FAILED - {self.text}" + (f" ({self.hint})" if self.hint else "")
+
+
 def check(
     name: str | None = None,
     revision: str | None = None,
     offline: bool = False,
     quiet: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Print the state of this machine and of a model (None: the embedded one).
 
+    A line for each check as it is done, or with ``as_json`` one object at the end.
+
     Returns 0, or the exit code of damaged weights. Raises CheckpointError if ``name`` is no model.
     """
-    for line in environment():
-        print(line)
+    tell = (lambda _: None) if as_json else print
+    machine = environment()
+    for line in _lines(machine):
+        tell(line)
+    folder, findings = None, []
     if name is None and not (TINY / "config.json").exists():
-        print("model: the embedded model is not installed; name one with --model")
-        return 0
-    folder = resolve(None if name is None else Path(name), revision, offline)
-    print(f"model: {folder}")
-    damage = Examination(folder, quiet).run()
+        tell("model: the embedded model is not installed; name one with --model")
+    else:
+        folder = resolve(None if name is None else Path(name), revision, offline)
+        tell(f"model: {folder}")
+        for finding in Examination(folder, quiet).run():
+            tell(str(finding))
+            findings.append(finding)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if _MAC else 1024)
-    print(f"peak memory of this check: {peak / 1e6:,.0f} MB")
-    print(f"{damage} of the checks failed" if damage else "the model folder is whole")
+    damage = sum(not finding.ok for finding in findings)
+    if as_json:
+        found = {"model": folder and str(folder), "checks": [asdict(each) for each in findings]}
+        print(json.dumps(machine | found | {"failed": damage, "peak_bytes": peak}))
+    elif folder:
+        tell(f"peak memory of this check: {peak / 1e6:,.0f} MB")
+        tell(f"{damage} of the checks failed" if damage else "the model folder is whole")
     return CheckpointError.exit_code if damage else 0
 
 
 _MAC = sys.platform == "darwin"  # which counts bytes where others count kilobytes
 
 
-def environment() -> Iterator[str]:
-    """Versions, backend, devices and memory, a line each."""
-    yield f"avl-engine {_version('avl-engine')}, Python {platform.python_version()}"
-    yield f"system: {platform.platform()}, {os.cpu_count()} CPUs, {_memory()}"
-    yield "packages: " + ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
-    active = backend()
-    yield f"backend: {active.name} - {active.reason}"
-    yield from _devices()
+def environment() -> dict[str, Any]:
+    """Versions, backend, memory in bytes (None: unknown) and devices, for JSON."""
+    return {
+        "version": _version("avl-engine"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "memory_free": _memory("SC_AVPHYS_PAGES"),
+        "memory_total": _memory("SC_PHYS_PAGES"),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "backend": backend()._asdict(),
+        "devices": list(_devices()),
+    }
+
+
+def _lines(machine: dict[str, Any]) -> Iterator[str]:
+    """The environment, for people."""
+    free, total = machine["memory_free"], machine["memory_total"]
+    memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB memory free" if total else "memory unknown"
+    yield f"avl-engine {machine['version']}, Python {machine['python']}"
+    yield f"system: {machine['system']}, {machine['cpus']} CPUs, {memory}"
+    yield "packages: " + ", ".join(" ".join(pair) for pair in machine["packages"].items())
+    yield "backend: {name} - {reason}".format(**machine["backend"])
+    yield from (f"device: {device}" for device in machine["devices"])
 
 
 def _version(package: str) -> str:
@@ -82,27 +127,22 @@ def _version(package: str) -> str:
         return "(not installed)"
 
 
-def _memory() -> str:
+def _memory(pages: str) -> int | None:
     try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
-        return "memory unknown"
-    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB memory free"
+        return None
 
 
 def _devices() -> Iterator[str]:
-    if not torch.version.cuda:
-        yield "device: cpu (this torch is built without CUDA)"
-        return
-    if not torch.cuda.is_available():
-        yield f"device: cpu (torch is built for CUDA {torch.version.cuda}, but finds no device)"
+    if reason := why_no_cuda():
+        yield f"cpu ({reason})"
         return
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         found = torch.cuda.get_device_properties(number)
         yield (
-            f"device: cuda:{number} {found.name}, compute {found.major}.{found.minor}, "
+            f"cuda:{number} {found.name}, compute {found.major}.{found.minor}, "
             f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         )
 
@@ -112,32 +152,33 @@ class Examination:
 
     def __init__(self, folder: Path, quiet: bool = False) -> None:
         self.folder, self.quiet = folder, quiet
-        self._damage = 0
+        self._family: Family | None = None
+        self._checkpoint: Checkpoint | None = None
 
-    def run(self) -> int:
-        """Run all checks, printing a line for each; returns how many failed."""
-        family = self._try("config", lambda: recognise(self.folder, None), _describe)
-        self._try("tokenizer", self._tokenizer, str)
-        self._try("hashes", self._hashes, str)
-        checkpoint = self._try("headers", lambda: Checkpoint.open(self.folder), _sizes)
-        if checkpoint:
-            with checkpoint:
-                if family:
-                    self._try("shapes", lambda: _shapes(family, checkpoint), str)
-                self._try("values", lambda: self._values(checkpoint), str)
-        return self._damage
+    def run(self) -> Iterator[Finding]:
+        """Run all checks; yields how each went as soon as it is known."""
+        yield self._try("config", self._config)
+        yield self._try("tokenizer", self._tokenizer)
+        yield self._try("hashes", self._hashes)
+        yield self._try("headers", self._headers)
+        if self._checkpoint:
+            with self._checkpoint:
+                if self._family:
+                    yield self._try("shapes", self._shapes)
+                yield self._try("values", self._values)
 
-    def _try(self, what: str, action: Callable[[], T], words: Callable[[T], str]) -> T | None:
-        """Run one check and say how it went."""
+    def _try(self, name: str, action: Callable[[], str]) -> Finding:
         try:
-            result = action()
+            return Finding(name, True, action())
         except EngineError as error:
-            self._damage += 1
-            hint = f" ({error.hint})" if error.hint else ""
-            print(f"{what}: FAILED - {printable(str(error))}{hint}")
-            return None
-        print(f"{what}: ok - {words(result)}")
-        return result
+            return Finding(name, False, escaped(str(error)), escaped(error.hint))
+
+    def _config(self) -> str:
+        self._family = recognise(self.folder, None)
+        model = self._family.model
+        size = sum(parameter.numel() for parameter in model.parameters())
+        kind = f"{type(model).__name__}, {size / 1e6:,.1f} M parameters"
+        return f"{kind}, prompts as {self._family.style}"
 
     def _tokenizer(self) -> str:
         tokenizer = Tokenizer.from_folder(self.folder)
@@ -161,9 +202,22 @@ class Examination:
             return "nothing to compare with: not a folder of the hub's cache"
         return f"{len(paths)} files, {total / 1e6:,.1f} MB, are what the hub published"
 
-    def _values(self, checkpoint: Checkpoint) -> str:
+    def _headers(self) -> str:
+        self._checkpoint = Checkpoint.open(self.folder)
+        tensors = self._checkpoint.tensors
+        files = {info.file for info in tensors.values()}
+        megabytes = self._checkpoint.total_bytes / 1e6
+        return f"{len(files)} files, {len(tensors)} tensors, {megabytes:,.1f} MB"
+
+    def _shapes(self) -> str:
+        assert self._family, "there is a config"
+        assert self._checkpoint, "there are headers"
+        return _fit(self._family, self._checkpoint)
+
+    def _values(self) -> str:
         """Look for NaN and infinity in every floating-point tensor."""
-        wrong = []
+        assert self._checkpoint, "there are headers"
+        checkpoint, wrong = self._checkpoint, []
         with self._bar("values", checkpoint.total_bytes) as bar:
             for info in checkpoint.tensors.values():
                 if count := _not_finite(info, bar.update):
@@ -230,21 +284,7 @@ def _not_finite(info: TensorInfo, progress: Callable[[int], object]) -> int:
     return count
 
 
-def _describe(family: Family) -> str:
-    model = family.model
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return f"{type(model).__name__}, {size / 1e6:,.1f} M parameters, prompts as {family.style}"
-
-
-def _sizes(checkpoint: Checkpoint) -> str:
-    files = {info.file for info in checkpoint.tensors.values()}
-    return (
-        f"{len(files)} files, {len(checkpoint.tensors)} tensors, "
-        f"{checkpoint.total_bytes / 1e6:,.1f} MB"
-    )
-
-
-def _shapes(family: Family, checkpoint: Checkpoint) -> str:
+def _fit(family: Family, checkpoint: Checkpoint) -> str:
     """Compare names and shapes with what the configuration asks for, as loading does."""
     model, elsewhere = family.model, ""
     held = [ours for name in checkpoint.tensors for ours in target_names(family.rename(name))]

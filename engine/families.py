@@ -86,7 +86,15 @@ def recognise(folder: Path, style: str | None) -> Family:
             f"{folder / 'config.json'}: model_type is {shown(kind)}",
             hint=f"supported: {', '.join(FAMILIES)}",
         )
-    return FAMILIES[kind](folder, config, style)
+    try:
+        return FAMILIES[kind](folder, config, style)
+    except RuntimeError as error:  # each size is in its range, but their product is no size
+        if "overflow" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no tensor can have its sizes together",
+            hint="compare the file with the published one",
+        ) from None
 
 
 def _llava_hub(folder: Path, config: Config, style: str | None) -> Family:

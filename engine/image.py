@@ -16,8 +16,10 @@ A flipped bit is found where the format has checksums (PNG); a JPEG has none.
 
 import difflib
 import importlib
+import logging
 import math
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -34,6 +36,9 @@ from engine.sniff import HEAD, describe_other, picture_format
 
 # Pillow's own warning threshold, 89.5 million: a decoded picture then takes at most 358 MB.
 MAX_PIXELS = 89_478_485
+
+# Decoders also log what is wrong with a file, and where nobody listens Python prints that.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 Source = str | os.PathLike[str] | bytes | Image.Image
 
@@ -209,9 +214,14 @@ def _own_errors(name: str, kind: str) -> Iterator[None]:
             yield
     except ImageError:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = f"more than the {Image.MAX_IMAGE_PIXELS:,} pixels that are read"
-        raise ImageError(f"{name} has {limit}", hint="make the picture smaller first") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        # Pillow refuses such a header itself; its text is the only place that has the number.
+        found = re.search(r"(\d+) pixels", str(error))
+        count = f"{int(found[1]):,} pixels" if found else "too many pixels"
+        raise ImageError(
+            f"{name} has {count}; at most {Image.MAX_IMAGE_PIXELS:,} are read",
+            hint="make the picture smaller first",
+        ) from None
     except MemoryError:
         raise ImageError(f"{name} does not fit in memory", hint="make it smaller first") from None
     except Exception as error:

@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 
 from engine.capacity import memory_for
+from engine.device import pick_device
 from engine.errors import OptionError
 from engine.families import Family, recognise
 from engine.tokenizer import Tokenizer
@@ -56,22 +57,6 @@ def load(
     tokenizer = Tokenizer.from_folder(folder)
     _fill(family, folder, target, wanted)
     return Loaded(folder, family, tokenizer, perf_counter() - began)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(
-            f"unknown device {name!r}", hint="use auto, cpu, cuda or cuda:1"
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        reason = "this torch is built without CUDA" if not torch.version.cuda else "no CUDA device"
-        raise OptionError(f"device {name} is not available: {reason}", hint="use --device cpu")
-    return device
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from threading import Timer
+from queue import Empty, SimpleQueue
+from threading import Thread, Timer
 from time import monotonic
 from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 
@@ -101,8 +102,8 @@ def _ask(url: str, deadline: float) -> bytes | str:
     """One request: the body, or where it redirects to."""
     parts = _check_url(url)
     host, port = parts.hostname or "", parts.port or 443
-    address = _public_address(url, host, port)
     try:
+        address = _public_address(url, host, port, deadline)
         connection = _connect(host, port, address, _left(deadline))
         with closing(connection), _hung_up_at(deadline, connection.sock):
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -151,13 +152,11 @@ def _check_url(url: str) -> SplitResult:
     return parts
 
 
-def _public_address(url: str, host: str, port: int) -> str:
+def _public_address(url: str, host: str, port: int, deadline: float) -> str:
     """The address to connect to; all that the name resolves to must be public."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise ImageError(f"{shorten(url)}: no address is known for {shorten(host)}") from None
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = _resolve(host, port, deadline)
+    if not addresses:
+        raise ImageError(f"{shorten(url)}: no address is known for {shorten(host)}")
     for address in addresses:
         if not is_public(address):
             raise ImageError(
@@ -165,6 +164,27 @@ def _public_address(url: str, host: str, port: int) -> str:
                 hint="download the picture and give its path",
             )
     return addresses[0]
+
+
+def _resolve(host: str, port: int, deadline: float) -> list[str]:
+    """The addresses of a name, [] if there are none; TimeoutError at ``deadline``.
+
+    The system's resolver knows no limit of time: it is asked in a thread, which nobody waits for.
+    """
+    answer: SimpleQueue[list[str]] = SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            found = []
+        answer.put([str(entry[4][0]) for entry in found])
+
+    Thread(target=look_up, daemon=True).start()
+    try:
+        return answer.get(timeout=_left(deadline))
+    except Empty:
+        raise TimeoutError from None
 
 
 def is_public(address: str) -> bool:

@@ -507,6 +507,8 @@ def main() -> int:
     options = parser.parse_args()
     end, seed, failed = time.monotonic() + 60 * options.minutes, options.seed - 1, 0
     reports: dict[str, Report] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background both would lose the counts
+        signal.signal(number, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory() as folder:
             targets = make_targets(Path(folder))

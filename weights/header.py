@@ -245,4 +245,5 @@ def _ask_library(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}", hint=DOWNLOAD_AGAIN) from error
+        # What the library quotes of the file may be as long as the file.
+        raise CheckpointError(f"{path}: {str(error)[:200]}", hint=DOWNLOAD_AGAIN) from error

@@ -48,12 +48,14 @@ class Pool:
 
     def _grow(self, size: int) -> int:
         """Add what is missing to the last hole (or to nothing); returns where the extent starts."""
-        start = self.slots
-        if self._holes and self._holes[-1][1] == start:
-            start = self._holes.pop()[0]
+        start, joins = self.slots, bool(self._holes) and self._holes[-1][1] == self.slots
+        if joins:
+            start = self._holes[-1][0]
         extra = start + size - self.slots
-        self.k = _extended(self.k, extra)
-        self.v = _extended(self.v, extra)
+        # Both or neither: where memory runs out in between, the pool is still what it was.
+        self.k, self.v = _extended(self.k, extra), _extended(self.v, extra)
+        if joins:
+            self._holes.pop()
         return start
 
 

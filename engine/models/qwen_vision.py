@@ -53,6 +53,9 @@ class QwenVisionConfig:
         output = config.integer("output_dim")
         if output % HEAD_DIM:
             raise config.fail("output_dim", f"is {output}; it must be a multiple of {HEAD_DIM}")
+        ratio = config.number("mlp_ratio")
+        if not 1 <= width * ratio < 2**31:
+            raise config.fail("mlp_ratio", f"is {ratio:g}; {width} times that is no width")
         queries = config.integer("n_queries", STORED_GRID**2)
         if math.isqrt(queries) ** 2 != queries:
             raise config.fail("n_queries", f"is {queries}; it must be a square number")
@@ -60,7 +63,7 @@ class QwenVisionConfig:
             width=width,
             layers=config.integer("layers", high=1000),
             heads=heads,
-            mlp=int(width * config.number("mlp_ratio")),
+            mlp=int(width * ratio),
             patch=patch,
             image=image,
             output=output,

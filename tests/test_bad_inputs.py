@@ -120,7 +120,7 @@ PICTURES: dict[str, tuple[bytes, str]] = {
     "6 truncated PNG": (GOOD[:-20], "truncated"),
     "7 flipped bit": (flipped(GOOD), "damaged"),
     "8 bomb 144 MP": (bomb(12_000, 12_000), "144,000,000 pixels"),
-    "8 bomb 65,500": (bomb(65_500, 65_500), "more than the 89,478,485 pixels"),
+    "8 bomb 65,500": (bomb(65_500, 65_500), "4,290,250,000 pixels; at most 89,478,485"),
     "16 PDF": (b"%PDF-1.7\n" + bytes(200), "a PDF document"),
     "16 HEIC": (b"\0\0\0\x18ftypheic" + bytes(200), "a HEIC picture"),
     "16 AVIF": (b"\0\0\0\x18ftypavif" + bytes(200), "an AVIF picture"),

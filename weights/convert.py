@@ -22,6 +22,7 @@ from engine.errors import CheckpointError
 from weights.checkpoint import Checkpoint
 from weights.folder import INDEX, first_five
 from weights.header import DTYPES, read_json
+from weights.hub import resolve
 from weights.pickled import Piece, pickled_files, pickled_names, read_pickle
 
 Progress = Callable[[str, int, int], None]
@@ -250,24 +251,7 @@ def _copy_beside(
 
 def find_source(name: str | Path, revision: str | None = None, offline: bool = False) -> Path:
     """The folder of a model with pickled weights: a folder, or a hub name, downloaded if needed."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = [*BESIDE, "*.bin"]
-        return Path(
-            snapshot_download(
-                str(name), revision=revision, allow_patterns=patterns, local_files_only=offline
-            )
-        )
-    except Exception as error:  # the client's errors have no common base below Exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{name} is not a folder, and could not be downloaded: {reason}",
-            hint="give a folder with config.json and pytorch_model*.bin",
-        ) from error
+    return resolve(name, revision, offline, pickled=True)
 
 
 def find_tower(source: Path, given: str | None, offline: bool = False) -> Path | None:

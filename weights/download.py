@@ -21,6 +21,7 @@ from weights.folder import INDEX, SINGLE
 
 # Everything the engine reads; weights in other formats stay where they are.
 FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja"]
+PICKLED = "pytorch_model*.bin"
 
 AGAIN = "give the same command again: finished files are kept"
 
@@ -36,8 +37,10 @@ class RemoteFile:
     sha256: str = ""
 
 
-def download(name: str, revision: str | None = None) -> Path:
+def download(name: str, revision: str | None = None, pickled: bool = False) -> Path:
     """Downloads a model into the hub's cache; returns its snapshot folder.
+
+    With `pickled`, pickled weights are taken where there are no others.
 
     Raises CheckpointError in one line for whatever goes wrong, and keeps what has come whole.
     """
@@ -45,7 +48,7 @@ def download(name: str, revision: str | None = None) -> Path:
 
     try:
         commit, listed = _list(name, revision)
-        files = choose(name, listed)
+        files = choose(name, listed, pickled)
         fresh = _announce(name, commit, files)
         folder = Path(
             snapshot_download(name, revision=revision, allow_patterns=[f.name for f in files])
@@ -70,22 +73,24 @@ def _list(name: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     return info.sha or "main", files
 
 
-def choose(name: str, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+def choose(name: str, files: Sequence[RemoteFile], pickled: bool = False) -> list[RemoteFile]:
     """The files of a repository that the engine reads: none in folders, no weights twice.
 
-    Raises CheckpointError where there are no safetensors; pickled weights are never downloaded
-    here, since loading them could run code.
+    Raises CheckpointError where there are no safetensors, unless `pickled` weights are asked for
+    and there are some: loading those could run code, only a conversion reads them.
     """
-    wanted = [
-        file
-        for file in files
-        if "/" not in file.name and any(fnmatch(file.name, pattern) for pattern in FILES)
-    ]
+    plain = [file for file in files if "/" not in file.name]
+    wanted = [file for file in plain if any(fnmatch(file.name, pattern) for pattern in FILES)]
     if not any(file.name.endswith(".safetensors") for file in wanted):
+        instead = [file for file in plain if fnmatch(file.name, PICKLED)]
+        if pickled and instead:
+            return wanted + instead
         command = f"--model {name} --convert {name.split('/')[1]}-safetensors"
         raise CheckpointError(
-            f"{name} has no .safetensors weights",
-            hint=f"convert them once: python main.py {command}",
+            f"{name} has no .safetensors weights" + (f" and no {PICKLED}" if pickled else ""),
+            hint="name another model"
+            if pickled
+            else f"convert them once: python main.py {command}",
         )
     if any(file.name == SINGLE for file in wanted):
         return [f for f in wanted if f.name != INDEX and not _SHARD.fullmatch(f.name)]

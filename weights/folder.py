@@ -11,6 +11,8 @@ from weights.header import DOWNLOAD_AGAIN, TensorInfo, read_header, read_json, s
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BIN_SINGLE = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
 
 
 def read_folder(folder: Path) -> dict[str, TensorInfo]:

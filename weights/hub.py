@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from engine.errors import CheckpointError
-from weights.folder import INDEX, SINGLE
+from engine.errors import CheckpointError, OptionError
+from weights.folder import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE
 from weights.header import read_json
 
 TINY = Path(__file__).parent / "tiny"
@@ -15,7 +15,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(
-    name_or_folder: str | Path | None = None, revision: str | None = None, offline: bool = False
+    name_or_folder: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    pickled: bool = False,
 ) -> Path:
     """Finds the folder of a model.
 
@@ -24,14 +27,19 @@ def resolve(
             local hub cache if it is complete there, else downloaded. None is the embedded model.
         revision: branch, tag or commit of a hub model.
         offline: never download; the environment variable HF_HUB_OFFLINE says the same.
+        pickled: take pickled weights where there are no others, to convert them.
 
     Raises:
         CheckpointError: saying where it was looked for.
+        OptionError: a revision of what is a folder.
     """
-    if name_or_folder is None:
-        return TINY
-    folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
+    folder = TINY if name_or_folder is None else Path(name_or_folder).expanduser()
+    if folder.is_dir() or name_or_folder is None:
+        if revision is not None:
+            raise OptionError(
+                f"--revision {revision} is of a hub model, but {folder} is a folder",
+                hint="leave it out, or give the model's hub name",
+            )
         return folder
     if folder.exists():
         raise CheckpointError(
@@ -43,14 +51,14 @@ def resolve(
             f"folder {folder} does not exist",
             hint="give a model's folder, or its hub name such as llava-hf/llava-1.5-7b-hf (14 GB)",
         )
-    return _from_hub(name, revision, offline)
+    return _from_hub(name, revision, offline, pickled)
 
 
-def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
+def _from_hub(name: str, revision: str | None, offline: bool, pickled: bool) -> Path:
     from huggingface_hub import constants  # imported here: a folder does not need it
 
     cached = find_cached(name, revision)
-    if cached is not None and is_complete(cached):
+    if cached is not None and is_complete(cached, pickled):
         return cached
     if offline or constants.HF_HUB_OFFLINE:
         state = "is not" if cached is None else "is only partly"
@@ -60,7 +68,7 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
         )
     from weights.download import download
 
-    return download(name, revision)
+    return download(name, revision, pickled)
 
 
 def find_cached(name: str, revision: str | None = None) -> Path | None:
@@ -80,13 +88,19 @@ def find_cached(name: str, revision: str | None = None) -> Path | None:
     return snapshot if snapshot.is_dir() else None
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: Path, pickled: bool = False) -> bool:
     """Tells whether a folder has its config and all weight files it speaks of, unread."""
     if not (folder / "config.json").exists():
         return False
-    if (folder / SINGLE).exists() or not (folder / INDEX).exists():
-        return any(path.exists() for path in folder.glob("*.safetensors"))
-    shards = read_json(folder / INDEX).get("weight_map")
+    whole = _has_all(folder, SINGLE, INDEX, "*.safetensors")
+    return whole or (pickled and _has_all(folder, BIN_SINGLE, BIN_INDEX, BIN_SINGLE))
+
+
+def _has_all(folder: Path, single: str, index: str, pattern: str) -> bool:
+    """Whether one file, all that an index names, or without both any that fits is there."""
+    if (folder / single).exists() or not (folder / index).exists():
+        return any(path.exists() for path in folder.glob(pattern))
+    shards = read_json(folder / index).get("weight_map")
     return isinstance(shards, dict) and all(
         (folder / str(shard)).exists() for shard in set(map(str, shards.values()))
     )

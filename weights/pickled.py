@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from weights.folder import first_five
+from weights.folder import BIN_INDEX, BIN_SINGLE, first_five
 from weights.header import DOWNLOAD_AGAIN, DTYPES, read_json, show
-
-BIN_INDEX = "pytorch_model.bin.index.json"
-BIN_SINGLE = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)

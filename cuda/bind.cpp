@@ -1,16 +1,14 @@
-// The Python module engine._native: everything it exports is listed at the end of this file.
+// The Python module engine._native: what it exports is listed at the end of this file, and of
+// bind_fused.cpp.
 //
 // It knows no tensors, only addresses and sizes, so it fits every release of torch. The one caller
 // is engine/native.py, which checks tensors; what can be checked from numbers is checked here
 // again, so that no mistake in Python reaches a kernel.
-#include <pybind11/pybind11.h>
+#include "bind.h"
 
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "launch.h"
 #include "policy.h"
 
 namespace py = pybind11;
@@ -28,10 +26,6 @@ T* address(const py::dict& fields, const char* name) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(number(fields, name)));
 }
 
-void require(bool holds, const std::string& message) {
-  if (!holds) throw py::value_error(message);
-}
-
 int32_t size(const py::dict& fields, const char* name, int64_t least, int64_t most) {
   const int64_t value = number(fields, name);
   require(value >= least && value <= most, std::string(name) + " must be within " +
@@ -44,18 +38,6 @@ const CpuKernels& kernels(const std::string& isa) {
   const CpuKernels* table = cpu_kernels(isa.empty() ? nullptr : isa.c_str());
   require(table != nullptr, "this processor has no " + isa);
   return *table;
-}
-
-// Turn a kernel's status into a Python exception that names the operator.
-void raise_for(int status, const std::string& op) {
-  if (status == ok) return;
-  if (status == bad_slot) throw py::value_error(op + ": a slot or a count is out of range");
-  if (status == unsupported) throw py::value_error(op + ": no kernel for this head size or dtype");
-#if AVL_WITH_CUDA
-  throw std::runtime_error(op + ": " + cuda_error_text());
-#else
-  throw std::runtime_error(op + ": built without CUDA");
-#endif
 }
 
 // Waking a second thread costs about as much as reading this many bytes.
@@ -308,5 +290,6 @@ PYBIND11_MODULE(_native, m) {
         });
   m.def("rank", &avl::rank, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
   m.def("age", &avl::age, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
+  avl::bind_fused(m);
   m.def("read", &avl::read, py::arg("data"), py::arg("count"), py::arg("threads"));
 }

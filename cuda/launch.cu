@@ -5,41 +5,19 @@
 #include "levels.cuh"
 #include "policy.cuh"
 #include "products.cuh"
+#include "start.cuh"
 
 namespace avl {
 
 #ifdef AVL_EMULATED
-static int launched() {
-  return ok;
-}
 const char* cuda_error_text() {
   return "emulated";
 }
-struct OnDevice {
-  explicit OnDevice(int) {}
-};
 #else
-static int launched() {
-  return cudaPeekAtLastError() == cudaSuccess ? ok : cuda_error;
-}
 const char* cuda_error_text() {
   return cudaGetErrorString(cudaGetLastError());
 }
-
-// Launch on the tensors' device, then return to the one that was current.
-struct OnDevice {
-  int before = 0;
-  explicit OnDevice(int device) {
-    cudaGetDevice(&before);
-    cudaSetDevice(device);
-  }
-  ~OnDevice() { cudaSetDevice(before); }
-};
 #endif
-
-static unsigned parts(int64_t n, int64_t each) {
-  return unsigned((n + each - 1) / each);
-}
 
 template <class T, int LANES>
 static void start_attention(const AttentionArgs& a, void* stream) {

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 _MAX_GROUP = 64  # query heads that may share a kv head
 _GEMV_ROWS = 4
@@ -68,6 +68,12 @@ def loaded() -> bool:
     return _load()[0] is not None
 
 
+def cuda_module() -> ModuleType | None:
+    """The native module where it has CUDA kernels; None where it is missing or has not."""
+    module, _ = _load()
+    return module if module is not None and module.with_cuda else None
+
+
 def usable(q: Tensor, pool: Tensor) -> bool:
     """Whether a native attention kernel exists for these tensors' device, dtype and sizes."""
     module, _ = _load()
@@ -76,7 +82,7 @@ def usable(q: Tensor, pool: Tensor) -> bool:
     if q.device.type == "cuda" and not module.with_cuda:
         return False
     group = q.shape[1] // max(1, pool.shape[1])
-    known = pool.dtype in _DTYPES and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
+    known = pool.dtype in DTYPES and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
     return known and q.device.type in ("cpu", "cuda")
 
 
@@ -116,7 +122,7 @@ class AttentionPlan:
         assert lead is not None
         assert pool is not None
         check_inputs(lead, q, k, v, slots, count)
-        if pool.dtype not in _DTYPES or pool.shape[2] not in _HEAD_DIMS:
+        if pool.dtype not in DTYPES or pool.shape[2] not in _HEAD_DIMS:
             raise ValueError(f"no native kernel for a pool of {describe(pool)}")
         _check_strides(q=q, k=k, v=v, slots=slots)
         width = pool.shape[0] if slots is None else slots.shape[-1]
@@ -215,7 +221,7 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = ""
     if not 1 <= x.shape[0] <= _GEMV_ROWS:
         raise ValueError(f"x must have 1 to {_GEMV_ROWS} rows, got {describe(x)}")
     wide = x.dtype is torch.float32
-    known = weight.dtype in _DTYPES and (wide or x.dtype == weight.dtype)
+    known = weight.dtype in DTYPES and (wide or x.dtype == weight.dtype)
     if not known or x.is_cuda or weight.is_cuda:
         raise ValueError(f"x is {describe(x)} but weight is {describe(weight)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
@@ -226,7 +232,7 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = ""
         x = x.contiguous()
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     rows, size_in = x.shape
-    sizes = (_DTYPES[weight.dtype], wide, rows, size_in, y.shape[1], x.data_ptr(), x.stride(0))
+    sizes = (DTYPES[weight.dtype], wide, rows, size_in, y.shape[1], x.data_ptr(), x.stride(0))
     pointers = (weight.data_ptr(), _address(bias), y.data_ptr())
     module.gemv(*sizes, *pointers, torch.get_num_threads(), isa)
     return y
@@ -370,7 +376,7 @@ def _sizes(
     }
     pool_slots, kv_heads, head_dim = pool.shape
     return strides | {
-        "dtype": _DTYPES[pool.dtype],
+        "dtype": DTYPES[pool.dtype],
         "pool_slots": pool_slots,
         "kv_heads": kv_heads,
         "head_dim": head_dim,

@@ -10,21 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.cache.core_lists import CoreRuns
+from engine.cache.lengths import ATTENDS_CORE, POSITION, RERANKS, USED, Lengths
 from engine.cache.listed import ListedAttention
 from engine.cache.observe import attended_positions, show_step
-from engine.cache.policy import Budget, Policy
+from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.row import Row, Stored
-from engine.cache.text_slots import TextSlots
+from engine.cache.text_slots import Aging, TextSlots
 from engine.errors import CapacityError
+from engine.streams import InOrder, Side
 
-# The full list, the core list, and where rows differ: each row's own of the two.
-FULL, CORE, MIXED = 0, 1, 2
+# The full list, the core list, and where rows differ: each row's own of the two. The spare takes
+# turns with the core list where selection writes one while the other is in use.
+FULL, CORE, MIXED, SPARE = 0, 1, 2, 3
+
+# Shapes that other rows are to fit as well are rounded up to multiples of this.
+ROUNDED = 128
 
 
 class DecodeView:
@@ -38,12 +46,44 @@ class DecodeView:
         return self.step.attend(self.layer, q, k, v)
 
 
+class EdgeView(DecodeView):
+    """The view of the first or last layer of a part, where selection is awaited or started."""
+
+    def __init__(self, step: Decoding, layer: int, part: int) -> None:
+        super().__init__(step, layer)
+        layers = step.parts[part]
+        self._part = part
+        self._first, self._last = layer == layers.start, layer == layers.stop - 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``View.attend``."""
+        if self._first:
+            self.step.arrive(self._part)
+        out = self.step.attend(self.layer, q, k, v)
+        if self._last:
+            self.step.leave(self._part)
+        return out
+
+
+class StepPlan(NamedTuple):
+    """What a step's launches are given, fixed before its first layer."""
+
+    words: Tensor  # [WORDS, rows] int32, see Lengths
+    part_words: Tensor  # [WORDS, layers of a part * rows]
+    first: Tensor  # [layers, rows] int32: how many entries of a list come before the text
+    kind: int  # which lists are attended
+    reranks: bool  # whether some row's core is ranked again
+    scores: bool  # whether logits are wanted
+    core: int  # FULL, or which of the core lists serves in this step
+    next_core: int  # ... and in the next
+
+
 class Decoding:
     """The decode state of some rows: what each step writes, attends, ranks and evicts.
 
     Run the decoder on the next tokens with this object as its step, then call ``advance``. The
     order within a step: write, attend, accumulate, then evict one text token per head - or
-    extend, when the budget grew.
+    extend, when the budget grew. The last two are *selection*; ``side`` says where it runs.
 
     35 fixed + 576 image + 22 text tokens under S45 C30 T70 (floor 20): the full list holds
     35 + 259 + 20 = 314 slots, the core list 35 + 172 + 20 = 227, each plus the token being written.
@@ -51,27 +91,65 @@ class Decoding:
     Attributes:
         positions: ``[rows]`` int64 positions of the tokens that the next step processes.
         opening: ``[rows]``, see ``Step``.
-        lists: ``[3, layers, rows, max]`` int32 pool slots of the full, core and mixed lists.
+        lengths: what follows from lengths alone, and ``seen`` and ``evicts`` of them.
+        kinds: for each row which list the coming step attends.
+        lists: ``[3 or 4, layers, rows, max]`` int32 pool slots of the lists of each kind.
         shared: ``[full or core][row][layer]``, how many slots before the text a list holds.
         text: the evictable text.
+        parts: the layers that are selected together.
         logits, lse: per layer what the last step left, None unless it was asked for.
     """
 
-    def __init__(self, pools: Sequence[Pool], policy: Policy, rows: list[Row]) -> None:
-        self.pools, self.policy, self.rows = pools, policy, rows
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        policy: Policy,
+        rows: list[Row],
+        side: Side | None = None,
+        *,
+        static: bool = False,
+    ) -> None:
+        """``static``: shapes leave room, so that other rows may take these rows' place."""
+        self.pools, self.policy, self.rows, self.static = pools, policy, rows, static
         self.device, self.kv_heads = pools[0].k.device, pools[0].k.shape[1]
-        self.views = [DecodeView(self, layer) for layer in range(len(pools))]
-        self.seen = [row.seen for row in rows]
+        watched = any(row.observer is not None for row in rows)
+        # An observer reads every step before it is closed: nothing may still be running then.
+        self.side: Side = InOrder() if watched or side is None else side
+        self.lengths = Lengths(policy, rows)
         self.opening = torch.tensor([row.opening for row in rows], device=self.device)
-        self.evicts = [self._budget(r) is not None for r in range(len(rows))]
-        self.text = TextSlots(rows, self.kv_heads, any(self.evicts), self.device)
+        self.parts = self._divide(len(pools))
+        places = self._rounded(max(self.lengths.room) + 1)
+        self.text = TextSlots(rows, self.lengths, self.kv_heads, places, self.device)
         self._head = torch.arange(self.kv_heads, device=self.device)
+        self._write = torch.empty_like(self.text.write).flatten(1)
+        self._write_of = list(self._write)
         self._pack_lists()
-        self._runs = self._core_runs()
+        self._runs = [self._core_runs(layers) for layers in self.parts]
+        self._aging = [Aging(self.text, part) for part in self.parts] if self.text.evicts else []
+        self.views = [self._view(layer) for layer in range(len(pools))]
         self.logits: list[Tensor | None] = [None] * len(pools)
         self.lse: list[Tensor | None] = [None] * len(pools)
         self._scores: list[tuple[Tensor, Tensor]] = []
+        self._part_scores: list[tuple[Tensor, Tensor]] = []
+        self._error = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._core = CORE
+        self._watched: dict[int, list[Tensor]] = {}
         self._prepare()
+
+    @property
+    def seen(self) -> list[int]:
+        """See ``Lengths``."""
+        return self.lengths.seen
+
+    @property
+    def evicts(self) -> list[bool]:
+        """See ``Lengths``."""
+        return self.lengths.evicts
+
+    @property
+    def tiered(self) -> bool:
+        """Whether some row has a core tier."""
+        return bool(self._runs[0])
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -83,89 +161,130 @@ class Decoding:
         """Decoding never narrows."""
         return None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the rows' new token and attend the step's lists."""
+    def arrive(self, part: int) -> None:
+        """Before a part's first layer: its last selection must be done; say where to write."""
         if self._overfull:
             raise CapacityError(
                 f"row {self._overfull[0]} of the cache has no free slot for another token",
                 hint="reserve more with new_tokens when it is prefilled",
             )
-        pool, write = self.pools[layer], self._write[layer]
-        head_dim = k.shape[-1]
+        layers, plan = self.parts[part], self._plan
+        wanted = plan.reranks or self.text.evicts
+        self.side.begin(part, partial(self._select, part, plan) if wanted else None)
+        if plan.kind == MIXED:
+            core, full = self.lists[plan.core, layers], self.lists[FULL, layers]
+            attends_core = plan.words[ATTENDS_CORE, :, None] > 0
+            torch.where(attends_core, core, full, out=self.lists[MIXED, layers])
+        write, places = self.text.write[layers], self._write[layers]
+        torch.add(self._head, write, alpha=self.kv_heads, out=places.view_as(write))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write the rows' new token and attend the step's lists."""
+        pool, write, head_dim = self.pools[layer], self._write_of[layer], k.shape[-1]
         pool.k.view(-1, head_dim).index_copy_(0, write, k.reshape(-1, head_dim))
         pool.v.view(-1, head_dim).index_copy_(0, write, v.reshape(-1, head_dim))
-        attention = self._attention[self._kind][layer]
-        if not self._scores_wanted:
+        attention = self._attention[self._plan.kind][layer]
+        if not self._plan.scores:
             return attention(q, None)
         if not self._scores:
             self._make_scores(q.shape[1])
         return attention(q, self._scores[layer])
 
-    def _make_scores(self, heads: int) -> None:
-        """Buffers for the logits of all layers, once they are wanted."""
-        _, layers, rows, longest = self.lists.shape
-        self._all_logits = torch.empty(layers, rows, heads, longest, device=self.device)
-        self._all_lse = torch.empty(layers, rows, heads, device=self.device)
-        self._scores = list(zip(self._all_logits, self._all_lse, strict=True))
-        self.logits, self.lse = list(self._all_logits), list(self._all_lse)
-
-    def advance(self) -> None:
-        """Close the step: account, rank, evict or extend, and set up the next one."""
-        attended = {
+    def leave(self, part: int) -> None:
+        """Behind a part's last attention: start its selection."""
+        if not self.text.evicts:
+            self.text.write[self.parts[part]] += 1
+        self._watched = {
             r: attended_positions(self, r) for r, row in enumerate(self.rows) if row.observer
         }
-        for r, row in enumerate(self.rows):
-            row.step += 1
-            row.attended_share.append(self._attended[r] / (self.seen[r] + 1))
-        reranked = [r for r, row in enumerate(self.rows) if self.policy.reranks(row.step)]
-        for run in self._runs if reranked else ():
-            run.choose(
-                self._all_logits, self._all_lse, self.lists[FULL], self.lists[CORE], reranked
-            )
-        self.seen = [seen + 1 for seen in self.seen]
-        if any(self.evicts):
-            budgets = [self._budget(r) for r in range(len(self.rows))]
-            self.text.evict_or_grow(
-                self._all_logits, self._all_lse, self._text_first, budgets, self.seen
-            )
-        else:
-            self.text.grow()
-        for r, positions in attended.items():
+        self.side.start(part)
+
+    def _select(self, part: int, plan: StepPlan) -> None:
+        """Rank the images and age the text of a part's layers by the weights of a step."""
+        layers, (logits, lse) = self.parts[part], self._part_scores[part]
+        core, out = self.lists[plan.core, layers], self.lists[plan.next_core, layers]
+        for run in self._runs[part] if plan.reranks else ():
+            full = self.lists[FULL, layers]
+            run.choose(logits, lse, plan.part_words, full, core, out, self._error)
+            core = out
+        if self._aging:
+            first = plan.first[layers].flatten()
+            self._aging[part].evict_or_grow(logits, lse, first, plan.part_words, self._error)
+
+    def advance(self) -> None:
+        """Close the step and set up the next one."""
+        self.account()
+        self._core = self._plan.next_core
+        for r, positions in self._watched.items():
             show_step(self, r, positions)
         self._prepare()
 
-    def _prepare(self) -> None:
-        """Choose every row's list, and say where the new token goes."""
-        self.kinds = [CORE if self.policy.attends_core(row.step + 1) else FULL for row in self.rows]
-        reranks = bool(self._runs) and any(self.policy.reranks(r.step + 1) for r in self.rows)
-        watched = any(row.observer is not None for row in self.rows)
-        self._scores_wanted = any(self.evicts) or reranks or watched
-        self.positions = torch.tensor(self.seen, device=self.device)
-        text = [kept + 1 for kept in self.text.kept]
-        room = zip(self.text.kept, self.text.room, strict=True)
-        self._overfull = [r for r, (kept, fits) in enumerate(room) if kept >= fits]
-        self._attended = [self._mean_shared[kind][r] + text[r] for r, kind in enumerate(self.kinds)]
-        self._write = (self.text.write * self.kv_heads + self._head).flatten(1)
-        self._kind = self.kinds[0] if len(set(self.kinds)) == 1 else MIXED
-        if self._kind == MIXED:
-            for r, kind in enumerate(self.kinds):
-                self.lists[MIXED][:, r] = self.lists[kind][:, r]
-                self._first[MIXED][:, r] = self._first[kind][:, r]
-        self._text_first = self._first[self._kind]
-        in_use = torch.tensor(text, dtype=torch.int32, device=self.device)
-        torch.add(self._text_first, in_use, out=self._count[self._kind])
+    def account(self) -> None:
+        """Count a step that has been done."""
+        lengths = self.lengths
+        for r, (row, kind) in enumerate(zip(self.rows, lengths.kinds(), strict=True)):
+            attended = self._mean_shared[kind][r] + lengths.kept[r] + 1
+            row.attended_share.append(attended / (lengths.seen[r] + 1))
+            row.step += 1
+        lengths.advance()
 
-    def _budget(self, r: int) -> Budget | None:
-        layout = self.rows[r].layers[0].layout
-        return self.policy.text_budget(*layout.lengths(self.seen[r] - layout.seen))
+    def _prepare(self) -> None:
+        """Plan the coming step: the lists that are attended, and what is selected behind it."""
+        words = self.lengths.words()
+        self.kinds = words[ATTENDS_CORE]
+        self._overfull = self.lengths.overfull()
+        kind = self.kinds[0] if len(set(self.kinds)) == 1 else MIXED
+        values = torch.tensor(words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self.plan(values.to(self.device, non_blocking=True), kind, any(words[RERANKS]))
+
+    def plan(self, words: Tensor, kind: int, reranks: bool) -> None:
+        """Plan the coming step from its ``words [WORDS, rows]``; nothing is read by the host.
+
+        ``kind``: the list that all rows attend, or MIXED, which is right for any.
+        """
+        self.positions = words[POSITION].long()
+        first = self._first[kind]
+        if kind == MIXED:
+            first = torch.where(words[ATTENDS_CORE] > 0, self._first[CORE], first)
+        reranks = reranks and self.tiered
+        core = self._core
+        following = CORE + SPARE - core if reranks and self.side.per_layer else core
+        wide = words.repeat(1, self.parts[0].stop)
+        scores = reranks or self.text.evicts or any(row.observer is not None for row in self.rows)
+        kind = core if kind == CORE else kind
+        self._plan = StepPlan(words, wide, first, kind, reranks, scores, core, following)
+        torch.add(first, words[USED], out=self._count[kind])
 
     # -- packing rows into tensors ----------------------------------------------------------------
+
+    def _divide(self, layers: int) -> list[slice]:
+        """The layers of each part."""
+        size = 1 if self.side.per_layer else layers
+        return [slice(start, start + size) for start in range(0, layers, size)]
+
+    def _view(self, layer: int) -> DecodeView:
+        part = layer // self.parts[0].stop
+        edges = self.parts[part].start, self.parts[part].stop - 1
+        return EdgeView(self, layer, part) if layer in edges else DecodeView(self, layer)
+
+    def _rounded(self, count: int) -> int:
+        return -(-count // ROUNDED) * ROUNDED if self.static else count
+
+    def _make_scores(self, heads: int) -> None:
+        """Buffers for the logits of all layers, once they are wanted."""
+        _, layers, rows, longest = self.lists.shape
+        logits = torch.empty(layers, rows, heads, longest, device=self.device)
+        lse = torch.empty(layers, rows, heads, device=self.device)
+        self._scores = list(zip(logits, lse, strict=True))
+        self._part_scores = [(logits[p].flatten(0, 1), lse[p].flatten(0, 1)) for p in self.parts]
+        self.logits, self.lse = list(logits), list(lse)
 
     def _pack_lists(self) -> None:
         """Build both lists, their text tails written ahead to the end of the extents."""
         layers, rows = len(self.pools), len(self.rows)
-        longest = max(stored.capacity for row in self.rows for stored in row.layers)
-        lists = torch.zeros(3, layers, rows, longest, dtype=torch.int32)
+        longest = self._rounded(max(s.capacity for row in self.rows for s in row.layers))
+        planes = 4 if self.side.per_layer else 3
+        lists = torch.zeros(planes, layers, rows, longest, dtype=torch.int32)
         self.shared: list[list[list[int]]] = [[], []]
         for r, row in enumerate(self.rows):
             sizes: list[list[int]] = [[], []]
@@ -179,16 +298,18 @@ class Decoding:
             self.shared[CORE].append(sizes[CORE])
         self.lists = lists.to(self.device)
         self._mean_shared = [[sum(row) / layers for row in kind] for kind in self.shared]
-        first = torch.tensor([*self.shared, self.shared[FULL]], dtype=torch.int32)
+        both_counts = [self.shared[FULL], self.shared[CORE]]
+        planes_of = [*both_counts, self.shared[FULL], self.shared[CORE]][:planes]
+        first = torch.tensor(planes_of, dtype=torch.int32)
         self._first = first.transpose(1, 2).contiguous().to(self.device)
         self._count = torch.zeros_like(self._first)
         self._attention = [
-            [self._listed(kind, layer) for layer in range(layers)] for kind in (FULL, CORE, MIXED)
+            [self._listed(kind, layer) for layer in range(layers)] for kind in range(planes)
         ]
 
     def _listed(self, kind: int, layer: int) -> ListedAttention:
         """The attention of one layer over one kind of list."""
-        alone = kind == FULL and len(self.rows) == 1
+        alone = kind == FULL and len(self.rows) == 1 and not self.static
         return ListedAttention(
             self.pools[layer],
             self.lists[kind, layer, :, None],
@@ -196,11 +317,33 @@ class Decoding:
             self.rows[0].layers[layer].start if alone else None,
         )
 
-    def _core_runs(self) -> list[CoreRuns]:
+    def _core_runs(self, layers: slice) -> list[CoreRuns]:
         """What re-ranking rewrites, picture by picture; nothing where no row has a core tier."""
         tiered = [row for row in self.rows if any(s.core is not None for s in row.layers)]
         pictures = max((len(row.image_spans) for row in tiered), default=0)
-        return [CoreRuns(self.rows, self.policy, number, self.device) for number in range(pictures)]
+        core, most = self.lists[CORE, layers], self.lists.shape[-1] if self.static else None
+        return [CoreRuns(self.rows, self.policy, n, core, most) for n in range(pictures)]
+
+    def adopt(self, other: Decoding) -> None:
+        """Take over the rows of ``other``, see ``fits``; every tensor stays where it is."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
+        self.rows, self.lengths = other.rows, other.lengths
+        self.shared, self._mean_shared = other.shared, other._mean_shared
+        self.text.follow(self.lengths)
+        self._prepare()
+
+    def fits(self, other: Decoding) -> bool:
+        """Whether the rows of ``other`` could be adopted."""
+        both = zip(self._tensors(), other._tensors(), strict=False)
+        return len(self._tensors()) == len(other._tensors()) and all(
+            mine.shape == theirs.shape for mine, theirs in both
+        )
+
+    def _tensors(self) -> list[Tensor]:
+        """All on the device that differs from rows to rows."""
+        runs = [tensor for part in self._runs for run in part for tensor in run.tensors()]
+        return [self.opening, self.lists, self._first, *self.text.tensors(), *runs]
 
     # -- what lies where --------------------------------------------------------------------------
 
@@ -227,13 +370,17 @@ class Decoding:
     def _core_slots(self, r: int, layer: int) -> Tensor:
         """Slots of the core image tokens, relative to the extent."""
         stored = self.rows[r].layers[layer]
-        listed = self.lists[CORE][layer, r, : self.shared[CORE][r][layer]].long() - stored.start
+        listed = self.lists[self._core, layer, r, : self.shared[CORE][r][layer]].long()
+        listed -= stored.start
         return listed[stored.layout.image_of[listed] >= 0]
 
     # -- back to rows -----------------------------------------------------------------------------
 
     def settle(self, r: int) -> Row:
         """Write row ``r``'s state back, its text slots closed up, so that a turn can follow."""
+        self.side.join()
+        if self.device.type == "cuda" and int(self._error):
+            raise ValueError("selection: an entry or a count is out of range")
         row = self.rows[r]
         if self.evicts[r]:
             self._close_up(r)

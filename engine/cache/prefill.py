@@ -49,6 +49,13 @@ class LayerView:
         """See ``View.attend``."""
         return self.step.attend(self.layer, q, k, v)
 
+    def destination(self) -> None:
+        """What is stored is chosen by attention: see ``View.destination``."""
+
+    def attend_stored(self, q: Tensor) -> Tensor:
+        """Never called."""
+        raise NotImplementedError
+
 
 class Uncached:
     """A forward pass that stores nothing: exact logits of a whole prompt."""

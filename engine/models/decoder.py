@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import fused
+from engine.fused import Destination, rope_write, silu_mul
 from engine.models.config import ConfigReader
 from engine.models.layers import Embedding, Linear, RMSNorm, SideBySide
 
 # On a CPU, hidden sizes up to this gain from prepared weights; larger ones only pay for the copy.
 PREPARE_UP_TO = 1024
+# Layers that take the same input, in the order in which their weights lie side by side.
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,12 @@ class View(Protocol):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v ``[tokens, kv_heads, head_dim]``, attend q ``[tokens, heads, head_dim]``."""
 
+    def destination(self) -> Destination | None:
+        """Where k and v may be stored by the caller; None where ``attend`` must see them."""
+
+    def attend_stored(self, q: Tensor) -> Tensor:
+        """Attend q once k and v are stored."""
+
 
 class Step(Protocol):
     """One forward pass as the cache sees it: a prefill of one sequence or a decode step of rows.
@@ -183,8 +193,7 @@ def turned(angles: Tensor, dtype: torch.dtype) -> Tables:
 
 def rotate(x: Tensor, tables: Tables) -> Tensor:
     """Rotate ``x [tokens, heads, head_dim]`` by its tokens' positions; keeps its dtype."""
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * tables.cos, swapped, tables.sin).to(x.dtype)
+    return fused.rotate(x, tables.cos, tables.sin)
 
 
 class DecoderLayer(nn.Module):
@@ -204,23 +213,32 @@ class DecoderLayer(nn.Module):
         self.gate_proj = Linear(hidden, config.mlp, bias=False)
         self.up_proj = Linear(hidden, config.mlp, bias=False)
         self.down_proj = Linear(config.mlp, hidden, bias=False)
-        self.qkv = SideBySide(self.q_proj, self.k_proj, self.v_proj)
-        self.gate_up = SideBySide(self.gate_proj, self.up_proj)
+        self.qkv = SideBySide(*(getattr(self, name) for name in QKV))
+        self.gate_up = SideBySide(*(getattr(self, name) for name in GATE_UP))
 
-    def forward(self, hidden: Tensor, tables: Tables, view: View) -> Tensor:
-        """One layer over ``hidden [tokens, hidden]``."""
-        hidden = hidden + self.attention(self.attn_norm(hidden), tables, view)
-        gate, up = self.gate_up(self.mlp_norm(hidden))
-        return hidden + self.down_proj(F.silu(gate) * up)
+    def forward(
+        self, hidden: Tensor, delta: Tensor | None, tables: Tables, view: View
+    ) -> tuple[Tensor, Tensor]:
+        """One layer over the stream ``hidden + delta``, ``[tokens, hidden]`` each.
+
+        Returns the stream in the same two parts: the next norm adds them in passing.
+        """
+        hidden, normed = self.attn_norm.after(hidden, delta)
+        hidden, normed = self.mlp_norm.after(hidden, self.attention(normed, tables, view))
+        gate, up = self.gate_up(normed)
+        return hidden, self.down_proj(silu_mul(gate, up))
 
     def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         shape = (len(normed), -1, self.config.head_dim)
         q, k, v = (part.view(shape) for part in self.qkv(normed))
-        q, k = rotate(q, tables), rotate(k, tables)
-        if tables.scale is not None:
-            q = q * tables.scale
-        return self.o_proj(view.attend(q, k, v).flatten(1))
+        to = view.destination() if fused.switched_on() else None
+        if to is not None:
+            out = view.attend_stored(rope_write(q, k, v, *tables, to))
+        else:
+            q, k = rotate(q, tables), rotate(k, tables)
+            out = view.attend(q if tables.scale is None else q * tables.scale, k, v)
+        return self.o_proj(out.flatten(1))
 
 
 class Decoder(nn.Module):
@@ -233,6 +251,21 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = Linear(config.hidden, config.vocab, bias=False)
+
+    def room(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
+        """Where the parameter ``name`` shall lie that is multiplied together with others.
+
+        None for one that stands alone, such as a norm's or ``layers.3.o_proj.weight``.
+        """
+        *path, module, leaf = name.split(".")
+        if path[:1] != ["layers"]:
+            return None
+        layer = self.layers[int(path[1])]
+        assert isinstance(layer, DecoderLayer)
+        for joined, parts in ((layer.qkv, QKV), (layer.gate_up, GATE_UP)):
+            if module in parts:
+                return joined.room(parts.index(module), leaf, dtype, device)
+        return None
 
     def prepare(self, device: torch.device) -> None:
         """Build what is computed and not loaded: rotary frequencies in fp32, prepared weights.
@@ -254,13 +287,14 @@ class Decoder(nn.Module):
         token always among them.
         """
         tables = self.rotation.tables(step, hidden.dtype)
+        delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, tables, step.view(index))
+            hidden, delta = layer(hidden, delta, tables, step.view(index))
             kept = step.narrow(index)
             if kept is not None:
-                hidden = hidden[kept]
+                hidden, delta = hidden[kept], delta[kept]
                 tables = tables.narrowed(kept)
-        return self.norm(hidden)
+        return self.norm.after(hidden, delta)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token ``[tokens, vocab]`` in fp32."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.fused import add_norm
 from engine.native import linear, narrowed
 
 
@@ -23,6 +24,12 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         weight = self.weight
         return torch.rms_norm(hidden, weight.shape, weight, self.eps)
+
+    def after(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``hidden + delta``, and that normalised; without ``delta`` nothing is added."""
+        if delta is None:
+            return hidden, self(hidden)
+        return add_norm(hidden, delta, self.weight, self.eps)
 
 
 class Embedding(nn.Module):
@@ -54,8 +61,9 @@ class Linear(nn.Linear):
 class SideBySide:
     """Several linear layers of one input.
 
-    ``prepare`` lays their weights side by side, so that one product replaces several; the layers'
-    own parameters become views of it.
+    Their weights may lie side by side, so that one product replaces several; the layers' own
+    parameters are then views of it. Either the loader fills them where ``room`` says, or
+    ``prepare`` moves them there.
     """
 
     def __init__(self, *layers: Linear) -> None:
@@ -65,14 +73,31 @@ class SideBySide:
         self.bias: Tensor | None = None
         self.narrow: Tensor | None = None
 
+    def room(self, index: int, leaf: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """Where the weight or bias (``leaf``) of layer ``index`` shall lie, uninitialised at first.
+
+        All the layers' rooms are one tensor, allocated for the first of them.
+        """
+        joined = getattr(self, leaf)
+        if joined is None:
+            part = getattr(self.layers[index], leaf)
+            size = (sum(self._sizes), *part.shape[1:])
+            joined = torch.empty(size, dtype=dtype, device=device)
+            setattr(self, leaf, joined)
+        return joined.split(self._sizes)[index]
+
     def prepare(self) -> None:
-        """Copy the weights side by side, and keep them in 16 bits too where nothing is lost."""
-        self.weight = torch.cat([layer.weight.data for layer in self.layers])
-        for layer, part in zip(self.layers, self.weight.split(self._sizes), strict=True):
-            layer.weight.data = part
-        if self.layers[0].bias is not None:
-            self.bias = torch.cat([layer.bias.data for layer in self.layers])
+        """Move the weights side by side, and keep them in 16 bits too where nothing is lost."""
+        if self.weight is None:
+            self._join()
+        assert self.weight is not None
         self.narrow = narrowed(self.weight)
+
+    def _join(self) -> None:
+        for leaf in ("weight", "bias") if self.layers[0].bias is not None else ("weight",):
+            for index, layer in enumerate(self.layers):
+                own = getattr(layer, leaf)
+                own.data = self.room(index, leaf, own.dtype, own.device).copy_(own.data)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """Every layer's ``[tokens, out]`` from ``[tokens, in]``."""

@@ -1,0 +1,269 @@
+"""The small steps between a decoder layer's products, each of them one kernel on a GPU.
+
+Plain torch launches about twenty kernels a layer for what four do here: ``add_norm``,
+``rope_write``, ``silu_mul``, and ``argmax`` over the vocabulary. Each has a torch twin
+(``*_torch``), which defines it and which is what runs unless the tensors lie on a GPU and the
+environment says ``AVL_FUSED=1``. Nothing here waits for the device, so that all four can be
+captured in a CUDA graph; a place out of range sets a flag that ``check`` reads.
+
+With ``AVL_FUSED=1`` the decoder rotates and stores in one step on a CPU too, through the twins, and
+``engine.loading`` lays the weights of q, k, v and of gate, up side by side there as on a GPU.
+"""
+
+import functools
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import native
+from engine.native import DTYPES, describe
+
+
+class Destination(NamedTuple):
+    """Where a step's new keys and values go.
+
+    A pool's rows are counted over slots and heads: ``write`` ``[tokens * kv_heads]`` int64 holds
+    ``slot * kv_heads + head`` for each head of each token.
+    """
+
+    k: Tensor  # [slots, kv_heads, head_dim]
+    v: Tensor
+    write: Tensor
+
+
+@functools.cache
+def switched_on() -> bool:
+    """Whether the environment asks for the fused kernels and weights."""
+    return os.environ.get("AVL_FUSED") == "1"
+
+
+def add_norm(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``hidden + delta`` and its root-mean-square norm, both ``[tokens, size]``; weight ``[size]``.
+
+    One dtype for all. Raises ValueError where a tensor does not fit.
+
+    >>> total, normed = add_norm(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([1.0, 3.0]), 0)
+    >>> total.tolist(), normed.tolist()
+    ([[2.0, 2.0]], [[1.0, 3.0]])
+    """
+    kernels = _kernels(hidden)
+    if kernels is None:
+        return add_norm_torch(hidden, delta, weight, eps)
+    hidden, delta = _rows(hidden=hidden, delta=delta)
+    _refuse("delta", delta, hidden, hidden.shape)
+    _refuse("weight", weight, hidden, hidden.shape[1:])
+    total, normed = (
+        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) for _ in range(2)
+    )
+    if hidden.numel():
+        pairs = (*_at(hidden), *_at(delta))
+        results = (weight.contiguous().data_ptr(), total.data_ptr(), normed.data_ptr())
+        kernels.add_norm(*_sizes(hidden), *pairs, *results, eps, *_where(hidden))
+    return total, normed
+
+
+def rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None,
+    to: Destination,
+) -> Tensor:
+    """Rotate q and return it ``[tokens, heads, head_dim]``; rotate k and store it and v in ``to``.
+
+    k and v ``[tokens, kv_heads, head_dim]``; cos and sin ``[tokens, 1, head_dim]`` in the dtype of
+    q or in float32, the sine's first half negated; scale ``[tokens, 1, 1]`` multiplies the rotated
+    queries. No two tokens may go to the same place. Raises ValueError where a tensor does not fit;
+    a place out of range raises IndexError on a CPU and sets the flag of ``check`` on a GPU.
+    """
+    kernels = _kernels(q)
+    if kernels is None:
+        return rope_write_torch(q, k, v, cos, sin, scale, to)
+    _check_rope(q, k, v, cos, sin, scale, to)
+    tokens, heads, head_dim = q.shape
+    q, k, v = _rows(q=q.flatten(1), k=k.flatten(1), v=v.flatten(1))
+    out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
+    if tokens:
+        sizes = (DTYPES[q.dtype], cos.dtype is torch.float32, tokens, heads, to.k.shape[1])
+        places = (to.k.shape[0] * to.k.shape[1], to.write.data_ptr(), _flag(q.device).data_ptr())
+        factor = 0 if scale is None else scale.contiguous().data_ptr()
+        tables = (cos.data_ptr(), sin.data_ptr(), factor)
+        pools = (out.data_ptr(), to.k.data_ptr(), to.v.data_ptr())
+        rows = (*_at(q), *_at(k), *_at(v))
+        kernels.rope_write(*sizes, head_dim, *rows, *tables, *pools, *places, *_where(q))
+    return out
+
+
+def check(device: torch.device) -> None:
+    """Raise ValueError if ``rope_write`` met a place out of range on ``device``; waits for it."""
+    flag = _flag(device)
+    if int(flag.item()):
+        flag.zero_()
+        raise ValueError("rope_write: a place is out of range")
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, ``[tokens, size]``: the two halves of a gated MLP's first product.
+
+    >>> silu_mul(torch.tensor([[0.0, 100.0]]), torch.tensor([[7.0, 2.0]])).tolist()
+    [[0.0, 200.0]]
+    """
+    kernels = _kernels(gate)
+    if kernels is None:
+        return silu_mul_torch(gate, up)
+    gate, up = _rows(gate=gate, up=up)
+    _refuse("up", up, gate, gate.shape)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        rows = (*_at(gate), *_at(up))
+        kernels.silu_mul(*_sizes(gate), *rows, out.data_ptr(), *_where(gate))
+    return out
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """Where each row of ``scores [rows, size]`` is largest: int64 ``[rows]``.
+
+    Ties go to the lowest index; NaN counts as larger than every number, as in torch. Raises
+    ValueError for rows of nothing.
+    """
+    if scores.ndim != 2 or not scores.shape[1]:
+        raise ValueError(f"scores must be rows of something, got {describe(scores)}")
+    kernels = _kernels(scores)
+    if kernels is None:
+        return argmax_torch(scores)
+    (scores,) = _rows(scores=scores)
+    out = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
+    if len(scores):
+        kernels.argmax(*_sizes(scores), *_at(scores), out.data_ptr(), *_where(scores))
+    return out
+
+
+# -- the torch twins ------------------------------------------------------------------------------
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x [tokens, heads, head_dim]`` by tables as in ``rope_write``; keeps its dtype."""
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+def add_norm_torch(
+    hidden: Tensor, delta: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Define ``add_norm``."""
+    total = hidden + delta
+    return total, torch.rms_norm(total, weight.shape, weight, eps)
+
+
+def rope_write_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None,
+    to: Destination,
+) -> Tensor:
+    """Define ``rope_write``."""
+    head_dim = q.shape[-1]
+    for pool, new in ((to.k, rotate(k, cos, sin)), (to.v, v)):
+        pool.view(-1, head_dim).index_copy_(0, to.write, new.reshape(-1, head_dim))
+    rotated = rotate(q, cos, sin)
+    return rotated if scale is None else rotated * scale
+
+
+def silu_mul_torch(gate: Tensor, up: Tensor) -> Tensor:
+    """Define ``silu_mul``."""
+    return F.silu(gate) * up
+
+
+def argmax_torch(scores: Tensor) -> Tensor:
+    """Define ``argmax``."""
+    return scores.argmax(-1)
+
+
+# -- checking tensors -----------------------------------------------------------------------------
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The native module where it serves ``x``: on a GPU, when switched on."""
+    return native.cuda_module() if x.is_cuda and switched_on() else None
+
+
+def _rows(**named: Tensor) -> list[Tensor]:
+    """Tensors ``[rows, size]`` whose rows are contiguous, copied where they are not."""
+    for name, x in named.items():
+        if x.ndim != 2 or x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be 2-dimensional and float, got {describe(x)}")
+    return [x if x.stride(1) == 1 else x.contiguous() for x in named.values()]
+
+
+def _refuse(name: str, x: Tensor, like: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless ``x`` has this shape, and dtype and device of ``like``."""
+    if x.shape != shape or x.dtype != like.dtype or x.device != like.device:
+        wanted = f"{list(shape)} {str(like.dtype).removeprefix('torch.')} on {like.device}"
+        raise ValueError(f"{name} must be {wanted}, got {describe(x)}")
+
+
+def _check_rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None,
+    to: Destination,
+) -> None:
+    if q.ndim != 3 or q.shape[-1] % 2 or to.k.ndim != 3:
+        raise ValueError(f"q is {describe(q)}, the pool {describe(to.k)}")
+    tokens, _, head_dim = q.shape
+    kv_heads = to.k.shape[1]
+    for name, x in (("k", k), ("v", v)):
+        _refuse(name, x, q, torch.Size((tokens, kv_heads, head_dim)))
+    for name, pool in (("k", to.k), ("v", to.v)):
+        _refuse(f"the pool of {name}", pool, q, torch.Size((len(to.k), kv_heads, head_dim)))
+    table = cos if cos.dtype is torch.float32 else q
+    for name, x in (("cos", cos), ("sin", sin)):
+        _refuse(name, x, table, torch.Size((tokens, 1, head_dim)))
+    if scale is not None:
+        _refuse("scale", scale, q, torch.Size((tokens, 1, 1)))
+    if to.write.dtype is not torch.int64 or to.write.shape != (tokens * kv_heads,):
+        raise ValueError(f"write must be [{tokens * kv_heads}] int64, got {describe(to.write)}")
+    fixed = {
+        "the pool of k": to.k,
+        "the pool of v": to.v,
+        "cos": cos,
+        "sin": sin,
+        "write": to.write,
+    }
+    for name, x in fixed.items():
+        if not x.is_contiguous() or x.device != q.device:
+            raise ValueError(f"{name} must be contiguous on {q.device}, got {describe(x)}")
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return DTYPES[x.dtype], x.shape[0], x.shape[1]
+
+
+def _at(x: Tensor) -> tuple[int, int]:
+    """Address and stride of the rows; a single row may claim any stride."""
+    return x.data_ptr(), x.stride(0) if len(x) > 1 else x.shape[1]
+
+
+def _where(x: Tensor) -> tuple[int, int]:
+    """Number of the GPU and handle of torch's current stream there; zeros on a CPU."""
+    if not x.is_cuda:
+        return 0, 0
+    return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream
+
+
+@functools.cache
+def _flag(device: torch.device) -> Tensor:
+    """What ``rope_write`` sets where a place is out of range."""
+    return torch.zeros(1, dtype=torch.int32, device=device)

@@ -1,21 +1,28 @@
-"""Draw the A-VL paper's figures on how a model looks at pictures (1 and 3 to 5), and their data.
+"""Draw the A-VL paper's figures from this engine, and write their data as CSV.
 
-python -m bench.figures --model FOLDER --output docs/figures
+    python -m bench.figures                       all that can be drawn
+    python -m bench.figures --only attention --model FOLDER
+    python -m bench.figures --only results        what bench/results holds
 
-Every picture of examples/questions.json is described under the full cache, so that what is drawn
-is the model's doing and not a policy's. Each figure is written as PNG and as CSV. The numbers are
-means over the pictures; a step counts those answers that reach it. Needs matplotlib.
+Figures 1 and 3 to 5, on how a model looks at pictures, are measured here: every picture of
+examples/questions.json is described under the full cache, so that what is drawn is the model's
+doing and not a policy's. They are means over the pictures; a step counts those answers that reach
+it. Figure 8 is drawn from what `python -m bench.latency` has measured, figures 9 and 10 from
+`python -m bench.quality --sweep ...`; what has not been measured is named and left out. Needs
+matplotlib.
 """
 
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from bench.common import ROOT
+from bench.common import RESULTS, ROOT, progress
+from bench.quality import SWEEPS
+from engine.cache.specs import parse
 from engine.engine import Engine
 from engine.insight.measures import (
     agreement_between_layers,
@@ -27,73 +34,117 @@ from engine.insight.trace import Trace
 
 SHARES = (0.2, 0.3, 0.4, 0.5)
 MASSES = (0.5, 0.8, 0.9)
+PARAMETERS = {
+    "secondary": "S, share of the image tokens that is stored",
+    "core": "C, share of the image tokens that is attended at every step",
+    "text": "T, share of the text after the picture that is kept",
+    "prefill": "P, share of the image tokens that goes on after the second layer",
+}
 Columns = dict[str, list[float]]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """Lines over the same places; the vertical axis ends at ``top`` (None: above the data)."""
+
+    title: str
+    x: str
+    y: str
+    places: list[float]
+    columns: Columns
+    top: float | None = 1.0
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("attention", "results"))
     parser.add_argument("--model", help="folder or hub name (default: the embedded model)")
     parser.add_argument("--questions", type=Path, default=ROOT / "examples" / "questions.json")
     parser.add_argument("--prompt", default="Describe the picture in detail.")
     parser.add_argument("--steps", type=int, default=64, help="longest answer")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of measurements")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "figures")
     options = parser.parse_args()
-    engine = Engine.load(options.model, cache="full")
-    folder = options.questions.parent
-    pictures = [folder / entry["file"] for entry in json.loads(options.questions.read_text())]
+    drawn: dict[str, Figure] = {}
+    if options.only != "results":
+        engine = Engine.load(options.model, cache="full")
+        drawn |= attention_figures(watch(engine, options), engine.name)
+    if options.only != "attention":
+        drawn |= result_figures(options.results)
     options.output.mkdir(parents=True, exist_ok=True)
-    traces = []
-    for picture in tqdm(pictures, unit="picture"):
-        trace = Trace()
-        answer = engine.stream(
-            options.prompt, [picture], observer=trace, max_new_tokens=options.steps
-        )
-        list(answer)
-        traces.append(trace)
-    for name, (title, x, y, columns) in figures(traces).items():
-        write_csv(options.output / f"{name}.csv", x, columns)
-        draw(options.output / f"{name}.png", f"{title} ({engine.name})", x, y, columns)
+    for name, figure in drawn.items():
+        write_csv(options.output / f"{name}.csv", figure)
+        draw(options.output / f"{name}.png", figure)
         print(options.output / f"{name}.png")
 
 
-def figures(traces: Sequence[Trace]) -> dict[str, tuple[str, str, str, Columns]]:
-    """Title, axes and lines of every figure; a line's first value stands at ``start_of(x)``."""
+# -- how a model looks at pictures ----------------------------------------------------------------
+
+
+def watch(engine: Engine, options: argparse.Namespace) -> list[Trace]:
+    """What the model attended while it described every picture."""
+    folder, traces = options.questions.parent, []
+    questions = json.loads(options.questions.read_text(encoding="utf-8"))
+    for entry in progress(questions, "pictures"):
+        traces.append(Trace())
+        picture = [folder / entry["file"]]
+        limit = {"max_new_tokens": options.steps}
+        list(engine.stream(options.prompt, picture, observer=traces[-1], **limit))
+    return traces
+
+
+def attention_figures(traces: Sequence[Trace], model: str) -> dict[str, Figure]:
+    """Figures 1 and 3 to 5."""
+    shares = by_modality(traces)
+    sparse = {
+        f"{mass:.0%} of the attention": mean_rows([sparsity_per_layer(t, 0, mass) for t in traces])
+        for mass in MASSES
+    }
+    layers = {
+        f"top {share:.0%}": mean_rows(
+            [agreement_between_layers(t, 0, share)[0, 1:].tolist() for t in traces]
+        )
+        for share in SHARES
+    }
+    steps = {f"top {share:.0%}": between_steps(traces, share) for share in SHARES}
+    common = "share in common (PPCI)"
     return {
-        "attention_by_modality": (
-            "Attention by kind of token",
+        "attention_by_modality": Figure(
+            f"Attention by kind of token ({model})",
             "decode step",
             "share of attention, mean over layers",
-            by_modality(traces),
+            count_from(0, shares),
+            shares,
         ),
-        "sparsity_by_layer": (
-            "Image tokens that hold a share of the image's attention",
+        "sparsity_by_layer": Figure(
+            f"Image tokens that hold a share of the image's attention ({model})",
             "layer",
             "share of the image tokens",
-            {
-                f"{mass:.0%} of the attention": mean_rows(
-                    [sparsity_per_layer(trace, 0, mass) for trace in traces]
-                )
-                for mass in MASSES
-            },
+            count_from(0, sparse),
+            sparse,
         ),
-        "ppci_between_layers": (
-            "Image tokens that the first layer and a later one rank highest",
+        "ppci_between_layers": Figure(
+            f"Image tokens that the first layer and a later one rank highest ({model})",
             "later layer",
-            "share in common (PPCI)",
-            {
-                f"top {share:.0%}": mean_rows(
-                    [agreement_between_layers(t, 0, share)[0, 1:].tolist() for t in traces]
-                )
-                for share in SHARES
-            },
+            common,
+            count_from(1, layers),
+            layers,
         ),
-        "ppci_between_steps": (
-            "Image tokens that the first step and a later one rank highest",
+        "ppci_between_steps": Figure(
+            f"Image tokens that the first step and a later one rank highest ({model})",
             "later decode step",
-            "share in common (PPCI), mean over layers",
-            {f"top {share:.0%}": between_steps(traces, share) for share in SHARES},
+            common + ", mean over layers",
+            count_from(1, steps),
+            steps,
         ),
     }
+
+
+def count_from(first: int, columns: Columns) -> list[float]:
+    """Places of lines that begin at ``first``."""
+    return [float(n) for n in range(first, first + len(next(iter(columns.values()))))]
 
 
 def by_modality(traces: Sequence[Trace]) -> Columns:
@@ -133,21 +184,92 @@ def mean_rows(rows: Sequence[Sequence[float]]) -> list[float]:
     return [sum(values) / len(values) for values in reached]
 
 
-def start_of(x: str) -> int:
-    """Number of a line's first value: what is later than the first begins at 1."""
-    return 1 if x.startswith("later") else 0
+# -- what has been measured -----------------------------------------------------------------------
 
 
-def write_csv(path: Path, x: str, columns: Columns) -> None:
+def result_figures(folder: Path) -> dict[str, Figure]:
+    """Figures 8 to 10, as far as ``folder`` holds their measurements."""
+    drawn: dict[str, Figure] = {}
+    for path in sorted(folder.glob("latency*.json")):
+        drawn |= latency_figures(path.stem, read(path))
+    if not drawn:
+        print("not drawn: latency by batch size; measure it with: python -m bench.latency")
+    for sweep in SWEEPS:
+        path = folder / f"quality-{sweep}.json"
+        if path.exists():
+            drawn |= dict(sweep_figures(sweep, read(path)))
+        else:
+            print(f"not drawn: {sweep}; measure it with: python -m bench.quality --sweep {sweep}")
+    return drawn
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report of a benchmark."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def latency_figures(name: str, record: dict[str, Any]) -> dict[str, Figure]:
+    """Figure 8 for every sequence of a latency report: full, slice and ours by batch size."""
+    machine, settings, rows = record["machine"], record["settings"], record["rows"]
+    where = machine["gpu"] if settings["device"] == "cuda" else machine["cpu"]
+    figures = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        lines: dict[str, dict[int, float]] = {"full": {}, "slice": {}, "ours": {}}
+        for row in rows:
+            if row["model"] == model and row["what"] in lines:
+                lines[row["what"]][row["batch"]] = row["attention ms"]
+        figures[f"{name}_{model.lower().replace('.', '_')}"] = Figure(
+            f"Attention of one layer, {model}, {settings['dtype']}, {where}",
+            "batch size",
+            "ms per step",
+            [float(batch) for batch in lines["full"]],
+            {line: list(values.values()) for line, values in lines.items()},
+            top=None,
+        )
+    return figures
+
+
+def sweep_figures(sweep: str, record: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """One of figures 9 and 10 for each task: quality by a parameter, beside the full cache."""
+    right = {(row["task"], row["policy"]): row["right"] for row in record["rows"]}
+    lines = {
+        name: {share: parse(spec).spec for share, spec in line.items()}
+        for name, line in SWEEPS[sweep].items()
+    }
+    places = list(next(iter(lines.values())))
+    for task in dict.fromkeys(row["task"] for row in record["rows"]):
+        columns = {
+            name: [right[task, spec] for spec in line.values()] for name, line in lines.items()
+        }
+        columns["full cache"] = [right[task, "full"]] * len(places)
+        settings = record["settings"]
+        yield (
+            f"quality_{sweep}_{task}",
+            Figure(
+                f"Quality, task {task}, {settings['pages per task']} held-out pages, "
+                f"{settings['model']}",
+                PARAMETERS[sweep],
+                "share right",
+                places,
+                columns,
+            ),
+        )
+
+
+# -- on paper -------------------------------------------------------------------------------------
+
+
+def write_csv(path: Path, figure: Figure) -> None:
     """One row per place, one column per line."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([x, *columns])
-        for number, values in enumerate(zip(*columns.values(), strict=True), start_of(x)):
-            writer.writerow([number, *(f"{value:.5f}" for value in values)])
+        writer.writerow([figure.x, *figure.columns])
+        for place, *values in zip(figure.places, *figure.columns.values(), strict=True):
+            writer.writerow([f"{place:g}", *(f"{value:.5f}" for value in values)])
 
 
-def draw(path: Path, title: str, x: str, y: str, columns: Columns) -> None:
+def draw(path: Path, figure: Figure) -> None:
     """Lines told apart by colour and by marker."""
     import matplotlib
 
@@ -155,16 +277,17 @@ def draw(path: Path, title: str, x: str, y: str, columns: Columns) -> None:
     from matplotlib import pyplot
 
     colours, markers = ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), "os^D"
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.8), dpi=100, layout="constrained")
-    for (name, values), colour, marker in zip(columns.items(), colours, markers, strict=False):
-        places = range(start_of(x), start_of(x) + len(values))
-        axes.plot(places, values, color=colour, marker=marker, markersize=4, label=name)
-    axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, 1))
-    axes.title.set_fontsize(10)
+    picture, axes = pyplot.subplots(figsize=(6.4, 3.8), dpi=100, layout="constrained")
+    lines = zip(figure.columns.items(), colours, markers, strict=False)
+    for (name, values), colour, marker in lines:
+        axes.plot(figure.places, values, color=colour, marker=marker, markersize=4, label=name)
+    axes.set(title=figure.title, xlabel=figure.x, ylabel=figure.y)
+    axes.set_ylim(0, figure.top)
+    axes.title.set_fontsize(9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path)
-    pyplot.close(figure)
+    picture.savefig(path)
+    pyplot.close(picture)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,26 @@
 """The drawings of bench/: tiers on a picture, and the data behind the paper's figures."""
 
 import csv
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from bench.figures import by_modality, figures, mean_rows, write_csv
+from bench.figures import (
+    attention_figures,
+    by_modality,
+    mean_rows,
+    result_figures,
+    sweep_figures,
+    write_csv,
+)
+from bench.quality import SWEEPS, specs_of
 from bench.tiers import COLOURS, draw, tint
 from engine.cache.observe import CORE, MINOR, SECONDARY
+from engine.cache.specs import parse
 from engine.engine import Engine
 from engine.insight.panels import Panel
 from engine.insight.trace import Trace
@@ -52,8 +63,11 @@ def test_figures_hold_every_layer_and_step(
                 ignore_eos=True,
             )
         )
-    drawn, layers = figures(traces), len(traces[0].passes[0])
-    lengths = {name: {len(v) for v in columns.values()} for name, (*_, columns) in drawn.items()}
+    drawn, layers = attention_figures(traces, "toy"), len(traces[0].passes[0])
+    lengths = {
+        name: {len(values) for values in [figure.places, *figure.columns.values()]}
+        for name, figure in drawn.items()
+    }
     assert lengths == {
         "attention_by_modality": {5},
         "sparsity_by_layer": {layers},
@@ -63,8 +77,44 @@ def test_figures_hold_every_layer_and_step(
     shares = by_modality(traces)
     for step in range(5):
         assert sum(values[step] for values in shares.values()) == pytest.approx(1, abs=1e-5)
-    *_, x, _, columns = drawn["ppci_between_layers"]
-    write_csv(tmp_path / "a.csv", x, columns)
+    write_csv(tmp_path / "a.csv", drawn["ppci_between_layers"])
     rows = list(csv.reader((tmp_path / "a.csv").read_text().splitlines()))
     assert rows[0] == ["later layer", "top 20%", "top 30%", "top 40%", "top 50%"]
     assert [row[0] for row in rows[1:]] == [str(layer) for layer in range(1, layers)]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_a_sweep_moves_one_parameter_and_is_drawn_beside_full(sweep: str) -> None:
+    for line in SWEEPS[sweep].values():
+        for share, spec in line.items():
+            assert getattr(parse(spec), sweep) == share
+        policies = [asdict(parse(spec)) for spec in line.values()]
+        same = [key for key in policies[0] if len({policy[key] for policy in policies}) == 1]
+        assert set(policies[0]) - set(same) == {sweep}
+    specs = ["full", *(parse(spec).spec for spec in specs_of(sweep))]
+    rows = [{"task": "read", "policy": s, "right": n / 100} for n, s in enumerate(specs)]
+    settings = {"pages per task": 7, "model": "toy"}
+    ((name, figure),) = sweep_figures(sweep, {"settings": settings, "rows": rows})
+    assert name == f"quality_{sweep}_read"
+    drawn = [value for line in SWEEPS[sweep] for value in figure.columns[line]]
+    assert drawn == [n / 100 for n in range(1, len(specs))]
+    assert set(figure.columns.pop("full cache")) == {0.0}
+    assert figure.places == sorted(figure.places)
+
+
+def test_latency_is_drawn_by_batch_size_and_what_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"model": "LLaVA-1.5", "batch": batch, "what": what, "attention ms": batch * ms}
+        for batch in (1, 4)
+        for what, ms in (("full", 3.0), ("compressed", 2.0), ("slice", 4.0), ("ours", 1.0))
+    ]
+    record = {"machine": {"cpu": "abacus", "gpu": None}, "rows": rows}
+    record["settings"] = {"device": "cpu", "dtype": "float32"}
+    (tmp_path / "latency.json").write_text(json.dumps(record))
+    (figure,) = result_figures(tmp_path).values()
+    assert figure.places == [1, 4]
+    assert figure.columns == {"full": [3, 12], "slice": [4, 16], "ours": [1, 4]}
+    said = capsys.readouterr().out
+    assert all(f"bench.quality --sweep {sweep}" in said for sweep in SWEEPS)

@@ -48,6 +48,20 @@ def run_batch(engine: Engine, requests: Path, answers: Path, rows: int) -> Itera
             yield done
 
 
+def check_job(requests: Path, answers: Path, rows: int) -> int:
+    """Refuse before a model is loaded what cannot work; returns how many requests there are.
+
+    Raises OptionError as ``run_batch`` does, and for a number of rows or a folder that cannot be.
+    """
+    if rows < 1:
+        raise OptionError(f"--rows is {rows}", hint="use 1 or more")
+    total = count_lines(requests)
+    if not answers.parent.is_dir():
+        raise OptionError(f"--output {answers}: no folder {answers.parent}")
+    _complete_lines(answers, total)
+    return total
+
+
 def count_lines(path: Path) -> int:
     """Requests in a file, blank lines not counted."""
     try:
@@ -70,18 +84,27 @@ def _read(path: Path, skip: int) -> Iterator[Any]:
 
 def _resume(answers: Path, requests: int) -> int:
     """Complete lines in ``answers``; what follows them is cut off."""
-    if not answers.exists():
-        return 0
-    data = answers.read_bytes()
-    complete = data[: data.rfind(b"\n") + 1]
-    lines = complete.splitlines()
+    lines = _complete_lines(answers, requests)
+    if answers.exists():
+        os.truncate(answers, sum(map(len, lines)))
+    return len(lines)
+
+
+def _complete_lines(answers: Path, requests: int) -> list[bytes]:
+    """The lines of ``answers`` that have their end; OptionError if they are of another job."""
+    try:
+        data = answers.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OptionError(f"--output {answers} cannot be read: {error.strerror}") from error
+    lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
     for number, line in enumerate(lines):
         if number >= requests or _index(line) != number:
             raise OptionError(
                 f"{answers} holds line {number + 1} of another job", hint="give another --output"
             )
-    os.truncate(answers, len(complete))
-    return len(lines)
+    return lines
 
 
 def _index(line: bytes) -> int | None:

@@ -8,146 +8,94 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from engine.errors import EngineError, OptionError
+from engine.errors import CapacityError, EngineError, OptionError
 from engine.flags import build_parser
-from engine.image import MAX_PIXELS
-from engine.messages import with_system
+from engine.inputs import load_engine, open_pictures, opener, read_options, read_prompt
 from engine.noise import Noise
-from engine.options import OptionValues, make_options
-from engine.terminal import complain, forget_stdout, say
-
-if TYPE_CHECKING:
-    from engine.engine import Engine, Messages
-    from engine.image import LoadedImage
-    from engine.result import Result
-
-INTERRUPTED = 130
+from engine.terminal import INTERRUPTED, complain, flush, forget_stdout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
-    except EngineError as error:
-        if "--debug" in arguments:
-            raise
-        complain(str(error), error.hint)
-        return error.exit_code
+        try:
+            return _run(arguments)
+        finally:
+            flush()  # here, where it can be told that it failed
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader left (`| head -1`): nothing more can be said, and that is no error.
         forget_stdout()
         return 0
-    except OSError as error:
+    except Exception as error:
         if "--debug" in arguments:
             raise
-        complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """One error line and one hint, whatever went wrong; returns the exit code."""
+    if isinstance(error, EngineError):
+        complain(str(error), error.hint)
+        return error.exit_code
+    if isinstance(error, MemoryError):
+        complain("out of memory", CapacityError.usual_hint)
+        return CapacityError.exit_code
+    if isinstance(error, OSError):
+        name = f": {error.filename}" if error.filename else ""
+        complain(f"{error.strerror or error}{name}", EngineError.usual_hint)
         forget_stdout()
-        return 1
+    else:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        complain(f"unexpected {type(error).__name__}: {reason}", EngineError.usual_hint)
+    return EngineError.exit_code
 
 
 def _run(arguments: list[str]) -> int:
-    options = build_parser().parse_args(arguments)
-    if options.quiet:  # read when the hub's client is imported
+    flags = build_parser().parse_args(arguments)
+    if flags.quiet:  # read when the hub's client is imported
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    if options.version:
+    if flags.version:
         print(f"avl-engine {_version()}")
         return 0
-    if options.check:
-        return _check(options)
-    if options.batch:
-        return _batch(options)
-    if options.convert or options.vision_tower:
-        return _convert(options)
-    return _converse(options) if options.chat else _answer_once(options)
+    if flags.check:
+        return _check(flags)
+    if flags.batch:
+        return _batch(flags)
+    if flags.convert or flags.vision_tower:
+        return _convert(flags)
+    if flags.chat:
+        return _converse(flags)
+    from engine.oneshot import answer_once
+
+    return answer_once(flags)
 
 
-def _answer_once(options: argparse.Namespace) -> int:
-    """One question, one answer; or two, to compare."""
-    text, generation = _read_prompt(options.prompt), _generation(options)
-    if options.draw_boxes:
-        _check_drawing(options)
-    if options.attention:
-        _check_page(options)
-    if options.raw and options.system is not None:
-        raise OptionError("--raw takes no --system", hint="write the system text into the prompt")
-    pictures = _open_pictures(options)
-    noise = Noise(options, pictures)
-    prompt = with_system(text, len(pictures), options.system)
-    engine = _load(options)
-    noise.loaded(engine)
-    pixels = [picture.pixels for picture in pictures]
-    if options.verbose and not options.quiet:
-        noise.prompt(engine.render(prompt, pixels, raw=options.raw))
-    if options.compare:
-        return _compare(engine, prompt, pictures, options)
-    stream = engine.stream
-    if options.attention:
-        from engine.insight.page import stream_with_page
-
-        stream = partial(stream_with_page, engine, options.attention)
-    pieces = stream(prompt, pixels, raw=options.raw, **generation)
-    return _answer(pieces, options, pictures, noise)
-
-
-def _compare(
-    engine: Engine, prompt: Messages, pictures: list[LoadedImage], options: argparse.Namespace
-) -> int:
-    from engine.compare import compare
-
-    pixels = [picture.pixels for picture in pictures]
-    found = compare(engine, prompt, pixels, _generation(options), raw=options.raw)
-    if options.json:
-        say(json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
-    else:
-        say("\n".join(found.lines()) + "\n")
-    return 0
-
-
-def _converse(options: argparse.Namespace) -> int:
+def _converse(flags: argparse.Namespace) -> int:
     """A conversation; --prompt is its first question, --image what it is about."""
     from engine.repl import Repl, read_lines
 
     for flag in ("json", "raw", "compare", "attention", "draw_boxes"):
-        if getattr(options, flag):
+        if getattr(flags, flag):
             raise OptionError(f"--chat takes no --{flag.replace('_', '-')}", hint="leave one out")
-    if "-" in (options.prompt, *options.image):
+    if "-" in (flags.prompt, *flags.image):
         raise OptionError("--chat reads its questions from stdin", hint="give a file instead of -")
-    generation, pictures = _generation(options), _open_pictures(options)
-    noise = Noise(options, pictures)
-    engine = _load(options)
+    options, pictures = read_options(flags), open_pictures(flags)
+    noise = Noise(flags, pictures)
+    engine = load_engine(flags)
     noise.loaded(engine)
-    repl = Repl(engine, _opener(options), generation, noise, options.system)
+    repl = Repl(engine, opener(flags), options, noise, flags.system)
     repl.show(pictures)
-    first = [] if options.prompt is None else [_read_prompt(options.prompt)]
+    first = [] if flags.prompt is None else [read_prompt(flags.prompt)]
     return repl.run(itertools.chain(first, read_lines()))
-
-
-def _generation(options: argparse.Namespace) -> OptionValues:
-    """The flags of an answer, their ranges checked."""
-    values = OptionValues(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop=options.stop,
-        repetition_penalty=options.repetition_penalty,
-        logprobs=options.logprobs,
-    )
-    make_options(**values)
-    return values
 
 
 def _version() -> str:
@@ -157,25 +105,25 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check(flags: argparse.Namespace) -> int:
     from engine.doctor import check
 
-    return check(options.model, options.revision, options.offline, options.quiet, options.json)
+    return check(flags.model, flags.revision, flags.offline, flags.quiet, flags.json)
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _convert(flags: argparse.Namespace) -> int:
     """Convert pickled weights; started again after an interrupt, it keeps what is done."""
-    if not (options.convert and options.model):
+    if not (flags.convert and flags.model):
         raise OptionError(
             "a conversion needs a source and a target",
             hint="write --model SOURCE --convert TARGET [--vision-tower TOWER]",
         )
     from weights.convert import convert, find_source, find_tower
 
-    source = find_source(options.model, options.revision, options.offline)
-    tower = find_tower(source, options.vision_tower, options.offline)
-    progress = None if options.quiet else _show_progress
-    target = convert(source, Path(options.convert), tower, progress)
+    source = find_source(flags.model, flags.revision, flags.offline)
+    tower = find_tower(source, flags.vision_tower, flags.offline)
+    progress = None if flags.quiet else _show_progress
+    target = convert(source, Path(flags.convert), tower, progress)
     print(target)
     return 0
 
@@ -188,134 +136,19 @@ def _show_progress(name: str, done: int, total: int) -> None:
         print(f"{name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end=end, file=sys.stderr)
 
 
-def _batch(options: argparse.Namespace) -> int:
+def _batch(flags: argparse.Namespace) -> int:
     """Answer a file of requests into another, with a progress bar on stderr."""
     from tqdm import tqdm
 
-    from engine.batch_file import count_lines, run_batch
+    from engine.batch_file import check_job, run_batch
 
-    source = Path(options.batch)
-    target = Path(options.output) if options.output else source.with_suffix(".answers.jsonl")
-    total = count_lines(source)
-    engine = _load(options)
-    with tqdm(total=total, unit="request", disable=options.quiet, file=sys.stderr) as bar:
-        for done in run_batch(engine, source, target, options.rows):
+    source = Path(flags.batch)
+    target = Path(flags.output) if flags.output else source.with_suffix(".answers.jsonl")
+    total = check_job(source, target, flags.rows)
+    engine = load_engine(flags)
+    hidden = flags.quiet or None  # None: shown on a terminal only
+    with tqdm(total=total, unit="request", disable=hidden, file=sys.stderr) as bar:
+        for done in run_batch(engine, source, target, flags.rows):
             bar.update(done - bar.n)
     print(target)
     return 0
-
-
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None:
-        raise OptionError("no --prompt is given", hint='add --prompt "What is in the picture?"')
-    if prompt == "-":
-        return sys.stdin.read()
-    if prompt.startswith("@"):
-        try:
-            with open(prompt[1:], encoding="utf-8") as file:
-                return file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"--prompt {prompt}: cannot be read as text ({error})") from error
-    return prompt
-
-
-def _opener(options: argparse.Namespace) -> Callable[[str], LoadedImage]:
-    """How the flags say that a picture is opened."""
-    from engine.remote import open_picture
-
-    if not 1 <= options.max_pixels <= MAX_PIXELS:
-        raise OptionError(
-            f"--max-pixels is {options.max_pixels}", hint=f"use 1 to {MAX_PIXELS} pixels"
-        )
-
-    def open_named(name: str) -> LoadedImage:
-        source = sys.stdin.buffer.read() if name == "-" else name
-        return open_picture(source, options.max_pixels, options.allow_url)
-
-    return open_named
-
-
-def _open_pictures(options: argparse.Namespace) -> list[LoadedImage]:
-    return list(map(_opener(options), options.image))
-
-
-def _load(options: argparse.Namespace) -> Engine:
-    from engine.engine import DEFAULT_CACHE, Engine
-
-    return Engine.load(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        cache=options.cache or DEFAULT_CACHE,
-        style=options.style,
-        revision=options.revision,
-        offline=options.offline,
-    )
-
-
-def _answer(
-    pieces: Iterable[str | Result],
-    options: argparse.Namespace,
-    pictures: list[LoadedImage],
-    noise: Noise,
-) -> int:
-    """Print an answer as it comes; an interrupt keeps what was said so far."""
-    live = not (options.json or options.no_stream)
-    text = ""
-    try:
-        for piece in pieces:
-            if not isinstance(piece, str):
-                result = piece
-                continue
-            text += piece
-            if live:
-                say(piece)
-    except KeyboardInterrupt:
-        if not options.json:
-            say("\n" if live else text + "\n")
-        return INTERRUPTED
-    if options.json:
-        say(json.dumps(result.as_dict(), ensure_ascii=False) + "\n")
-    else:
-        say("\n" if live else result.text + "\n")
-    if options.draw_boxes:
-        _draw_boxes(options.draw_boxes, pictures[-1], result, noise)
-    noise.finished(result)
-    return 0
-
-
-def _check_drawing(options: argparse.Namespace) -> None:
-    """Refuse at once what could only fail after the answer."""
-    if not options.image:
-        raise OptionError("--draw-boxes has no picture to draw on", hint="add --image FILE")
-    folder, name = os.path.split(options.draw_boxes)
-    if not name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
-        raise OptionError(
-            f"--draw-boxes {options.draw_boxes}: not a picture's name",
-            hint="end it in .png, .jpg or .webp",
-        )
-    if folder and not os.path.isdir(folder):
-        raise OptionError(f"--draw-boxes {options.draw_boxes}: no folder {folder}")
-
-
-def _check_page(options: argparse.Namespace) -> None:
-    """Refuse at once what could only fail after the answer."""
-    if not options.image:
-        raise OptionError("--attention has no picture to show", hint="add --image FILE")
-    if options.compare:
-        raise OptionError(
-            "--attention takes no --compare", hint="its page compares with the full cache already"
-        )
-    folder = os.path.dirname(options.attention)
-    if folder and not os.path.isdir(folder):
-        raise OptionError(f"--attention {options.attention}: no folder {folder}")
-
-
-def _draw_boxes(path: str, picture: LoadedImage, result: Result, noise: Noise) -> None:
-    """Write the picture with the answer's regions, if there are any."""
-    from engine.boxes import draw_boxes
-
-    if result.boxes:
-        draw_boxes(picture.pixels, result.boxes).save(path)
-    else:
-        noise.note(f"the answer names no regions; {path} is not written")

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from engine.options import OptionValues
     from engine.result import Result
 
-INTERRUPTED = 130
 FENCE = '"""'
 
 HELP = f"""/image FILE   show a picture with the next question; repeatable
@@ -129,6 +128,8 @@ class Repl:
     # -- commands ---------------------------------------------------------------------------------
 
     def _image(self, path: str) -> None:
+        if path in ("", "-"):  # stdin holds the conversation
+            raise OptionError("/image needs a file name", hint="/image car.jpg")
         picture = self._open(path)
         for note in picture.notes:
             self._noise.note(note)
@@ -190,7 +191,7 @@ def _stop_button() -> Iterator[Callable[[], bool]]:
 
 def read_lines() -> Iterator[str]:
     """The lines of stdin until its end; what stands between two lines of \"\"\" comes as one."""
-    lines = _typed_lines() if sys.stdin.isatty() else (line.rstrip("\n") for line in sys.stdin)
+    lines = _typed_lines() if sys.stdin.isatty() else _piped_lines()
     for line in lines:
         if line.strip() != FENCE:
             yield line
@@ -201,6 +202,14 @@ def read_lines() -> Iterator[str]:
                 break
             block.append(inner)
         yield "\n".join(block)
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"stdin is not text: {error}", hint="give questions in UTF-8") from None
 
 
 def _typed_lines() -> Iterator[str]:

@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
 
 def say(text: str) -> None:
     """Write to stdout at once; on a terminal without the control characters a model may emit."""
@@ -13,6 +15,12 @@ def say(text: str) -> None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF), "stdout")
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def flush() -> None:
+    """Bring to stdout what is still buffered."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def printable(text: str) -> str:

@@ -34,6 +34,11 @@ class Destination(NamedTuple):
     v: Tensor
     write: Tensor
 
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Write ``k, v [tokens, kv_heads, head_dim]`` there."""
+        for pool, new in ((self.k, k), (self.v, v)):
+            pool.view(-1, k.shape[-1]).index_copy_(0, self.write, new.reshape(-1, k.shape[-1]))
+
 
 @functools.cache
 def switched_on() -> bool:
@@ -171,9 +176,7 @@ def rope_write_torch(
     to: Destination,
 ) -> Tensor:
     """Define ``rope_write``."""
-    head_dim = q.shape[-1]
-    for pool, new in ((to.k, rotate(k, cos, sin)), (to.v, v)):
-        pool.view(-1, head_dim).index_copy_(0, to.write, new.reshape(-1, head_dim))
+    to.store(rotate(k, cos, sin), v)
     rotated = rotate(q, cos, sin)
     return rotated if scale is None else rotated * scale
 

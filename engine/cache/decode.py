@@ -25,6 +25,7 @@ from engine.cache.pool import Pool
 from engine.cache.row import Row, Stored
 from engine.cache.text_slots import Aging, TextSlots
 from engine.errors import CapacityError
+from engine.fused import Destination
 from engine.streams import InOrder, Side
 
 # The full list, the core list, and where rows differ: each row's own of the two. The spare takes
@@ -43,7 +44,16 @@ class DecodeView:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``View.attend``; one query per row."""
-        return self.step.attend(self.layer, q, k, v)
+        self.destination().store(k, v)
+        return self.attend_stored(q)
+
+    def destination(self) -> Destination:
+        """See ``View.destination``."""
+        return self.step.destination(self.layer)
+
+    def attend_stored(self, q: Tensor) -> Tensor:
+        """See ``View.attend_stored``."""
+        return self.step.attend(self.layer, q)
 
 
 class EdgeView(DecodeView):
@@ -55,11 +65,15 @@ class EdgeView(DecodeView):
         self._part = part
         self._first, self._last = layer == layers.start, layer == layers.stop - 1
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``View.attend``."""
+    def destination(self) -> Destination:
+        """See ``View.destination``."""
         if self._first:
             self.step.arrive(self._part)
-        out = self.step.attend(self.layer, q, k, v)
+        return super().destination()
+
+    def attend_stored(self, q: Tensor) -> Tensor:
+        """See ``View.attend_stored``."""
+        out = super().attend_stored(q)
         if self._last:
             self.step.leave(self._part)
         return out
@@ -178,11 +192,13 @@ class Decoding:
         write, places = self.text.write[layers], self._write[layers]
         torch.add(self._head, write, alpha=self.kv_heads, out=places.view_as(write))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the rows' new token and attend the step's lists."""
-        pool, write, head_dim = self.pools[layer], self._write_of[layer], k.shape[-1]
-        pool.k.view(-1, head_dim).index_copy_(0, write, k.reshape(-1, head_dim))
-        pool.v.view(-1, head_dim).index_copy_(0, write, v.reshape(-1, head_dim))
+    def destination(self, layer: int) -> Destination:
+        """Where the rows' new token goes."""
+        pool = self.pools[layer]
+        return Destination(pool.k, pool.v, self._write_of[layer])
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attend the step's lists, the rows' new token among them."""
         attention = self._attention[self._plan.kind][layer]
         if not self._plan.scores:
             return attention(q, None)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import write_report
+from bench import common
 from engine.cache.decode import Decoding
 from engine.cache.layout import Kept, Layout
 from engine.cache.policy import Policy
@@ -31,6 +31,7 @@ from engine.cache.specs import parse
 from engine.models.decoder import Decoder, DecoderConfig
 
 MB = 1e6
+Part = tuple[dict[str, Any], list[dict[str, Any]], list[str]]  # settings, rows, notes
 
 
 # -- the paper's table ----------------------------------------------------------------------------
@@ -275,24 +276,50 @@ def steps(decoder: Decoder, n: int = 48) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="bytes of the KV cache")
+    options = read_options()
+    measured = {"table": table_part, "peak": peak_part, "steps": steps_part}
+    for part in common.progress(options.parts, "tables"):
+        settings, rows, notes = measured[part]()
+        name = f"{options.name}-{part}"
+        settings = {"seed": 0, **settings}
+        path = common.write_report(name, settings, rows, notes, options.out)
+        print(path.with_suffix(".md").read_text())
+
+
+def read_options() -> argparse.Namespace:
+    parser = common.make_parser(__doc__, name="memory")
     parser.add_argument("--table", action="store_true", help="the paper's table alone")
-    options = parser.parse_args()
+    options = common.read_options(parser, lambda o: [f"{o.name}-{part}" for part in parts(o)])
+    options.parts = parts(options)
+    return options
+
+
+def parts(options: argparse.Namespace) -> list[str]:
+    """Which tables these options ask for."""
+    return ["table"] if options.table else ["table", "peak", "steps"]
+
+
+def table_part() -> Part:
     note = (
         "Sequences: 35 + 576 + 35 tokens (1.5), 35 + 2135 + 78 (1.6); fp16, MB = 10^6 bytes. The "
         "two 1.6 rows with T70 lie above the paper by its own rule; nothing is adjusted."
     )
-    parts = [("memory-table", {"dtype": "float16", "device": "meta"}, table(), [note])]
-    if not options.table:
-        decoder = seeded()
-        settings = {"dtype": "float32", "device": "cpu", "threads": torch.get_num_threads()}
-        settings |= {"layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64}
-        peak = "Peak: K and V alive right after a layer was stored, in the cache or out of it."
-        parts.append(("memory-peak", settings | {"tokens": 646}, peaks(decoder), [peak]))
-        parts.append(("memory-steps", settings | {"tokens": 2248}, steps(decoder), []))
-    for name, settings, rows, notes in parts:
-        path = write_report(name, settings, rows, notes)
-        print(path.with_suffix(".md").read_text())
+    return {"dtype": "float16", "device": "meta"}, table(), [note]
+
+
+def peak_part() -> Part:
+    note = "Peak: K and V alive right after a layer was stored, in the cache or out of it."
+    return toy_settings() | {"tokens": 646}, peaks(seeded()), [note]
+
+
+def steps_part() -> Part:
+    return toy_settings() | {"tokens": 2248}, steps(seeded()), []
+
+
+def toy_settings() -> dict[str, Any]:
+    """What the small seeded decoder is."""
+    settings = {"dtype": "float32", "device": "cpu", "threads": torch.get_num_threads()}
+    return settings | {"layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64}
 
 
 if __name__ == "__main__":

@@ -3,56 +3,62 @@
     python -m bench.batch --model weights/tiny
     python -m bench.batch --preset 1b --dtype bfloat16 --sizes 1 2 4 8
 
-Every block measures each policy at each size once, in turn, with different questions about one
-picture in the rows. Only decode steps are timed; prefill is per sequence whatever the batch.
+Every policy has its own rows at every size, with different questions about one picture. They are
+prefilled once; each block then goes on with everyone's answers in turn, every other block in
+reverse. Only decode steps are timed; prefill is per sequence whatever the batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
+from PIL import Image
 
-from bench import common
+from bench import common, subject
 from bench.common import paired_ratio, progress, write_report
-from bench.decode import QUESTION, picture, seeded
+from bench.subject import QUESTION, THEIRS
 from engine.batch import Batch
 from engine.cache.report import allocated_bytes
 from engine.engine import Engine
+from engine.pictures import EncodedImage
+
+Key = tuple[str, int]  # policy and batch size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured; the first policy and the first size are what others are compared with."""
+
+    policies: Sequence[str]
+    sizes: Sequence[int]
+    steps: int  # in a block; whole cycles of K = 3
+    blocks: int
 
 
 def main() -> None:
     options = read_options()
     torch.set_num_threads(options.threads)
-    folder = Path(options.model) if options.model else seeded(options.preset)
+    folder = subject.checkpoint(options)
     engine = Engine.load(folder, device=options.device, dtype=options.dtype, offline=True)
-    cells = [(spec, size) for spec in options.cache for size in options.sizes]
-    samples: dict[tuple[str, int], list[dict[str, float]]] = {cell: [] for cell in cells}
-    for block in progress(range(options.blocks), "blocks"):
-        for spec, size in cells if block % 2 == 0 else cells[::-1]:
-            samples[spec, size].append(measure(engine.with_cache(spec), size, options.tokens))
-    rows = [row(samples, spec, size, options) for spec, size in cells]
+    plan = Plan(options.cache, options.sizes, options.tokens, options.blocks)
+    rows, notes = throughput(engine, subject.picture(options), plan)
     settings = {
         key: getattr(options, key) for key in ("dtype", "threads", "tokens", "blocks", "device")
     }
-    settings["model"] = options.model or f"seeded {options.preset}"
-    settings["seed"] = None if options.model else common.SEED
-    notes = [
-        f"Ratios are within blocks. Limit: the bytes that a step reads, weights and attended keys "
-        f"and values, against those of {options.cache[0]}: the ratio if a step were reading alone."
-    ]
+    settings |= subject.about(options)
     path = write_report(options.name, settings, rows, notes, options.out)
     print(path.with_suffix(".md").read_text())
 
 
 def read_options() -> argparse.Namespace:
     parser = common.make_parser(__doc__, name="batch")
-    parser.add_argument("--model", help="a checkpoint folder")
-    parser.add_argument("--preset", default="tiny-test", help="a shape of bench/seeded.py instead")
+    subject.add_arguments(parser)
     parser.add_argument("--cache", action="append", help="policies (default: full, avl)")
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--dtype", default="float32")
@@ -67,33 +73,71 @@ def read_options() -> argparse.Namespace:
     return options
 
 
-def measure(engine: Engine, size: int, tokens: int) -> dict[str, float]:
-    """Seconds of one decode step over ``size`` rows, and the cache's bytes at the end."""
-    batch = Batch(engine)
-    image = engine.encode(picture())
-    for index in range(size):
-        request = {
-            "prompt": f"{QUESTION} ({index})",
-            "images": [image],
-            "max_new_tokens": tokens + 3,
-            "ignore_eos": True,
-        }
-        failed = batch.admit(index, request)
-        assert failed is None
-    batch.step()  # packs the rows and plans the attention
-    began = perf_counter()
-    for _ in range(tokens):
-        batch.step()
-    seconds = (perf_counter() - began) / tokens
-    batch.step()
-    reports = [result.cache for result in batch.finished()]
-    return {
-        "step": seconds,
-        "used": sum(report.bytes_used for report in reports),
-        "attended": sum(report.used_share * report.bytes_full for report in reports),
-        "weights": decode_weights(engine, size),
-        "allocated": allocated_bytes(batch.pools),
+def throughput(
+    engine: Engine, image: Image.Image, plan: Plan, theirs: Callable[[], float] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines of the table, and notes under it.
+
+    ``theirs`` gives transformers' seconds per token with one row, and is asked in every block.
+    """
+    encoded = engine.encode(image)
+    cells = {
+        (spec, size): Cell(engine.with_cache(spec), size, encoded, 2 + plan.blocks * plan.steps)
+        for spec in plan.policies
+        for size in progress(plan.sizes, f"sizes prefilled, {spec}")
     }
+    measured: dict[Key, Callable[[], float]] = {
+        key: (lambda cell=cell: cell.go_on(plan.steps)) for key, cell in cells.items()
+    }
+    if theirs:
+        measured[THEIRS, 1] = theirs
+    steps: dict[Key, list[float]] = {key: [] for key in measured}
+    for block in progress(range(plan.blocks), "blocks"):
+        for key in list(measured)[:: 1 if block % 2 == 0 else -1]:
+            steps[key].append(measured[key]())
+    ends = {key: cell.end() for key, cell in cells.items()}
+    rows = [row(key, steps, plan) | memory(key, ends, plan) for key in cells]
+    if theirs:
+        rows.append(rate((THEIRS, 1), steps))
+    return rows, [
+        f"Ratios are within blocks. Limit: the bytes that a step reads, weights and attended keys "
+        f"and values, against those of {plan.policies[0]}: the ratio if a step were reading alone."
+    ]
+
+
+class Cell:
+    """Rows under one policy in the middle of answers of ``tokens``."""
+
+    def __init__(self, engine: Engine, size: int, image: EncodedImage, tokens: int) -> None:
+        self.engine, self.size, self.batch = engine, size, Batch(engine)
+        for index in range(size):
+            request = {
+                "prompt": f"{QUESTION} ({index})",
+                "images": [image],
+                "max_new_tokens": tokens,
+                "ignore_eos": True,
+            }
+            failed = self.batch.admit(index, request)
+            if failed:
+                raise failed.error
+        self.batch.step()  # packs the rows and plans the attention
+
+    def go_on(self, steps: int) -> float:
+        """Seconds of one decode step, mean of so many."""
+        began = perf_counter()
+        for _ in range(steps):
+            self.batch.step()
+        return (perf_counter() - began) / steps
+
+    def end(self) -> dict[str, float]:
+        """Bytes that the finished answers held, that a step read, and that are allocated."""
+        reports = [result.cache for result in self.batch.finished()]
+        attended = sum(report.used_share * report.bytes_full for report in reports)
+        return {
+            "used": sum(report.bytes_used for report in reports),
+            "read": attended + decode_weights(self.engine, self.size),
+            "allocated": allocated_bytes(self.batch.pools),
+        }
 
 
 def decode_weights(engine: Engine, rows: int) -> int:
@@ -104,38 +148,51 @@ def decode_weights(engine: Engine, rows: int) -> int:
     return sum(w.numel() * (2 if narrow else w.element_size()) for w in weights)
 
 
-def row(
-    samples: dict[tuple[str, int], list[dict[str, float]]],
-    spec: str,
-    size: int,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """One line of the table."""
-    mine = [sample["step"] for sample in samples[spec, size]]
-    rates = [size / step for step in mine]
-    one = [1 / sample["step"] for sample in samples[spec, options.sizes[0]]]
-    full = [sample["step"] for sample in samples[options.cache[0], size]]
-    gain, against = paired_ratio(rates, one), paired_ratio(mine, full)
-    last, last_full = samples[spec, size][-1], samples[options.cache[0], size][-1]
+def rate(key: Key, steps: Mapping[Key, Sequence[float]]) -> dict[str, Any]:
+    """What was measured, by itself."""
     return {
-        "policy": spec,
-        "batch": size,
-        "ms per step": 1e3 * statistics.median(mine),
-        "tokens/s per row": statistics.median(1 / step for step in mine),
-        "tokens/s in all": statistics.median(rates),
-        f"x batch {options.sizes[0]}": gain["ratio"],
-        "95 %": f"{gain['low']:.3g}-{gain['high']:.3g}",
-        f"step / {options.cache[0]}": against["ratio"],
-        "95 % ": f"{against['low']:.3g}-{against['high']:.3g}",
-        "limit": bytes_read(last) / bytes_read(last_full),
-        "KV used MB": last["used"] / 1e6,
-        "KV allocated MB": last["allocated"] / 1e6,
+        "policy": key[0],
+        "batch": key[1],
+        "ms per step": 1e3 * statistics.median(steps[key]),
+        "tokens/s per row": statistics.median(1 / step for step in steps[key]),
+        "tokens/s in all": statistics.median(key[1] / step for step in steps[key]),
     }
 
 
-def bytes_read(sample: dict[str, float]) -> float:
-    """Bytes of weights and of attended keys and values that a step reads."""
-    return sample["weights"] + sample["attended"]
+def row(key: Key, steps: Mapping[Key, Sequence[float]], plan: Plan) -> dict[str, Any]:
+    """A line of the table: rates, and what they are of others'."""
+    spec, size = key
+    first, one = (plan.policies[0], size), (spec, plan.sizes[0])
+    values = rate(key, steps)
+    gain = compared(key, one, steps)
+    against = paired_ratio(steps[key], steps[first])
+    values |= {f"x batch {one[1]}": gain["ratio"], "95 %": interval(gain)}
+    values |= {f"step / {first[0]}": against["ratio"], "95 % ": interval(against)}
+    if (THEIRS, 1) in steps:
+        beside = compared(key, (THEIRS, 1), steps)
+        values |= {f"x {THEIRS}": beside["ratio"], "95 %  ": interval(beside)}
+    return values
+
+
+def compared(key: Key, other: Key, steps: Mapping[Key, Sequence[float]]) -> dict[str, float]:
+    """Tokens per second in all, of those of another."""
+    mine, others = ([each[1] / step for step in steps[each]] for each in (key, other))
+    return paired_ratio(mine, others)
+
+
+def interval(ratio: Mapping[str, float]) -> str:
+    """A 95 % interval as text."""
+    return f"{ratio['low']:.3g}-{ratio['high']:.3g}"
+
+
+def memory(key: Key, ends: Mapping[Key, Mapping[str, float]], plan: Plan) -> dict[str, float]:
+    """The rest of the line: bytes at the end."""
+    mine, first = ends[key], ends[plan.policies[0], key[1]]
+    return {
+        "limit": mine["read"] / first["read"],
+        "KV used MB": mine["used"] / 1e6,
+        "KV allocated MB": mine["allocated"] / 1e6,
+    }
 
 
 if __name__ == "__main__":

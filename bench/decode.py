@@ -2,6 +2,8 @@
 
     python -m bench.decode --model weights/tiny             the embedded model, fp32
     python -m bench.decode --preset 1b --dtype bfloat16     a seeded model of 1e9 parameters
+    python -m bench.decode --preset 1.6-small --dtype bfloat16 --batches 1 4 8
+                                                            several rows at once, see bench/batch.py
 
 Every block measures each policy and transformers once, in turn, on the same prompt, picture and
 forced length, greedy. Both sides are timed from outside in the same way: the first token's time
@@ -11,21 +13,19 @@ text included. Ratios are within blocks, their interval is bootstrapped.
 
 import argparse
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-from bench import common
-from bench.common import ROOT, machine, paired_ratio, progress, summary, write_report
+from bench import common, subject
+from bench.common import machine, paired_ratio, progress, summary, write_report
+from bench.subject import QUESTION, THEIRS
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from engine.engine import Engine
 
-QUESTION = "What is in this image? Describe everything that you can see in it in detail."
-THEIRS = "transformers"
 # What is compared -> the field of a sample.
 SPEED_UPS = {"decode": "per_token", "TTFT": "ttft", "processor time": "cpu"}
 
@@ -49,44 +49,38 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    folder = Path(options.model) if options.model else seeded(options.preset)
-    runners = {f"ours, {spec}": run for spec, run in our_runners(folder, options).items()}
-    if not options.alone:
-        runners[THEIRS] = transformers_runner(folder, options)
-    samples = measure(runners, options.blocks, options.warmup)
-    path = write_report(
-        report_name(options),
-        {
-            "model": options.model or f"seeded {options.preset}",
-            "dtype": options.dtype,
-            "seed": options.seed,
-            "threads": options.threads,
-            "new_tokens": options.tokens,
-            "blocks": options.blocks,
-            "load_at_start": options.load,
-        },
-        [row(name, samples, options.dtype) for name in samples],
-        notes(samples),
-        options.out,
-    )
+    folder = subject.checkpoint(options)
+    theirs = transformers_runner(folder, options)
+    rows, remarks = (by_batch if options.batches else one_by_one)(folder, options, theirs)
+    settings = subject.about(options) | {
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "new_tokens": options.tokens,
+        "blocks": options.blocks,
+        "load_at_start": options.load,
+    }
+    if theirs is None and not options.alone:
+        remarks.append(f"Without transformers: it has no model_type {subject.model_type(folder)}.")
+    path = write_report(report_name(options), settings, rows, remarks, options.out)
     print(path.with_suffix(".md").read_text())
 
 
 def read_options() -> argparse.Namespace:
     parser = common.make_parser(__doc__, name=None)
-    parser.add_argument("--model", help="a checkpoint folder")
-    parser.add_argument("--preset", default="tiny-test", help="a shape of bench/seeded.py instead")
+    subject.add_arguments(parser)
+    parser.add_argument("--batches", nargs="+", type=int, help="throughput at these batch sizes")
     parser.add_argument("--cache", action="append", help="policies of ours (default: full, avl)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=64, help="length of every answer")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="length of every answer: 1, and cycles of 3"
+    )
     parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=1, help="blocks that are thrown away")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     options = common.read_options(parser, lambda options: [report_name(options)])
     options.cache = options.cache or ["full", "avl"]
-    options.seed = None if options.model else common.SEED
     options.load = machine()["load_average"]
     return options
 
@@ -94,22 +88,7 @@ def read_options() -> argparse.Namespace:
 def report_name(options: argparse.Namespace) -> str:
     """What the report is called: by its model, unless told otherwise."""
     model = Path(options.model).name if options.model else options.preset
-    return options.name or f"decode-{model}"
-
-
-def seeded(preset: str) -> Path:
-    """A checkpoint with seeded weights, written once."""
-    from bench.seeded import write_seeded_llava
-
-    return write_seeded_llava(Path(tempfile.gettempdir()) / "avl-bench" / preset, preset)
-
-
-def picture() -> "Image.Image":
-    """The example of the README, or a plain picture where it is missing."""
-    from PIL import Image
-
-    path = ROOT / "examples" / "car.jpg"
-    return Image.open(path).convert("RGB") if path.exists() else Image.new("RGB", (640, 480), "red")
+    return options.name or f"decode-{model}{'-batches' if options.batches else ''}"
 
 
 # -- the two sides --------------------------------------------------------------------------------
@@ -118,10 +97,9 @@ def picture() -> "Image.Image":
 def our_runners(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], Sample]]:
     """One runner per policy, all on one set of weights."""
     from engine.cache.specs import parse
-    from engine.engine import Engine
 
-    engine = Engine.load(folder, device=options.device, dtype=options.dtype, offline=True)
-    image = picture()
+    engine = load(folder, options)
+    image = subject.picture(options)
 
     def run(spec: str) -> Sample:
         engine.policy = parse(spec)
@@ -141,6 +119,16 @@ def our_runners(folder: Path, options: argparse.Namespace) -> dict[str, Callable
     return {spec: (lambda spec=spec: run(spec)) for spec in options.cache}
 
 
+def load(folder: Path, options: argparse.Namespace) -> "Engine":
+    """Our side, with prompts as transformers gets them."""
+    from engine.engine import Engine
+
+    style = subject.style(folder)
+    return Engine.load(
+        folder, device=options.device, dtype=options.dtype, style=style, offline=True
+    )
+
+
 class Clock:
     """A streamer of transformers that notes when the first token comes."""
 
@@ -155,20 +143,20 @@ class Clock:
         """Nothing is held back."""
 
 
-def transformers_runner(folder: Path, options: argparse.Namespace) -> Callable[[], Sample]:
-    """Transformers' own generate, with its default attention and cache."""
+def transformers_runner(folder: Path, options: argparse.Namespace) -> Callable[[], Sample] | None:
+    """Transformers' own generate, with its default attention and cache; None where it is absent."""
+    if options.alone or not subject.model_type(folder).startswith("llava"):
+        return None
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=getattr(torch, options.dtype)
-    )
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     model.generation_config.eos_token_id = None  # the forced length, without a mask on logits
     processor = AutoProcessor.from_pretrained(folder)
-    image = picture()
+    image = subject.picture(options)
     prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
 
     @torch.inference_mode()
@@ -205,6 +193,28 @@ def cache_bytes(cache: Any) -> int:
 # -- measuring ------------------------------------------------------------------------------------
 
 
+def one_by_one(
+    folder: Path, options: argparse.Namespace, theirs: Callable[[], Sample] | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Whole answers, one after the other: lines of the table, and notes under it."""
+    runners = {f"ours, {spec}": run for spec, run in our_runners(folder, options).items()}
+    if theirs:
+        runners[THEIRS] = theirs
+    samples = measure(runners, options.blocks, options.warmup)
+    return [row(name, samples) for name in samples], notes(samples)
+
+
+def by_batch(
+    folder: Path, options: argparse.Namespace, theirs: Callable[[], Sample] | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Steps over several rows at once, beside one answer of transformers."""
+    from bench.batch import Plan, throughput
+
+    plan = Plan(options.cache, options.batches, options.tokens - 1, options.blocks)
+    step = theirs and (lambda: theirs().per_token)
+    return throughput(load(folder, options), subject.picture(options), plan, step)
+
+
 def measure(
     runners: Mapping[str, Callable[[], Sample]], blocks: int, warmup: int
 ) -> dict[str, list[Sample]]:
@@ -219,7 +229,7 @@ def measure(
     return samples
 
 
-def row(name: str, samples: Mapping[str, Sequence[Sample]], dtype: str) -> dict[str, Any]:
+def row(name: str, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """A line of the table; ratios above 1 mean that ours is faster."""
     mine, theirs = samples[name], samples.get(THEIRS)
     values: dict[str, Any] = {"what": name}

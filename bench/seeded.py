@@ -1,4 +1,4 @@
-"""Writes LLaVA-1.5 checkpoints with seeded random weights, for measuring shapes without downloads.
+"""Writes LLaVA checkpoints with seeded random weights, for measuring shapes without downloads.
 
 They lie on disk as the published ones do (hub layout, shards with an index), and load in
 transformers just as well. What such a model says is noise; how long it takes is not.
@@ -6,7 +6,7 @@ transformers just as well. What such a model says is noise; how long it takes is
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SHARD_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder and its vision tower."""
+    """Sizes of a decoder and its vision tower; ``tiles``: a LLaVA-1.6, whose pictures are tiles."""
 
     hidden: int
     layers: int
@@ -35,6 +35,7 @@ class Shape:
     vision_mlp: int
     image: int
     patch: int
+    tiles: bool = False
 
 
 PRESETS = {
@@ -42,7 +43,13 @@ PRESETS = {
     "tiny-test": Shape(64, 2, 4, 2, 128, 512, 32, 2, 2, 64, 56, 14),
     # 1.00e9 decoder parameters, 2.0 GB in bf16, with a small tower but the real 576 image tokens.
     "1b": Shape(2048, 16, 16, 16, 6144, 32064, 512, 6, 8, 2048, 336, 14),
+    "1.6-tiny": Shape(64, 2, 4, 2, 128, 512, 32, 2, 2, 64, 56, 14, tiles=True),
+    # 0.47e9 decoder parameters; 4 query heads per KV head and an MLP of 3.5 times the width, as in
+    # the Mistral variant. Keys and values of 2,200 tokens are 5 % of the weights: these dominate.
+    "1.6-small": Shape(1536, 12, 12, 3, 5376, 32064, 512, 6, 8, 2048, 336, 14, tiles=True),
 }
+# Rows and columns of tiles in the canvases of LLaVA-1.6.
+CANVASES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 def write_seeded_llava(folder: Path, preset: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -51,21 +58,31 @@ def write_seeded_llava(folder: Path, preset: str, dtype: torch.dtype = torch.bfl
     Weights are normal with deviation 0.02, norms one, biases zero: logits stay finite and spread.
     """
     shape = PRESETS[preset]
-    wanted = json.dumps({"preset": asdict(shape), "seed": SEED, "dtype": str(dtype)})
+
+    def write() -> None:
+        write_shards(folder, tensor_shapes(shape), dtype)
+        _write_configs(folder, shape, dtype)
+
+    return write_once(folder, {"preset": asdict(shape), "dtype": str(dtype)}, write)
+
+
+def write_once(folder: Path, about: dict[str, object], write: Callable[[], None]) -> Path:
+    """Calls ``write`` unless ``folder`` already holds what it is ``about``; returns the folder."""
+    wanted = json.dumps(about | {"seed": SEED})
     marker = folder / "seeded.json"
-    if marker.exists() and marker.read_text() == wanted:
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.unlink(missing_ok=True)
-    _write_shards(folder, shape, dtype)
-    _write_configs(folder, shape, dtype)
-    marker.write_text(wanted)  # last: a folder without it is not complete
+    if not marker.exists() or marker.read_text() != wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.unlink(missing_ok=True)
+        write()
+        marker.write_text(wanted)  # last: a folder without it is not complete
     return folder
 
 
 def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes as published hub checkpoints have them."""
     yield from _tower(shape)
+    if shape.tiles:
+        yield "image_newline", (shape.hidden,)
     hidden, vision = shape.hidden, shape.vision_hidden
     for linear, width in (("linear_1", vision), ("linear_2", hidden)):
         yield f"multi_modal_projector.{linear}.weight", (hidden, width)
@@ -105,11 +122,13 @@ def _tower(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{tower}.{name}.bias", size[:1]
 
 
-def _write_shards(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
-    """Draws every tensor once, in the order of `tensor_shapes`, and never holds two shards."""
+def write_shards(
+    folder: Path, sizes: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype
+) -> None:
+    """Draws every tensor once, in the order given, and never holds two shards."""
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     filled = total = 0
-    for name, size in tensor_shapes(shape):
+    for name, size in sizes:
         nbytes = math.prod(size) * dtype.itemsize
         if shards[-1] and filled + nbytes > SHARD_BYTES:
             shards.append([])
@@ -131,9 +150,9 @@ def _write_shards(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
 def _draw(
     name: str, size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
 ) -> torch.Tensor:
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return torch.zeros(size, dtype=dtype)
-    if "norm" in name:
+    if "norm" in name or ".ln_" in name:
         return torch.ones(size, dtype=dtype)
     return torch.empty(size).normal_(0, 0.02, generator=generator).to(dtype)
 
@@ -141,7 +160,7 @@ def _draw(
 def _write_configs(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     """Writes the tokenizer and the JSON files that a published folder has around its weights."""
     image_token = write_toy_tokenizer(folder) - 2
-    files = {
+    files: dict[str, dict[str, object]] = {
         "config": _model_config(shape, dtype, image_token),
         "preprocessor_config": _picture_config(shape),
         "processor_config": {
@@ -157,6 +176,9 @@ def _write_configs(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
             "pad_token_id": image_token + 1,
         },
     }
+    if shape.tiles:
+        for name, changes in _next_configs(shape).items():
+            files[name] |= changes
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
 
@@ -208,4 +230,23 @@ def _picture_config(shape: Shape) -> dict[str, object]:
         "rescale_factor": 1 / 255,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
+def _next_configs(shape: Shape) -> dict[str, dict[str, object]]:
+    """What a LLaVA-1.6 says beyond or instead of that, by file."""
+    canvases = [[shape.image * side for side in sides] for sides in CANVASES]
+    return {
+        "config": {
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "model_type": "llava_next",
+            "image_grid_pinpoints": canvases,
+            "use_image_newline_parameter": True,
+        },
+        "preprocessor_config": {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": canvases,
+            "do_pad": True,
+        },
+        "processor_config": {"processor_class": "LlavaNextProcessor"},
     }

@@ -18,7 +18,7 @@ CORPUS = (
     "system user assistant You are a helpful assistant. Picture 1: there they're we'll don't "
     "describe the picture\n\nwhat is shown here\n 你好 世界 这是什么 你好 图中 12 2024 éàü "
 )
-SPECIALS = 217
+MERGES, SPECIALS = 90, 217
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class QwenShape:
     trained: int = 300
     chat_format: str = "chatml"
     seed: int = 5
+    vocab: int = 256 + MERGES + SPECIALS + 5
 
 
-def toy_tokens(merges: int = 90) -> list[bytes]:
+def toy_tokens(merges: int = MERGES) -> list[bytes]:
     """Byte tokens in a shuffled order, then the commonest pairs of the corpus, one by one."""
     order = torch.randperm(256, generator=torch.Generator().manual_seed(3)).tolist()
     tokens = [bytes([byte]) for byte in order]
@@ -70,7 +71,6 @@ def write_tiktoken(path: Path, tokens: list[bytes], newline: str = "\n") -> None
 
 
 def config_of(shape: QwenShape) -> dict[str, Any]:
-    tokens = 256 + 90
     return {
         "model_type": "qwen",
         "hidden_size": shape.hidden,
@@ -90,20 +90,22 @@ def config_of(shape: QwenShape) -> dict[str, Any]:
         "visual": {
             "heads": shape.vision_heads,
             "image_size": shape.image,
-            "image_start_id": tokens + 214,
+            "image_start_id": 256 + MERGES + 214,
             "layers": shape.vision_layers,
             "mlp_ratio": 4.9231,
             "output_dim": shape.hidden,
             "patch_size": 14,
             "width": shape.width,
         },
-        "vocab_size": tokens + SPECIALS + 5,
+        "vocab_size": shape.vocab,
     }
 
 
-def _sizes(shape: QwenShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width, vocab = shape.hidden, shape.width, config_of(shape)["vocab_size"]
-    yield from (("transformer.wte.weight", (vocab, hidden)), ("lm_head.weight", (vocab, hidden)))
+def tensor_shapes(shape: QwenShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes as the published checkpoints have them."""
+    hidden, width = shape.hidden, shape.width
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        yield name, (shape.vocab, hidden)
     yield "transformer.ln_f.weight", (hidden,)
     for n in range(shape.layers):
         layer = f"transformer.h.{n}."
@@ -144,7 +146,7 @@ def draw(shape: QwenShape) -> dict[str, Tensor]:
     """All tensors in fp32 by their published names; attention is far from uniform."""
     generator = torch.Generator().manual_seed(shape.seed)
     tensors = {}
-    for name, size in _sizes(shape):
+    for name, size in tensor_shapes(shape):
         value = torch.empty(size).normal_(0, 1, generator=generator)
         if ".ln_" in name and name.endswith("weight"):
             value = 1 + 0.1 * value
@@ -163,8 +165,13 @@ def write_qwen(folder: Path, shape: QwenShape) -> Path:
     """Write the checkpoint; returns its folder."""
     folder.mkdir(parents=True)
     save_file(draw(shape), folder / "model.safetensors")
+    write_around(folder, shape)
+    return folder
+
+
+def write_around(folder: Path, shape: QwenShape) -> None:
+    """Write what a published folder has around its weights: configurations and vocabulary."""
     (folder / "config.json").write_text(json.dumps(config_of(shape)))
     generation = {"chat_format": shape.chat_format, "eos_token_id": 346, "max_window_size": 6144}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     write_tiktoken(folder / "qwen.tiktoken", toy_tokens())
-    return folder

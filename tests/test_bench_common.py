@@ -1,14 +1,22 @@
 """What measurements share: the summary is right, and seeded checkpoints are real ones."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from bench import seeded_qwen, subject
+from bench.batch import Plan, throughput
 from bench.common import paired_ratio, peak_rss, rss, summary, write_report
-from bench.seeded import PRESETS, tensor_shapes, write_seeded_llava
+from bench.seeded import CANVASES, PRESETS, tensor_shapes, write_seeded_llava
+from bench.seeded_qwen import write_seeded_qwen
+from engine.anyres import plan as plan_tiles
+from engine.engine import Engine
 from engine.models.llava import Llava, parse_hub
+from tests import qwen_checkpoint
 from weights.checkpoint import Checkpoint, load_weights, read_json
 from weights.names import llava_names
 
@@ -67,18 +75,62 @@ def test_seeded_checkpoint_is_the_same_every_time_and_fills_our_model(tmp_path: 
     assert marker.stat().st_mtime_ns == changed  # written once
 
 
-def test_seeded_checkpoint_is_what_transformers_loads(tmp_path: Path) -> None:
-    from transformers import LlavaForConditionalGeneration
+@pytest.mark.parametrize("preset", ["tiny-test", "1.6-tiny"])
+def test_seeded_checkpoint_is_what_transformers_loads(preset: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = write_seeded_llava(tmp_path, "tiny-test")
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    folder = write_seeded_llava(tmp_path, preset)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.dtype == torch.bfloat16
+    options = argparse.Namespace(model=None, preset=preset, picture=None)
+    image, text = subject.picture(options), f"USER: <image>\n{subject.QUESTION} ASSISTANT:"
+    theirs = AutoProcessor.from_pretrained(folder)(text=text, images=[image])["input_ids"][0]
+    engine = Engine.load(folder, device="cpu", style=subject.style(folder))
+    assert engine.render(subject.QUESTION, [image]).token_ids == list(theirs)
 
 
-def test_the_large_preset_has_the_size_it_claims() -> None:
-    sizes = {name: torch.Size(size).numel() for name, size in tensor_shapes(PRESETS["1b"])}
-    decoder = sum(n for name, n in sizes.items() if name.startswith("language_model"))
-    assert decoder == pytest.approx(1.0e9, rel=0.01)
-    assert 2.0e9 < 2 * sum(sizes.values()) < 2.2e9
+def test_seeded_qwen_is_a_whole_checkpoint(tmp_path: Path) -> None:
+    engine = Engine.load(write_seeded_qwen(tmp_path, "qwen-tiny"), device="cpu")
+    assert engine.dtype == torch.float32  # below 2 GB on a CPU
+    result = engine.generate("what", [Image.new("RGB", (20, 30))], max_new_tokens=3)
+    assert result.image_tokens == 256
+
+
+def test_tables_by_batch_size_compare_within_blocks(tmp_path: Path) -> None:
+    engine = Engine.load(write_seeded_llava(tmp_path, "1.6-tiny"), device="cpu")
+    plan = Plan(["full", "avl"], [1, 2], steps=3, blocks=3)
+    rows, _ = throughput(engine, Image.new("RGB", (90, 30)), plan, theirs=lambda: 2.0)
+    cells = [("full", 1), ("full", 2), ("avl", 1), ("avl", 2), ("transformers", 1)]
+    assert [(row["policy"], row["batch"]) for row in rows] == cells
+    assert rows[-1]["ms per step"] == 2000
+    for row in rows[:-1]:
+        assert row["x transformers"] == pytest.approx(2 * row["tokens/s in all"])
+    assert (rows[0]["x batch 1"], rows[1]["step / full"]) == (1, 1)
+    assert rows[3]["KV used MB"] == 2 * rows[2]["KV used MB"] < rows[1]["KV used MB"]
+    assert rows[2]["limit"] < 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("1b", 1.0e9), ("1.6-small", 0.467e9), ("qwen-1b", 1.0e9)]
+)
+def test_the_large_presets_have_the_size_they_claim(preset: str, parameters: float) -> None:
+    if preset in seeded_qwen.PRESETS:
+        named = qwen_checkpoint.tensor_shapes(seeded_qwen.PRESETS[preset])
+    else:
+        named = tensor_shapes(PRESETS[preset])
+    sizes = {name: torch.Size(size).numel() for name, size in named}
+    others = ("vision_tower", "multi_modal", "image_newline", "transformer.visual")
+    decoder = sum(n for name, n in sizes.items() if not name.startswith(others))
+    assert decoder == pytest.approx(parameters, rel=0.01)
+    assert decoder < sum(sizes.values()) < 1.1 * decoder
+
+
+def test_the_picture_of_a_seeded_tiled_model_has_2182_tokens() -> None:
+    options = argparse.Namespace(model=None, preset="1.6-small", picture=None)
+    shape = PRESETS["1.6-small"]
+    canvases = tuple((rows * shape.image, columns * shape.image) for rows, columns in CANVASES)
+    image = subject.picture(options)
+    grid = plan_tiles(image.size, canvases, shape.image, shape.image // shape.patch)
+    assert grid.tokens == 2182

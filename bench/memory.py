@@ -336,9 +336,9 @@ def parts(options: argparse.Namespace) -> list[str]:
 def table_part() -> Part:
     note = (
         "Sequences: 35 + 576 + 35 tokens (1.5), 35 + 2135 + 78 (1.6); fp16, MB = 10^6 bytes. The "
-        "two 1.6 rows with T70 lie above the paper by its own rule; nothing is adjusted. Used: with "
-        "K = 3 one step in three attends all that is stored; in answers of one to ten tokens, as "
-        "the paper's mostly are, about one in five does, which is what its figures agree with."
+        "two 1.6 rows with T70 lie above the paper by its own rule; nothing is adjusted. Used: "
+        "with K = 3 one step in three attends all that is stored; in answers of one to ten "
+        "tokens, as the paper's mostly are, about one in five does: its figures agree with that."
     )
     return {"dtype": "float16", "device": "meta"}, table(), [note]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from typing import NoReturn
 
 from engine.errors import OptionError
@@ -24,6 +25,21 @@ it knows drawings and printed text only. Greedy by default: the same command giv
 
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
 context too long, 130 interrupted"""
+
+
+DTYPES = ("auto", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}, use {', '.join(DTYPES)}")
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}, use auto, cpu, cuda or cuda:1")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,8 +96,8 @@ def build_parser() -> Parser:
     )
     add("--revision", metavar="SHA", help="branch, tag or commit of a hub model")
     add("--offline", action="store_true", help="never download")
-    add("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
+    add("--device", default="auto", type=_device, help="auto, cpu, cuda or cuda:1")
     add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
     add = parser.add_argument_group("conversion").add_argument
     add(

@@ -238,6 +238,7 @@ def _normalise(image: Image.Image, name: str, notes: tuple[str, ...]) -> LoadedI
     pixels, colour_notes = _to_rgb(upright, image.info.get("transparency"), name)
     if pixels is image:
         pixels = image.copy()  # the caller's Pillow image stays the caller's
+    pixels.info.clear()  # opened again, they must not be turned upright a second time
     return LoadedImage(pixels, name, notes + rotation_notes + colour_notes)
 
 

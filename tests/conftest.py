@@ -4,13 +4,16 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from engine.engine import Engine
 from engine.tokenizer import Tokenizer
+from tests.asking import Ask, asking
 from tests.checkpoints import DEFAULT, Shape, write_llava
+from tests.emulated import build
 from tests.toy_tokenizer import write_toy_tokenizer
 
 
@@ -39,6 +42,18 @@ def engine_of(checkpoint: Callable[..., Path]) -> Callable[..., Engine]:
         return Engine.load(checkpoint(shape, layout), device="cpu", dtype=dtype, cache=cache)
 
     return made
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
+    """``ask(*arguments)``: the command line in this process."""
+    return asking(capsys)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The small CUDA kernels in the block emulator."""
+    return build(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="session")

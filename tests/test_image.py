@@ -415,6 +415,15 @@ def test_orientation_is_applied(kind: str, orientation: int) -> None:
     assert loaded.notes == ()
 
 
+def test_an_upright_picture_is_not_turned_again() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for kind in ("PNG", "JPEG"):
+        once = open_image(encoded(scene((40, 30)), kind, exif=exif)).pixels
+        assert once.size == (30, 40)
+        assert open_image(once).pixels.tobytes() == once.tobytes()
+
+
 def test_orientation_by_corners() -> None:
     # Independent of Pillow's own function: the red corner is top left once upright.
     stored = {1: (0, 0), 2: (39, 0), 3: (39, 29), 4: (0, 29)}

@@ -3,6 +3,8 @@
 # make test-slow   the tests that take minutes
 # make fuzz        hours of fuzzing: MINUTES=60 SEED=7 TARGET=png; findings go to tests/corpus
 # make gpu-check   on a machine with a CUDA device: build, run the GPU tests, write gpu-results/
+# make gpu-bench   there too: build, then measure PART=1 to 6; RESUME=folder of an earlier report
+#                  (either with DRY=1: walk through it on a CPU, nothing built or measured)
 # make bench       a quick set of measurements, under ten minutes on two cores; into build/bench/
 # make clean       remove what was built; .venv stays
 #
@@ -13,7 +15,7 @@ BIN := .venv/bin
 STAMPS := .venv/stamps
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cuda/*.* cuda/*/*.*)
 
-.PHONY: demo test test-slow gpu-check clean fuzz bench
+.PHONY: demo test test-slow gpu-check gpu-bench clean fuzz bench
 
 demo: $(STAMPS)/run
 	$(BIN)/python main.py --image examples/car.jpg --prompt "What colour is the car?"
@@ -34,8 +36,15 @@ fuzz: $(STAMPS)/test
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),60) \
 		--seed $(or $(SEED),$(shell date +%s)) --target "$(TARGET)"
 
+# The machine's own Python: a bare GPU machine has no .venv and no network to fill one.
+GPU_PYTHON ?= python3
 gpu-check:
-	python3 bench/gpu_check.py
+	$(GPU_PYTHON) -m bench.gpu_check $(if $(DRY),--dry --skip-build)
+
+gpu-bench:
+	$(if $(DRY),,$(GPU_PYTHON) -m bench.gpu_check --build-only)
+	$(GPU_PYTHON) -m bench.gpu_bench --part $(or $(PART),$(error which part? make gpu-bench PART=1)) \
+		$(if $(DRY),--dry) $(if $(RESUME),--resume $(RESUME))
 
 clean:
 	rm -rf build dist gpu-results engine/_native*.so $(STAMPS)

@@ -1,149 +1,234 @@
-"""Everything that needs a GPU, in one call of at most ten minutes: build, test, sanitize, measure.
+"""Everything that needs a GPU, in one call of at most ten minutes: build, test, measure, sanitize.
 
-    python bench/gpu_check.py [--dry] [--out gpu-results]
+    python -m bench.gpu_check [--dry] [--skip-build] [--out gpu-results]
+    python -m bench.gpu_check --build-only
 
 Runs on a bare CUDA machine: torch, nvcc, cmake, pybind11 and pytest must be there; no network, no
-pip. Each step's command, time and result go to results.json and summary.md in the output folder
-(``$OUT`` where that is set), with the full logs beside them. ``--dry`` walks the same steps on a
-machine without a GPU: the build is real, the GPU tests are collected but not run.
-The exit code is 1 if a step failed; compute-sanitizer is reported but does not count, since it does
-not work on every machine.
+pip. Every step has a limit, and one that fails does not stop the others. Commands, times and
+results go to results.json and summary.md in the output folder ($OUT where that is set) after
+every step, with all output in log.txt beside them. --dry walks through the same steps without a
+GPU: the build is real unless it is skipped, the GPU tests are collected but not run, the sanitizer
+is left out, the table is measured at toy sizes.
+
+The exit code is 1 if a step failed. compute-sanitizer does not work on every machine: that it
+could not run is reported but does not count, what it finds does.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.common import ROOT, commit, machine, versions
+
 BUDGET_S = 570
+KEPT_LINES = 15  # of a step's output, in the report
+FOUND = 9  # what compute-sanitizer exits with when it found something
+# Small cases of every kernel. Under the sanitizer each takes seconds.
+SANITIZED = "(sanitize and not 2880 and not 575) or takes_the_highest or accumulates_and_evicts"
 
 
 @dataclass
 class Step:
-    """One command of the check and what became of it."""
+    """One command of the check and what became of it.
+
+    ``env`` is added to the environment. A ``soft`` step fails only with exit code ``FOUND``.
+    """
 
     name: str
     command: list[str]
     limit_s: int
+    env: dict[str, str] = field(default_factory=dict)
     soft: bool = False
     result: str = "not run"
     seconds: float = 0.0
+    last_lines: list[str] = field(default_factory=list)
+
+    @property
+    def last_line(self) -> str:
+        """The last thing it said."""
+        return self.last_lines[-1] if self.last_lines else ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether this fails the check."""
+        if self.soft:
+            return self.result == exit_text(FOUND)
+        return not self.result.startswith(("ok", "left out"))
 
 
-def output(command: list[str]) -> str:
-    """Give what a command prints, or why it could not run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown ({error})"
+def exit_text(code: int) -> str:
+    """What a report says of an exit code."""
+    return "ok" if code == 0 else f"failed with exit code {code}"
 
 
-def machine() -> dict[str, str]:
-    """Name what the results depend on."""
-    import torch
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry", action="store_true", help="walk through the steps without a GPU")
+    parser.add_argument("--skip-build", action="store_true", help="take the module that is there")
+    parser.add_argument("--build-only", action="store_true", help="build, and nothing else")
+    default = Path(os.environ.get("OUT", ROOT / "gpu-results"))
+    parser.add_argument("--out", type=Path, default=default)
+    options = parser.parse_args(arguments)
+    if options.build_only:
+        return build()
+    where = machine()
+    if where["gpu"] is None and not options.dry:
+        print("error: no CUDA device was found\nhint: --dry walks through the steps without one")
+        return 1
+    listed = steps(options.dry, options.skip_build, options.out)
+    facts = {"dry": options.dry, "commit": commit(), "machine": where, "versions": versions()}
+    return run_all(listed, options.out, facts)
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    nvcc = output(["nvcc", "--version"]).splitlines()[-1]
-    commit = output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
-    return {"gpu": gpu, "torch": torch.__version__, "nvcc": nvcc, "commit": commit}
+
+def steps(dry: bool, skip_build: bool, out: Path) -> list[Step]:
+    """The commands in order: what matters most comes first."""
+    listed = [] if skip_build else build_steps()
+    if not dry:
+        listed.append(Step("backend", [sys.executable, "-c", BACKEND], 60))
+    tests = Step("tests", [*pytest(), *(["--collect-only"] if dry else ["-rs"])], 200)
+    bench = [sys.executable, "-m", "bench.gpu_bench", "--part", "check", "--overwrite"]
+    bench += ["--out", str(out), *(["--dry"] if dry else [])]
+    return [*listed, tests, Step("table", bench, 120), *sanitizer_steps(dry)]
 
 
-def steps(dry: bool, out: Path) -> list[Step]:
-    """List the commands in order."""
-    import pybind11
+# The tests skip what the kernels cannot run: that the kernels are there is a step of its own.
+BACKEND = (
+    "import sys; from engine import native; found = native.backend(); "
+    "print(found.reason); sys.exit(found.name != 'cuda')"
+)
 
-    build = str(ROOT / "build" / "gpu-check")
-    configure = ["cmake", "-S", str(ROOT), "-B", build, "-DAVL_INPLACE=ON"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DAVL_CUDA=ON"]
-    # Only files with GPU tests: others may import packages that a bare machine does not have.
-    files = [
-        str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()
+
+def build_steps() -> list[Step]:
+    """Configure and compile for Hopper alone, into engine/ of this checkout."""
+    build = str(ROOT / "build" / f"gpu-check-{sys.implementation.cache_tag}")
+    configure = ["cmake", "-S", str(ROOT), "-B", build, "-DAVL_INPLACE=ON", "-DAVL_CUDA=ON"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CUDA_ARCHITECTURES=90-real"]
+    if importlib.util.find_spec("pybind11"):
+        import pybind11
+
+        configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    compiled = ["cmake", "--build", build, "-j", str(os.cpu_count() or 2)]
+    return [Step("configure", configure, 60), Step("build", compiled, 180)]
+
+
+def build() -> int:
+    """Build alone, with the output where one sees it."""
+    codes = (subprocess.run(step.command, cwd=ROOT).returncode for step in build_steps())
+    return next((code for code in codes if code), 0)
+
+
+def pytest() -> list[str]:
+    """The command that runs the GPU tests.
+
+    Only files that have some: others may import packages that a bare machine does not have. What
+    another torch warns about does not fail here.
+    """
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    files = [str(path) for path in tests if "mark.gpu" in path.read_text()]
+    return [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", *files]
+
+
+def sanitizer_steps(dry: bool) -> list[Step]:
+    """compute-sanitizer's three tools over the kernel tests; without it a step that says so."""
+    program = shutil.which("compute-sanitizer")
+    if dry or program is None:
+        reason = "left out: dry" if dry else "left out: compute-sanitizer is not installed"
+        return [Step("sanitizer", [], 0, soft=True, result=reason)]
+    return [sanitizer_step(program, tool) for tool in ("memcheck", "racecheck", "initcheck")]
+
+
+def sanitizer_step(program: str, tool: str) -> Step:
+    """One tool over small cases of all kernels.
+
+    Only our kernels are watched, which makes it bearable; initcheck must see everybody's writes.
+    """
+    command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no"]
+    if tool != "initcheck":
+        command += ["--kernel-name", "kns=avl"]
+    files = ("test_attention.py", "test_ranking.py")
+    tests = [
+        argument for argument in pytest() if "test_" not in argument or argument.endswith(files)
     ]
-    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", *files]
-    listed = [
-        Step("configure", configure, 60),
-        Step("build", ["cmake", "--build", build, "-j", str(os.cpu_count() or 2)], 180),
-        Step("tests", [*pytest, "--collect-only"] if dry else pytest, 240),
-    ]
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer and not dry:
-        few = [*pytest, "-k", "sanitize"]
-        listed.append(Step("sanitizer", [sanitizer, "--error-exitcode", "9", *few], 120, soft=True))
-    bench = [
-        sys.executable,
-        str(ROOT / "bench" / "kernels.py"),
-        "--overwrite",
-        "--out",
-        str(out),
-    ]
-    if Path(bench[1]).exists():
-        device = ["--device", "cpu", "--quick"] if dry else ["--device", "cuda", "--levels"]
-        listed.append(Step("kernels", [*bench, *device], 180))
-    return listed
+    # Without torch's own cache of memory every tensor has an allocation, whose ends are watched.
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Step(tool, [*command, *tests, "-k", SANITIZED], 90, env, soft=True)
+
+
+def run_all(listed: list[Step], out: Path, facts: Mapping[str, Any]) -> int:
+    """Run the steps, write the report after each; returns the exit code."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("")
+    end = time.monotonic() + BUDGET_S
+    for step in listed:
+        if step.command:
+            run(step, log, end - time.monotonic())
+        print(f"{step.name}: {step.result} ({step.seconds} s) {step.last_line}", flush=True)
+        write(out, facts, listed)
+    print(out / "summary.md")
+    return int(any(step.failed for step in listed))
 
 
 def run(step: Step, log: Path, left_s: float) -> None:
-    """Run one step, its output to a log file, within its limit and what is left of the budget."""
+    """Run one step, its output behind the log, within its limit and what is left of the budget."""
     limit = min(step.limit_s, left_s)
     if limit <= 0:
-        step.result = "skipped: out of time"
+        step.result = "not run: out of time"
         return
-    began = time.monotonic()
-    with log.open("w") as file:
-        try:
-            code = subprocess.run(
-                step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-            ).returncode
-            step.result = "ok" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
-            step.result = f"stopped after {limit:.0f} s"
+    began, start = time.monotonic(), log.stat().st_size
+    try:
+        with log.open("a") as file:
+            print(f"==== {step.name}: {shlex.join(step.command)}", file=file, flush=True)
+            done = subprocess.run(
+                step.command,
+                cwd=ROOT,
+                env=os.environ | step.env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+            )
+        step.result = exit_text(done.returncode)
+    except subprocess.TimeoutExpired:
+        step.result = f"stopped after {limit:.0f} s"
+    except OSError as error:
+        step.result = f"could not start: {error}"
     step.seconds = round(time.monotonic() - began, 1)
+    said = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    step.last_lines = [line[:200] for line in said if line.strip()][-KEPT_LINES:]
 
 
-def write(out: Path, facts: dict[str, str], done: list[Step], dry: bool) -> None:
+def write(out: Path, facts: Mapping[str, Any], listed: list[Step]) -> None:
     """Write results.json and summary.md."""
-    report = {"dry": dry, "machine": facts, "steps": [asdict(step) for step in done]}
+    report = {**facts, "steps": [asdict(step) for step in listed]}
     (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = ["# GPU check" + (" (dry: no GPU was used)" if dry else ""), ""]
+    lines = ["# GPU check" + (" (dry: no GPU was used)" if facts["dry"] else ""), ""]
     lines += [f"* {name}: {value}" for name, value in facts.items()]
-    lines += ["", "| step | result | seconds |", "|---|---|---|"]
-    lines += [f"| {s.name}{' (soft)' if s.soft else ''} | {s.result} | {s.seconds} |" for s in done]
-    for step in done:
-        log = out / f"{step.name}.log"
-        if step.result != "ok" and log.exists():
-            tail = log.read_text(errors="replace").splitlines()[-15:]
-            lines += ["", f"## The end of {log.name}", "", "```", *tail, "```"]
-    (out / "summary.md").write_text("\n".join(lines) + "\n")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry", action="store_true", help="walk the steps without a GPU")
-    parser.add_argument(
-        "--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "gpu-results"))
-    )
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    facts = machine()
-    if facts["gpu"] == "none" and not options.dry:
-        print("error: no CUDA device was found\nhint: --dry walks the steps without one")
-        return 1
-    end = time.monotonic() + BUDGET_S
-    listed = steps(options.dry, options.out)
+    lines += ["", "| step | result | seconds | last line |", "|---|---|---|---|"]
+    lines += [
+        f"| {s.name}{' (soft)' if s.soft else ''} | {s.result} | {s.seconds} | {s.last_line} |"
+        for s in listed
+    ]
     for step in listed:
-        run(step, options.out / f"{step.name}.log", end - time.monotonic())
-        print(f"{step.name}: {step.result} ({step.seconds} s)", flush=True)
-        write(options.out, facts, listed, options.dry)
-        if step.name in ("configure", "build") and step.result != "ok":
-            break
-    return int(any(s.result != "ok" and not s.soft for s in listed))
+        if step.result != "ok" and step.last_lines:
+            lines += ["", f"## The end of {step.name}", "", "```", *step.last_lines, "```"]
+    table = next(iter(out.glob("gpu-bench-check*.md")), None)
+    if table is not None:
+        lines += ["", table.read_text()]
+    (out / "summary.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""The kernels of a decode step as benchmark cells: attention, teaching levels, policy, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench import kernels, predict
+from bench.gpu_cells import Contestant, Device, KernelCell
+from bench.gpu_timing import Call
+from bench.predict import SEVEN, Shape
+from engine import ranking
+from engine.attention import AttentionPlan
+
+# Inputs are rotated over this many bytes, so that the L2 cache (60 MB on an H200) does not help.
+ROTATED = 1 << 30
+
+
+def rotation(read: float) -> int:
+    """How many sets of inputs of ``read`` bytes to rotate over."""
+    return max(2, min(64, int(ROTATED // read)))
+
+
+def attention_cell(rows: int, tokens: int, quick: bool = False) -> KernelCell:
+    """One layer's attention of LLaVA-7B: over all tokens, over A-VL's, by slicing, by SDPA."""
+    token = rows * SEVEN.layer_kv
+    core, secondary = int(kernels.CORE * tokens), int(kernels.SECONDARY * tokens)
+    every = kernels.EVERY
+    lists = [core] * (every - 1) + [secondary]
+    cycle = sum(predict.attention(n * token) for n in lists) / every
+    whole, part = tokens * token, core * token
+    contestants = {
+        "sdpa, all": Contestant(predict.sdpa(whole), whole),
+        "ours, all": Contestant(predict.attention(whole), whole),
+        "ours, core in place": Contestant(predict.attention(part), part),
+        f"ours, mean of {every} steps": Contestant(cycle, sum(lists) / every * token, every),
+        "slice core, then sdpa": Contestant(predict.slice_then_multiply(part), part),
+    }
+    turns = 2 if quick else rotation(whole)
+
+    def make(on: Device) -> dict[str, Call]:
+        calls, _ = kernels.contestants(rows, tokens, on.dtype, on.device.type, turns)
+        return calls
+
+    key = f"attention, {rows} x {tokens} tokens"
+    return KernelCell(key, contestants, make, turns, 3 if quick else 21)
+
+
+def levels_cell(tokens: int, quick: bool = False) -> KernelCell:
+    """What each idea of cuda/levels.cuh buys: one layer, one row."""
+    whole = tokens * SEVEN.layer_kv
+    contestants = {
+        f"level {number}": Contestant(predict.level(number, tokens, SEVEN.head_dim, whole), whole)
+        for number in (4, 3, 2, 1)
+    }
+    turns = 2 if quick else 8
+
+    def make(on: Device) -> dict[str, Call]:
+        size = (2, tokens, SEVEN.kv_heads, SEVEN.head_dim)
+        pools = [torch.randn(size, device=on.device).to(on.dtype) for _ in range(turns)]
+        q = torch.randn(1, SEVEN.heads, SEVEN.head_dim, device=on.device).to(on.dtype)
+        return {f"level {number}": _leveled(q, pools, number) for number in (4, 3, 2, 1)}
+
+    return KernelCell(
+        f"teaching levels, {tokens} tokens", contestants, make, turns, 3 if quick else 11
+    )
+
+
+def _leveled(q: Tensor, pools: list[Tensor], level: int) -> Call:
+    plans = [AttentionPlan(q, p[0], p[1], want_logits=True, level=level) for p in pools]
+    return lambda turn: plans[turn].run()
+
+
+def policy_cell(rows: int, image: int, text: int, shape: Shape, quick: bool = False) -> KernelCell:
+    """The policy launch for all layers at once: a new core, and one text token per head evicted."""
+    problems, stored = shape.layers * rows, int(predict.SECONDARY * image)
+    width = stored + text
+    all_logits = 4 * problems * shape.heads * stored
+    of_text = 4 * problems * shape.heads * text
+    contestants = {
+        "rank": Contestant(predict.rank(problems, all_logits), all_logits),
+        "age": Contestant(predict.age(problems * shape.kv_heads), of_text),
+    }
+    turns = 2 if quick else rotation(4 * problems * shape.heads * width)
+
+    def make(on: Device) -> dict[str, Call]:
+        sets = [_policy_calls(on, shape, problems, stored, text, image) for _ in range(turns)]
+        return {name: (lambda turn, n=name: sets[turn][n]()) for name in contestants}
+
+    return KernelCell(f"policy launch, {rows} rows", contestants, make, turns, 3 if quick else 21)
+
+
+def _policy_calls(
+    on: Device, shape: Shape, problems: int, stored: int, text: int, image: int
+) -> dict[str, Callable[[], None]]:
+    """``rank`` and ``age`` on random weights of ``problems`` layers x rows."""
+    width, device = stored + text, on.device
+
+    def same(value: int) -> Tensor:
+        return torch.full((problems,), value, dtype=torch.int32, device=device)
+
+    logits = torch.randn(problems, shape.heads, width, device=device)
+    lse = logits.logsumexp(-1)
+    core = int(predict.CORE * image)
+    error = torch.zeros(1, dtype=torch.int32, device=device)
+    slots = torch.arange(width, dtype=torch.int32, device=device).repeat(problems, 1)
+    chosen = torch.empty(problems, core, dtype=torch.int32, device=device)
+    ranked = (same(0), same(stored), same(core), slots, chosen, same(0))
+    places = (problems, shape.kv_heads, text)
+    scores = torch.rand(places, device=device)
+    positions = torch.arange(text, dtype=torch.int32, device=device).expand(places).contiguous()
+    victim = torch.empty(places[:2], dtype=torch.int32, device=device)
+    aged = (same(stored), same(text), same(text - 1), same(text // 3), scores, positions, victim)
+    return {
+        "rank": lambda: ranking.rank(logits, lse, *ranked, error=error),
+        "age": lambda: ranking.age(logits, lse, *aged, error=error),
+    }

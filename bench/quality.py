@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from bench import common
 from bench.common import ROOT, write_report
@@ -165,8 +164,8 @@ def answer_all(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         todo = items[len(records) :]
-        bar = tqdm(total=len(items), initial=len(records), desc=f"{task} {spec[:30]}")
-        for result, seconds in in_order(engine, todo, args.rows):
+        answers = in_order(engine, todo, args.rows)
+        for result, seconds in common.progress(answers, f"{task}, {spec[:40]}", len(todo)):
             page, question = items[len(records)]
             record = make_record(question, result, seconds)
             if exact is not None:
@@ -174,8 +173,6 @@ def answer_all(
             file.write(json.dumps(record) + "\n")
             file.flush()
             records.append(record)
-            bar.update()
-        bar.close()
     return records[: len(items)]
 
 

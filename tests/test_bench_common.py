@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from PIL import Image
 
 from bench import seeded_qwen, subject
 from bench.batch import Plan, throughput
-from bench.common import paired_ratio, peak_rss, rss, summary, write_report
+from bench.common import ROOT, paired_ratio, peak_rss, rss, summary, write_report
 from bench.seeded import CANVASES, PRESETS, tensor_shapes, write_seeded_llava
 from bench.seeded_qwen import write_seeded_qwen
 from engine.anyres import plan as plan_tiles
@@ -134,3 +137,50 @@ def test_the_picture_of_a_seeded_tiled_model_has_2182_tokens() -> None:
     image = subject.picture(options)
     grid = plan_tiles(image.size, canvases, shape.image, shape.image // shape.patch)
     assert grid.tokens == 2182
+
+
+# Programs of bench/ that measure nothing that is kept as a report.
+TOOLS = {"browser", "figures", "report", "tiers"}
+BENCHMARKS = sorted(
+    path.stem
+    for path in (ROOT / "bench").glob("*.py")
+    if "\ndef main(" in path.read_text()
+    and path.stem not in TOOLS
+    and not path.stem.startswith("gpu_")  # these write where the GPU machine wants them
+)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_is_a_part_of_one_tool(name: str) -> None:
+    """The flags, the refusal, the bar, and the report with its command come from bench.common."""
+    source = (ROOT / "bench" / f"{name}.py").read_text()
+    for part in ("make_parser(", "read_options(", "progress(", "write_report("):
+        assert part in source, f"bench/{name}.py does without common.{part})"
+    assert '"seed"' in source or "subject.about(" in source
+
+
+def test_a_report_is_not_overwritten_and_can_be_repeated(tmp_path: Path) -> None:
+    """The refusal comes before anything is measured, and before torch is imported."""
+    (tmp_path / "decode-tiny.json").write_text("{}")
+    ask = [sys.executable, "-X", "importtime", "-m", "bench.decode", "--model", "weights/tiny"]
+    done = subprocess.run(
+        [*ask, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "decode-tiny.json is there already: add --overwrite" in done.stderr
+    assert re.search(r"\| +bench.common$", done.stderr, re.MULTILINE)
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+    assert (tmp_path / "decode-tiny.json").read_text() == "{}"
+
+
+def test_a_benchmark_prints_and_writes_the_command_that_repeats_it(tmp_path: Path) -> None:
+    flags = ["--sizes", "1", "--blocks", "1", "--tokens", "3", "--out", str(tmp_path)]
+    ask = [sys.executable, "-m", "bench.batch", "--overwrite", *flags]
+    done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True)
+    again = " ".join(["python -m bench.batch", *flags])
+    record = json.loads((tmp_path / "batch.json").read_text())
+    assert record["command"] == again
+    assert again in done.stdout
+    assert "| full | 1 |" in done.stdout
+    assert "1/1" in done.stderr
+    assert {"dtype", "seed"} <= set(record["settings"])

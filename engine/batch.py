@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.cache.decode import Decoding
 from engine.cache.report import report
 from engine.cache.row import Row
 from engine.capacity import memory_for
@@ -22,6 +21,7 @@ from engine.generation import Answer, refuse_nan
 from engine.options import OptionValues, make_options
 from engine.result import Result, Timings
 from engine.session import Turn, make_pools, pool_memory, prefill
+from engine.stepping import Stepper
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Messages
@@ -121,7 +121,7 @@ class Batch:
         self.engine, self.model, self.policy = engine, engine.model, engine.policy
         self.pools = make_pools(self.model)
         self.running: list[_Running] = []
-        self._decoding: Decoding | None = None
+        self._stepper = Stepper(self.model, self.pools, self.policy, engine.stepping)
 
     def admit(self, index: int, request: Request | Mapping[str, Any]) -> Failure | None:
         """Prefill one more request; a bad one comes back as a Failure."""
@@ -164,16 +164,12 @@ class Batch:
         with memory_for(doing, needed, self.engine.device, hint):
             self._step()
 
-    @torch.inference_mode()
     def _step(self) -> None:
         began = perf_counter()
-        if self._decoding is None:
-            rows = [each.row for each in self.running]
-            self._decoding = Decoding(self.pools, self.policy, rows)
-        decoder = self.model.decoder
+        if not self._stepper.decoding:
+            self._stepper.begin([each.row for each in self.running])
         tokens = torch.tensor([each.token for each in self.running], device=self.engine.device)
-        logits = decoder.logits(decoder(decoder.embed(tokens), self._decoding))
-        self._decoding.advance()
+        logits = self._stepper.step(tokens)
         for each, scores in zip(self.running, logits, strict=True):
             each.token = each.answer.choose(scores)
             each.answer.take(each.token)
@@ -198,10 +194,8 @@ class Batch:
         for pool, stored in zip(self.pools, row.layers, strict=True):
             pool.give(stored.start, stored.capacity)
 
-    @torch.inference_mode()
     def _settle(self) -> None:
         """Write the decode state back to the rows, before their number changes."""
-        if self._decoding is not None:
-            for r, each in enumerate(self.running):
-                each.row = self._decoding.settle(r)
-            self._decoding = None
+        if self._stepper.decoding:
+            for each, row in zip(self.running, self._stepper.settle(), strict=True):
+                each.row = row

@@ -31,7 +31,7 @@ class Chat:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._session = Session(engine.model, engine.policy)
+        self._session = Session(engine.model, engine.policy, stepping=engine.stepping)
         self.token_ids: list[int] = []
         self._sizes: Sequence[tuple[int, int]] = ()
 

@@ -29,6 +29,7 @@ from engine.preprocess import ImageProcessor, Pixels
 from engine.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from engine.result import Result, Timings
 from engine.session import Session, Turn
+from engine.stepping import Stepping
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -43,9 +44,14 @@ class Engine:
     'Red.'
     """
 
-    def __init__(self, loaded: Loaded, cache: str | Policy = DEFAULT_CACHE) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        cache: str | Policy = DEFAULT_CACHE,
+        stepping: Stepping | None = None,
+    ) -> None:
         self.model, self.tokenizer = loaded.family.model, loaded.tokenizer
-        self.policy = parse(cache)
+        self.policy, self.stepping = parse(cache), stepping or Stepping()
         self.name, self.load_seconds = loaded.folder.name, loaded.seconds
         self._family = loaded.family
         self._encoder = PictureEncoder(self.model)
@@ -61,6 +67,8 @@ class Engine:
         style: str | None = None,
         revision: str | None = None,
         offline: bool = False,
+        selection: str = "branch",
+        graphs: bool = False,
     ) -> Engine:
         """Load a model.
 
@@ -75,13 +83,18 @@ class Engine:
                 checkpoint's layout implies.
             revision: branch, tag or commit of a hub model.
             offline: never download.
+            selection: where cached tokens are ranked and evicted on a GPU: "branch" (beside the end
+                of the step), "layers" (each layer's beside the next layers) or "sync" (in order).
+                The tokens are the same; on a CPU it is always in order.
+            graphs: replay decode steps from captured CUDA graphs; on a CPU the same code runs
+                without a capture. The tokens are the same.
 
         Raises:
             CheckpointError: weights, configuration or tokenizer are missing, damaged, unsupported.
-            OptionError: an unknown device, dtype, policy or style.
+            OptionError: an unknown device, dtype, policy, style or selection.
         """
-        policy = parse(cache)
-        return cls(load(name, device, dtype, style, revision, offline), policy)
+        policy, stepping = parse(cache), Stepping(selection, graphs)
+        return cls(load(name, device, dtype, style, revision, offline), policy, stepping)
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +151,7 @@ class Engine:
         """
         chosen, timings = make_options(**options), Timings(load=self.load_seconds)
         turn = self.turn(prompt, images, timings, raw=raw)
-        session = Session(self.model, self.policy, observer)
+        session = Session(self.model, self.policy, observer, self.stepping)
         return generate(
             session, turn, self.answer(chosen, turn.token_ids), chosen.max_new_tokens, timings
         )
@@ -211,7 +224,7 @@ class Engine:
             step = Uncached(len(tokens), self.device)
             return self.model.decoder.logits(self.model.decoder(hidden, step))
         ids = self._continuation(continuation)
-        session = Session(self.model, self.policy)
+        session = Session(self.model, self.policy, stepping=self.stepping)
         rows = [session.prefill(turn, max(1, len(ids)))]
         rows += [session.decode(token) for token in ids[:-1]]
         return torch.stack(rows)[: len(ids)]

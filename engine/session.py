@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.cache.decode import Decoding
 from engine.cache.layout import Layout
 from engine.cache.observe import Observer
 from engine.cache.policy import Policy
@@ -20,6 +19,7 @@ from engine.cache.row import Row
 from engine.capacity import memory_for
 from engine.errors import CapacityError
 from engine.models.vision_language import VisionLanguageModel
+from engine.stepping import Stepper, Stepping
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,23 @@ class Session:
     """One sequence with pools of its own; ``observer`` is told of every layer of every pass."""
 
     def __init__(
-        self, model: VisionLanguageModel, policy: Policy, observer: Observer | None = None
+        self,
+        model: VisionLanguageModel,
+        policy: Policy,
+        observer: Observer | None = None,
+        stepping: Stepping | None = None,
     ) -> None:
         self.model, self.policy, self.observer = model, policy, observer
         self.pools = make_pools(model)
         self.row: Row | None = None
-        self._decoding: Decoding | None = None
+        self.stepper = Stepper(model, self.pools, policy, stepping or Stepping())
+        self._device = self.pools[0].k.device
 
     @property
     def seen(self) -> int:
         """Tokens in the sequence so far, evicted ones included."""
-        if self._decoding is not None:
-            return self._decoding.seen[0]
+        if self.stepper.decoding:
+            return self.stepper.seen(0)
         return self.row.seen if self.row else 0
 
     def prefill(self, turn: Turn, new_tokens: int) -> Tensor:
@@ -124,17 +129,12 @@ class Session:
         """A block that says how much ``tokens`` more take if memory runs out in it."""
         return pool_memory(self.pools, doing, self.seen + tokens)
 
-    @torch.inference_mode()
     def decode(self, token_id: int) -> Tensor:
         """Process one more token; returns the next token's logits ``[vocab]``."""
-        if self._decoding is None:
+        if not self.stepper.decoding:
             assert self.row is not None, "prefill comes first"
-            self._decoding = Decoding(self.pools, self.policy, [self.row])
-        decoder = self.model.decoder
-        token = torch.tensor([token_id], device=self._decoding.device)
-        hidden = decoder(decoder.embed(token), self._decoding)
-        self._decoding.advance()
-        return decoder.logits(hidden[0])
+            self.stepper.begin([self.row])
+        return self.stepper.step(torch.tensor([token_id], device=self._device)).flatten()
 
     def report(self) -> CacheReport:
         """Count what the cache holds now."""
@@ -142,10 +142,8 @@ class Session:
         assert row is not None, "prefill comes first"
         return report(row, self.pools, self.policy)
 
-    @torch.inference_mode()
     def _settled(self) -> Row | None:
         """The sequence with its decode state written back."""
-        if self._decoding is not None:
-            self.row = self._decoding.settle(0)
-            self._decoding = None
+        if self.stepper.decoding:
+            [self.row] = self.stepper.settle()
         return self.row

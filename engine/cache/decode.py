@@ -8,6 +8,7 @@ layers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,6 +42,7 @@ class DecodeView:
 
     def __init__(self, step: Decoding, layer: int) -> None:
         self.step, self.layer = step, layer
+        self._destination = step.destination(layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``View.attend``; one query per row."""
@@ -49,7 +51,7 @@ class DecodeView:
 
     def destination(self) -> Destination:
         """See ``View.destination``."""
-        return self.step.destination(self.layer)
+        return self._destination
 
     def attend_stored(self, q: Tensor) -> Tensor:
         """See ``View.attend_stored``."""
@@ -136,7 +138,6 @@ class Decoding:
         self.text = TextSlots(rows, self.lengths, self.kv_heads, places, self.device)
         self._head = torch.arange(self.kv_heads, device=self.device)
         self._write = torch.empty_like(self.text.write).flatten(1)
-        self._write_of = list(self._write)
         self._pack_lists()
         self._runs = [self._core_runs(layers) for layers in self.parts]
         self._aging = [Aging(self.text, part) for part in self.parts] if self.text.evicts else []
@@ -178,10 +179,7 @@ class Decoding:
     def arrive(self, part: int) -> None:
         """Before a part's first layer: its last selection must be done; say where to write."""
         if self._overfull:
-            raise CapacityError(
-                f"row {self._overfull[0]} of the cache has no free slot for another token",
-                hint="reserve more with new_tokens when it is prefilled",
-            )
+            raise no_slot(self._overfull[0])
         layers, plan = self.parts[part], self._plan
         wanted = plan.reranks or self.text.evicts
         self.side.begin(part, partial(self._select, part, plan) if wanted else None)
@@ -193,9 +191,9 @@ class Decoding:
         torch.add(self._head, write, alpha=self.kv_heads, out=places.view_as(write))
 
     def destination(self, layer: int) -> Destination:
-        """Where the rows' new token goes."""
+        """Where the rows' new token goes, in every step."""
         pool = self.pools[layer]
-        return Destination(pool.k, pool.v, self._write_of[layer])
+        return Destination(pool.k, pool.v, self._write[layer])
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attend the step's lists, the rows' new token among them."""
@@ -343,18 +341,20 @@ class Decoding:
     def adopt(self, other: Decoding) -> None:
         """Take over the rows of ``other``, see ``fits``; every tensor stays where it is."""
         for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(theirs)
+            mine.zero_()
+            mine[tuple(slice(size) for size in theirs.shape)] = theirs
         self.rows, self.lengths = other.rows, other.lengths
         self.shared, self._mean_shared = other.shared, other._mean_shared
         self.text.follow(self.lengths)
         self._prepare()
 
     def fits(self, other: Decoding) -> bool:
-        """Whether the rows of ``other`` could be adopted."""
-        both = zip(self._tensors(), other._tensors(), strict=False)
-        return len(self._tensors()) == len(other._tensors()) and all(
-            mine.shape == theirs.shape for mine, theirs in both
+        """Whether the rows of ``other``, as many, could be adopted: nothing of theirs is larger."""
+        mine, theirs = (
+            [size for tensor in decoding._tensors() for size in tensor.shape]
+            for decoding in (self, other)
         )
+        return len(mine) == len(theirs) and all(map(operator.ge, mine, theirs))
 
     def _tensors(self) -> list[Tensor]:
         """All on the device that differs from rows to rows."""
@@ -441,6 +441,14 @@ class Decoding:
         )
         if stored.core is not None:
             stored.core = self._core_slots(r, layer)
+
+
+def no_slot(row: int) -> CapacityError:
+    """The error of a row that shall take more tokens than it was promised room for."""
+    return CapacityError(
+        f"row {row} of the cache has no free slot for another token",
+        hint="reserve more with new_tokens when it is prefilled",
+    )
 
 
 def _shared_slots(stored: Stored) -> tuple[Tensor, Tensor]:

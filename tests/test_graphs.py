@@ -1,0 +1,298 @@
+"""Captured steps, run dry: static buffers and a schedule give what the readable path gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import native, ranking
+from engine.cache.decode import Decoding
+from engine.cache.layout import Layout
+from engine.cache.lengths import POSITION, RERANKS, USED
+from engine.cache.pool import Pool
+from engine.cache.prefill import Prefill
+from engine.cache.specs import parse
+from engine.engine import Engine
+from engine.errors import CapacityError, OptionError
+from engine.graphs import LINES, obstacle
+from engine.insight.trace import Trace
+from engine.session import Session
+from engine.stepping import Stepper, Stepping
+from engine.streams import InOrder
+from tests.cache_run import embeddings, seeded_decoder
+from tests.checkpoints import Shape
+from tests.oracle import noise
+
+CPU = torch.device("cpu")
+SHAPE = Shape(kv_heads=2)
+POLICIES = [
+    "full",
+    "avl:floor=3",
+    "avl:every=1,floor=3,text=0.5",
+    "avl:every=0",
+    "avl:core=none,text=1",
+    "avl:text=1,every=2",
+    "h2o",
+    "fastv:layer=2",
+    "streaming",
+    "snapkv:window=4",
+    "random",
+]
+# Tokens and pictures of four prompts of different sizes; one has no picture, one has two.
+PROMPTS = [(40, [(5, 29)]), (17, []), (55, [(3, 15), (20, 44)]), (33, [(0, 24)])]
+
+
+class Rows:
+    """Some prompts prefilled into pools of their own, decoded eagerly or as captured."""
+
+    def __init__(self, spec: str, prompts: list[int], new_tokens: int, graphs: bool) -> None:
+        self.model = SimpleNamespace(decoder=seeded_decoder(seed=3))
+        config = self.model.decoder.config
+        self.pools = [
+            Pool(config.kv_heads, config.head_dim, torch.float32, CPU) for _ in range(config.layers)
+        ]
+        self.policy, self.new_tokens = parse(spec), new_tokens
+        self.rows = [self.admit(prompt) for prompt in prompts]
+        self.stepper = Stepper(self.model, self.pools, self.policy, Stepping(graphs=graphs))
+
+    @torch.inference_mode()
+    def admit(self, prompt: int):
+        tokens, spans = PROMPTS[prompt]
+        step = Prefill(
+            self.pools, self.policy, Layout.of_tokens(tokens, spans, CPU), self.new_tokens
+        )
+        self.model.decoder(embeddings(tokens, prompt), step)
+        return step.row
+
+    def go(self, steps: int, tokens: list[int] | None = None) -> list[list[int]]:
+        """Greedy tokens of ``steps`` steps."""
+        if not self.stepper.decoding:
+            self.stepper.begin(self.rows)
+        now = tokens or [5 + r for r in range(len(self.rows))]
+        said = []
+        for _ in range(steps):
+            now = self.stepper.step(torch.tensor(now)).argmax(-1).tolist()
+            said.append(now)
+        return said
+
+
+def state(rows: list) -> list:
+    """All that rows hold between turns."""
+    return [
+        (
+            row.step,
+            row.attended_share,
+            [
+                (
+                    stored.layout.positions.tolist(),
+                    stored.layout.seen,
+                    None if stored.core is None else stored.core.tolist(),
+                    None if stored.text_scores is None else stored.text_scores.tolist(),
+                )
+                for stored in row.layers
+            ],
+        )
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("spec", POLICIES)
+def test_a_captured_step_run_dry_equals_the_readable_path(spec: str) -> None:
+    """Token for token over 100 steps and past the end of the schedule, and in all that is kept."""
+    assert LINES < 100
+    for prompts in ([0], [0, 1, 2, 3]):
+        eager, dry = (Rows(spec, prompts, 101, graphs) for graphs in (False, True))
+        assert dry.go(100) == eager.go(100)
+        assert dry.stepper.eager_because is None
+        assert state(dry.stepper.settle()) == state(eager.stepper.settle())
+
+
+@pytest.mark.parametrize("spec", ["avl:floor=3", "avl:every=4,floor=3", "h2o"])
+def test_rows_at_different_steps_of_the_cycle(spec: str) -> None:
+    """Three rows join at steps 0, 1 and 3: from then on their words differ."""
+    ends = []
+    for graphs in (False, True):
+        batch, said = Rows(spec, [0], 60, graphs), []
+        for prompt, steps in ((2, 1), (3, 2), (None, 40)):
+            said += batch.go(steps, said[-1] + [7] if said else None)
+            if prompt is not None:
+                batch.rows = [*batch.stepper.settle(), batch.admit(prompt)]
+        kinds = {tuple(row.step % 3 for row in batch.rows)}
+        assert len(next(iter(kinds))) == 3
+        ends.append((said, state(batch.stepper.settle())))
+    assert ends[0] == ends[1]
+
+
+def test_rows_that_fit_are_loaded_into_the_same_buffers() -> None:
+    """The second request of the same size finds the captured step; one that is larger does not."""
+    batch = Rows("avl:floor=3", [0], 20, graphs=True)
+    expected = Rows("avl:floor=3", [3], 20, graphs=False).go(15)
+    batch.go(10)
+    first = batch.stepper._captured
+    [row] = batch.stepper.settle()
+    for pool, stored in zip(batch.pools, row.layers, strict=True):
+        pool.give(stored.start, stored.capacity)
+    batch.rows = [batch.admit(3)]
+    assert batch.go(15) == expected
+    assert batch.stepper._captured is first
+    batch.stepper.settle()
+    batch.rows = [batch.admit(2)]  # beside the last one: the pools have grown
+    assert batch.go(15) == Rows("avl:floor=3", [2], 20, graphs=False).go(15)
+    assert batch.stepper._captured is not first
+
+
+def test_the_schedule_says_what_each_step_will_be_told() -> None:
+    """Words written ahead are the words of the steps themselves."""
+    batch = Rows("avl:floor=3", [0, 1, 2], 40, graphs=False)
+    batch.stepper.begin(batch.rows)
+    lengths = batch.stepper._decoding.lengths
+    ahead = lengths.ahead()
+    lines = []
+    for _ in range(20):
+        lines.append([list(word) for word in ahead.words()])
+        ahead.advance()
+    now = [5, 6, 7]
+    for line in lines:
+        assert lengths.words() == line
+        now = batch.stepper.step(torch.tensor(now)).argmax(-1).tolist()
+    assert [line[POSITION][0] for line in lines] == list(range(40, 60))
+    assert [line[RERANKS][0] for line in lines] == [0, 0, 1] * 6 + [0, 0]
+    # 11, 17 and 11 tokens of text: with a picture round(0.7 * 11) are kept, and one is written.
+    assert lines[0][USED] == [9, 18, 9]
+
+
+def test_no_slot_is_an_error_before_anything_is_written() -> None:
+    batch = Rows("full", [0, 1], 3, graphs=True)
+    batch.go(3)
+    with pytest.raises(CapacityError, match="row 0 of the cache has no free slot"):
+        batch.go(1)
+    assert [row.seen for row in batch.stepper.settle()] == [43, 20]
+
+
+# -- what a capture allows ------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Refuses what a CUDA capture would refuse: reads by the host, shapes that values decide."""
+
+    # resolve_conj and resolve_neg are how tolist and numpy begin.
+    FORBIDDEN = (
+        *("item", "_local_scalar_dense", "is_nonzero", "equal", "resolve_conj", "resolve_neg"),
+        *("nonzero", "masked_select", "unique", "lift_fresh", "index"),
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        lambda x: int(x[0]),
+        lambda x: bool(x.any()),
+        lambda x: torch.tensor([1.0]) + x,
+        lambda x: x[x > 0],
+        lambda x: x.tolist(),
+    ],
+)
+def test_what_a_capture_refuses_is_noticed(planted: Callable[[torch.Tensor], object]) -> None:
+    with torch.inference_mode(), HostReads(), pytest.raises(AssertionError):
+        planted(torch.ones(3))
+
+
+@pytest.mark.parametrize("spec", POLICIES)
+def test_a_captured_step_never_waits_for_the_host(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between fixed buffers only: nothing is read back, no host value enters, shapes stay."""
+    if not native.loaded():
+        pytest.skip("the torch twins read counts on the host")
+    run_policy = native.run_policy
+
+    def unwatched(*args):
+        with torch.utils._python_dispatch._disable_current_modes():
+            run_policy(*args)  # on a CPU it reads its error flag; on a GPU `error` is left alone
+
+    batch = Rows(spec, [0, 1, 2], 30, graphs=True)
+    batch.go(4)
+    captured = batch.stepper._captured
+    monkeypatch.setattr(ranking.native, "run_policy", unwatched)
+    with torch.inference_mode():
+        for replay in captured._replay.values():
+            with HostReads():
+                replay()
+
+
+def test_buffers_stay_where_they_are() -> None:
+    batch = Rows("avl:floor=3", [0, 1, 2], 80, graphs=True)
+    batch.go(4)
+    captured = batch.stepper._captured
+    decoding = captured.decoding
+
+    def addresses() -> list[int]:
+        tensors = [captured._tokens, captured._logits, captured._schedule, captured._line]
+        tensors += decoding._tensors()
+        tensors += [*decoding.logits, *decoding.lse, decoding._write, decoding._count]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before = addresses()
+    batch.go(70)
+    assert addresses() == before
+
+
+# -- what is not captured -------------------------------------------------------------------------
+
+
+def test_an_observer_is_answered_eagerly_and_the_reason_is_named(
+    engine_of: Callable[..., Engine],
+) -> None:
+    engine = engine_of(SHAPE, cache="avl:floor=3")
+    turn = engine.turn("What?", [noise(60, 60)], SimpleNamespace())
+    session = Session(engine.model, engine.policy, Trace(), Stepping(graphs=True))
+    session.prefill(turn, 5)
+    session.decode(7)
+    assert session.stepper.eager_because == "an observer reads every step"
+
+
+def test_selection_by_layers_is_not_captured() -> None:
+    class PerLayer(InOrder):
+        per_layer = True
+
+    batch = Rows("avl:floor=3", [0], 5, graphs=False)
+    decoding = Decoding(batch.pools, batch.policy, batch.rows, PerLayer())
+    assert "selection by layers" in obstacle(batch.model, decoding)
+
+
+def test_an_unknown_selection_is_refused() -> None:
+    with pytest.raises(OptionError, match="unknown selection 'side'"):
+        Stepping("side")
+
+
+# -- through the front door -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["full", "avl:floor=4,text=0.5", "h2o"])
+def test_an_engine_with_graphs_answers_the_same(
+    engine_of: Callable[..., Engine], checkpoint: Callable[..., object], spec: str
+) -> None:
+    plain = engine_of(SHAPE, cache=spec)
+    dry = Engine.load(checkpoint(SHAPE), device="cpu", dtype="float32", cache=spec, graphs=True)
+    requests = [
+        {"prompt": f"What? {n}", "images": [noise(60, 60)] * (n % 3), "max_new_tokens": 3 + 4 * n}
+        for n in range(5)
+    ]
+    for engine in (plain, dry):
+        engine.results = sorted(engine.generate_batch(requests, 3), key=lambda x: x.index)
+    for one, other in zip(plain.results, dry.results, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.cache == other.cache
+    chats = [plain.chat(), dry.chat()]
+    for text in ("What is it?", "And then?"):
+        mine, theirs = (chat.send(text, max_new_tokens=9, ignore_eos=True) for chat in chats)
+        assert (mine.token_ids, mine.cache) == (theirs.token_ids, theirs.cache)

@@ -36,6 +36,7 @@ class Tokenizer:
         vocabulary = description["model"]["vocab"]
         _check_ids(vocabulary, added)
         _check_flags(added)
+        _check_strips(description.get("decoder"))
         self._plain = _build(_without_specials(description, added))
         self.vocab_size = max([*vocabulary.values(), *self._added.values()]) + 1
         ends = (_token_name(config, "eos_token"), "<|endoftext|>", "</s>")
@@ -252,6 +253,20 @@ def _check_flags(added: Sequence[Mapping[str, Any]]) -> None:
                     f"special token {token['content']!r:.40} needs {flag}: true or false",
                     hint="download the file again",
                 )
+
+
+def _check_strips(decoder: object) -> None:
+    """Refuse a decoder that cuts more than the one space in front of a text.
+
+    A stream would have to look back through all its tokens to cut the same.
+    """
+    if not isinstance(decoder, Mapping):
+        return
+    cut = decoder.get("start"), decoder.get("stop")
+    if decoder.get("type") == "Strip" and (cut[0] not in (0, 1) or cut[1] != 0):
+        raise CheckpointError(f"the decoder strips {cut[0]!r:.20} and {cut[1]!r:.20} characters")
+    for inner in decoder.get("decoders") or ():
+        _check_strips(inner)
 
 
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:

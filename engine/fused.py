@@ -61,9 +61,7 @@ def add_norm(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple
     hidden, delta = _rows(hidden=hidden, delta=delta)
     _refuse("delta", delta, hidden, hidden.shape)
     _refuse("weight", weight, hidden, hidden.shape[1:])
-    total, normed = (
-        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) for _ in range(2)
-    )
+    total, normed = _result(hidden.shape, hidden), _result(hidden.shape, hidden)
     if hidden.numel():
         pairs = (*_at(hidden), *_at(delta))
         results = (weight.contiguous().data_ptr(), total.data_ptr(), normed.data_ptr())
@@ -93,7 +91,7 @@ def rope_write(
     _check_rope(q, k, v, cos, sin, scale, to)
     tokens, heads, head_dim = q.shape
     q, k, v = _rows(q=q.flatten(1), k=k.flatten(1), v=v.flatten(1))
-    out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
+    out = _result((tokens, heads, head_dim), q)
     if tokens:
         sizes = (DTYPES[q.dtype], cos.dtype is torch.float32, tokens, heads, to.k.shape[1])
         places = (to.k.shape[0] * to.k.shape[1], to.write.data_ptr(), _flag(q.device).data_ptr())
@@ -124,7 +122,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         return silu_mul_torch(gate, up)
     gate, up = _rows(gate=gate, up=up)
     _refuse("up", up, gate, gate.shape)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = _result(gate.shape, gate)
     if out.numel():
         rows = (*_at(gate), *_at(up))
         kernels.silu_mul(*_sizes(gate), *rows, out.data_ptr(), *_where(gate))
@@ -143,7 +141,7 @@ def argmax(scores: Tensor) -> Tensor:
     if kernels is None:
         return argmax_torch(scores)
     (scores,) = _rows(scores=scores)
-    out = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
+    out = _result((len(scores),), scores, torch.int64)
     if len(scores):
         kernels.argmax(*_sizes(scores), *_at(scores), out.data_ptr(), *_where(scores))
     return out
@@ -248,6 +246,11 @@ def _check_rope(
     for name, x in fixed.items():
         if not x.is_contiguous() or x.device != q.device:
             raise ValueError(f"{name} must be contiguous on {q.device}, got {describe(x)}")
+
+
+def _result(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a kernel writes in full: memory with anything in it."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

@@ -9,12 +9,14 @@ from time import perf_counter
 
 import torch
 
+from engine import fused
 from engine.capacity import memory_for
 from engine.device import pick_device
 from engine.errors import OptionError
 from engine.families import Family, recognise
+from engine.models.decoder import Decoder
 from engine.tokenizer import Tokenizer
-from weights.checkpoint import Checkpoint, load_weights
+from weights.checkpoint import Checkpoint, Room, load_weights, no_room
 from weights.hub import resolve
 from weights.names import target_names
 
@@ -93,8 +95,24 @@ def _load_all(
         tower, names = family.tower
         with Checkpoint.open(tower) as tower_checkpoint:
             load_weights(model.vision, tower_checkpoint, names, device, dtype, mapped=True)
-    is_tied = model.decoder.config.tied_head
-    load_weights(model, checkpoint, rename, device, dtype, tied if is_tied else {}, mapped=True)
+    shared = tied if model.decoder.config.tied_head else {}
+    room = _side_by_side(model.decoder, device)
+    load_weights(model, checkpoint, rename, device, dtype, shared, mapped=True, room=room)
+
+
+def _side_by_side(decoder: Decoder, device: torch.device) -> Room:
+    """Where weights go that are multiplied together: side by side from the start, but on a CPU.
+
+    There one product gains nothing, and weights stay in the file's map.
+    """
+    if device.type == "cpu" and not fused.switched_on():
+        return no_room
+
+    def room(name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        part, _, inner = name.partition(".")
+        return decoder.room(inner, dtype, device) if part == "decoder" else None
+
+    return room
 
 
 def _auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

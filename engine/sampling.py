@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.fused import argmax
 from engine.options import Sampling
 
 
@@ -28,7 +29,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:
         if self.sampling.temperature == 0:
-            return int(logits.argmax())
+            return int(argmax(logits[None]))
         probabilities = self.probabilities(logits).cpu()
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 

@@ -6,7 +6,7 @@ where it will live, so that beside the model itself never more than one tensor i
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -64,20 +64,21 @@ class Checkpoint:
         device: str | torch.device,
         dtype: torch.dtype | None,
         mapped: bool = False,
+        room: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Copies what `info` describes: a tensor, or rows of one (`TensorInfo.split`).
 
         With `mapped`, a large tensor that a CPU can use as it lies in the file is not copied: it
-        stays a private map of the file for as long as it lives.
+        stays a private map of the file for as long as it lives. With `room`, it is copied there.
         """
         dtype = dtype or info.dtype
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype, device=device)
         view, source = self._map(info)
         usable = torch.device(device).type == "cpu" and dtype == info.dtype
-        if mapped and usable and info.nbytes >= MAPPED_FROM:
+        if mapped and room is None and usable and info.nbytes >= MAPPED_FROM:
             return source
-        target = torch.empty(info.shape, dtype=dtype, device=device)
+        target = torch.empty(info.shape, dtype=dtype, device=device) if room is None else room
         target.copy_(source)
         del source  # nothing may point into the map when it is closed
         view.close()
@@ -134,6 +135,13 @@ class Checkpoint:
         return view, raw.view(info.dtype).view(info.shape)
 
 
+Room = Callable[[str, torch.dtype], torch.Tensor | None]
+
+
+def no_room(name: str, dtype: torch.dtype) -> None:
+    """Every parameter has memory of its own."""
+
+
 def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -142,6 +150,7 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     tied: Mapping[str, str] | None = None,
     mapped: bool = False,
+    room: Room = no_room,
 ) -> list[str]:
     """Fills the parameters of a module built on the meta device, one tensor at a time.
 
@@ -157,6 +166,8 @@ def load_weights(
         tied: name -> name of the parameter it shares, where the config ties them. The first may be
             absent from the file; if it is present it must be equal.
         mapped: leave large tensors in the file's map where a CPU can use them as they lie.
+        room: name in `module` and dtype -> memory of the parameter's shape on `device`, into which
+            it is read; None: memory of its own.
 
     Returns:
         The names on disk that `rename` said are unused.
@@ -167,7 +178,8 @@ def load_weights(
     fit = fit_weights(module, checkpoint, rename, tied)
     # In the order of the file: sequential reading is what a disk does best.
     for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
-        tensor = checkpoint.read_part(info, device, _dtype(module, name, dtype), mapped)
+        own = _dtype(module, name, dtype)
+        tensor = checkpoint.read_part(info, device, own, mapped, room(name, own))
         _assign(module, name, tensor)
     for name, other in fit.shared.items():
         owner, leaf = _owner(module, name)

@@ -1,0 +1,31 @@
+"""The small CUDA kernels on the host: their sources, compiled for the block emulator and loaded."""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(folder: Path, root: Path = ROOT) -> ModuleType:
+    """Compile the sources below ``root`` into ``folder``: a module with the kernels' functions."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    pybind11 = pytest.importorskip("pybind11")
+    library = folder / "emulated_fused.so"
+    command = ["g++", "-std=gnu++17", "-O0", "-w", "-fPIC", "-shared", "-fvisibility=hidden"]
+    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    command += [str(root / "tests/native/emulated_fused.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stderr[-4000:]
+    spec = importlib.util.spec_from_file_location("emulated_fused", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from bench import predict
 from bench.gpu_cells import Cell, MemoryCell, Rounds, StepCell
+from bench.gpu_fused import fused_cells
 from bench.gpu_kernels import attention_cell, levels_cell, policy_cell
 from bench.predict import SEVEN, THIRTEEN, TOY, Prompt, Shape, Way
 
@@ -63,7 +64,9 @@ def kernel_cells(scale: Scale) -> list[Cell]:
     ]
     cells.append(levels_cell(tokens[0], scale.dry))
     image = scale.images[0]
-    cells += [policy_cell(n, image, 2 * scale.text, scale.small, scale.dry) for n in scale.batches]
+    for rows in scale.batches:
+        cells.append(policy_cell(rows, image, 2 * scale.text, scale.small, scale.dry))
+        cells += fused_cells(rows, scale.small, scale.dry)
     return cells
 
 
@@ -121,16 +124,20 @@ def _largest(scale: Scale, policy: str, prompt: Prompt) -> int:
 
 
 def form_cells(scale: Scale) -> list[Cell]:
-    """Part 6: where selection runs, and the small kernels fused or not."""
-    image = scale.images[0]
-    forms = [replace(AVL, selection=form) for form in ("sync", "branch", "layers")]
+    """Part 6: where selection runs, and the small kernels fused or not.
+
+    Selection by layers runs on into the next step, which no graph can.
+    """
+    forms = {True: ("sync", "branch"), False: ("sync", "branch", "layers")}
     return [
-        scale.cell(
-            scale.small, image, [replace(way, batch=batch, graphs=graphs) for way in ways], None
-        )
+        scale.cell(scale.small, scale.images[0], ways, None)
         for batch in scale.batches
         for graphs in (True, False)
-        for ways in (forms, [FULL, replace(FULL, fused=True)])
+        for way in [replace(FULL, batch=batch, graphs=graphs)]
+        for ways in (
+            [replace(way, policy="avl", selection=form) for form in forms[graphs]],
+            [way, replace(way, fused=True)],
+        )
     ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,18 +13,18 @@ from torch import Tensor
 from bench.common import SEED
 from bench.device_weights import DEVIATION, DecoderOnly, transformers_twin
 from bench.predict import Prompt, Shape, Way, stored
-from engine.cache.decode import Decoding
+from engine import fused
 from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.row import Row
 from engine.cache.specs import parse
 from engine.session import Turn, make_pools, prefill
+from engine.stepping import Stepper, Stepping
 
 
-@contextmanager
-def switched(way: Way) -> Iterator[None]:
-    """The engine's switches as ``way`` wants them; everything is off outside."""
-    yield
+def switched(way: Way) -> AbstractContextManager[object]:
+    """A block in which the small kernels are fused, or not, as ``way`` wants them."""
+    return mock.patch.object(fused, "switched_on", return_value=way.fused)
 
 
 class Rows(Protocol):
@@ -85,16 +86,11 @@ def decoder_of(
     model: DecoderOnly, pools: list[Pool], policy: Policy, rows: list[Row], way: Way
 ) -> Callable[[Tensor], Tensor]:
     """The engine's step as ``way`` asks for it: tokens ``[rows]`` to logits ``[rows, vocab]``."""
-    if pools[0].k.is_cuda and (way.graphs or way.fused):
-        raise NotImplementedError("the engine has no CUDA graphs and no fused kernels yet")
-    decoder, decoding = model.decoder, Decoding(pools, policy, rows)
-
-    def step(tokens: Tensor) -> Tensor:
-        hidden = decoder(decoder.embed(tokens), decoding)
-        decoding.advance()
-        return decoder.logits(hidden)
-
-    return step
+    stepper = Stepper(model, pools, policy, Stepping(way.selection, way.graphs))
+    stepper.begin(rows)
+    if way.graphs and stepper.eager_because:
+        raise RuntimeError(f"steps are not replayed: {stepper.eager_because}")
+    return stepper.step
 
 
 def reserve(pools: list[Pool], slots: int) -> None:

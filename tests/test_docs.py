@@ -1,0 +1,141 @@
+"""Documents name files, names and commands that exist; the tour's code runs, its numbers hold."""
+
+import ast
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.common import ROOT
+from bench.memory import Shape, run_prefill, seeded, shape_report
+from engine.cache.avl import Avl
+from engine.cache.policy import Policy
+from engine.cache.prefill import Prefill
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "cuda" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOUR = ROOT / "docs" / "tour.md"
+SUFFIXES = "py|cuh|cu|cpp|h|md|js|css|html|toml"
+REFERENCE = re.compile(rf"`([\w./-]+\.(?:{SUFFIXES}))(?::([\w.]+))?`")
+COMMAND = re.compile(
+    r"python -m ((?:bench|training|tests)\.\w+)((?:\s+--[\w-]+(?:[ =][^\s`-]\S*)?)*)"
+)
+MADE_BY_COMMANDS = ("gpu-results/", "build/")
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_files_and_names_in_documents_exist(document: Path) -> None:
+    missing = []
+    for file, name in REFERENCE.findall(document.read_text(encoding="utf-8")):
+        if "/" not in file or file.startswith(MADE_BY_COMMANDS):
+            continue  # an example's file, or one that a command makes
+        path = ROOT / file if (ROOT / file).exists() else document.parent / file
+        if not path.is_file() or (name and not holds(path, name)):
+            missing.append(f"{file}:{name}".rstrip(":"))
+    assert not missing, f"{document.name} names what is not there: {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_commands_in_documents_exist(document: Path) -> None:
+    for module, flags in COMMAND.findall(document.read_text(encoding="utf-8")):
+        spec = importlib.util.find_spec(module)
+        assert spec is not None, f"{document.name}: python -m {module}"
+        assert spec.origin is not None
+        source = Path(spec.origin).read_text(encoding="utf-8")
+        shared = (ROOT / "bench" / "common.py").read_text() + (
+            ROOT / "bench" / "subject.py"
+        ).read_text()
+        for flag in re.findall(r"--[\w-]+", flags):
+            assert f'"{flag}"' in source + shared, f"{document.name}: {module} has no {flag}"
+
+
+def test_a_name_that_is_not_there_is_found_missing() -> None:
+    assert holds(ROOT / "engine" / "cache" / "avl.py", "Avl.retain")
+    assert holds(ROOT / "cuda" / "levels.cuh", "level1_kernel")
+    for file, name in (
+        ("engine/cache/avl.py", "Avl.retained"),
+        ("engine/cache/avl.py", "retain"),
+        ("cuda/levels.cuh", "level1"),
+    ):
+        assert not holds(ROOT / file, name)
+
+
+def test_the_tour_has_the_references_that_are_checked() -> None:
+    found = REFERENCE.findall(TOUR.read_text(encoding="utf-8"))
+    assert sum(bool(name) for _, name in found) > 40
+
+
+def holds(path: Path, name: str) -> bool:
+    """Whether a file defines a name: in Python at its own level or in the class named before it."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return re.search(rf"\b{re.escape(name)}\b", text) is not None
+    return name in names_of(text)
+
+
+@cache
+def names_of(source: str) -> frozenset[str]:
+    """Functions, classes and variables of a module, members as ``Class.member``."""
+    found: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", 0)]
+            found.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
+
+    visit(ast.parse(source).body, "")
+    return frozenset(found)
+
+
+# -- the tour's example and code ------------------------------------------------------------------
+
+
+def test_the_numbers_of_the_tour_are_the_caches_own() -> None:
+    tour = TOUR.read_text(encoding="utf-8")
+    shape = Shape("tour", layers=2, heads=32, system=35, image=576, text=22)
+    counted = shape_report(shape, "avl")
+    policy = Avl()
+    stored, core, text = counted.stored.mean, counted.core.mean, counted.text.mean
+    assert f"35 + {stored:.0f} + {text:.0f} = **{35 + stored + text:.0f}** slots" in tour
+    assert f"35 + {core:.0f} + {text:.0f} = **{35 + core + text:.0f}** slots" in tour
+    assert f"The other {counted.minor.mean:.0f} image tokens are minor" in tour
+    layers = 32 / shape.layers
+    assert f"Full: 633 tokens, {layers * counted.bytes_full / 1e6:.1f} MB" in tour
+    assert f"Kept: 314 tokens, {layers * counted.bytes_used / 1e6:.1f} MB" in tour
+    budget = policy.text_budget(22, 633)
+    assert budget is not None
+    kept = f"{budget.total - budget.recent} heavy hitters, the {budget.recent} latest"
+    assert kept in tour
+    assert [policy.text_budget(n, 633).total for n in (22, 29, 30)] == [20, 20, 21]
+    assert f"= {int(policy.prefill * 576)} image tokens go on" in tour
+    assert f"sequence is {35 + int(policy.prefill * 576) + 22} long" in tour
+    steps = [("core", 228), ("core", 228), ("full", 315), ("core", 228)]
+    for step, (kind, attended) in enumerate(steps, start=1):
+        assert policy.attends_core(step) == (kind == "core")
+        assert f"| {step} | {kind} | {attended} |" in tour
+    assert policy.reranks(3)
+
+
+def test_the_policy_of_the_tour_works() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TOUR.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, type[Policy]] = {"__name__": "tour"}
+    exec(compile(code, "docs/tour.md", "exec"), names)
+    policy = names["Glance"](keep=0.5, rows=3)
+    assert policy.spec == "glance:keep=0.5,rows=3"
+    decoder = seeded(layers=2, heads=4, kv_heads=2, head_dim=16)
+    step, pools = run_prefill(decoder, policy, Prefill, tokens=35 + 16 + 9, image=16, new=1)
+    for stored in step.row.layers:
+        kept = stored.layout.positions[0]
+        assert torch.equal(kept[:35], torch.arange(35))
+        assert len(kept) == 35 + 8 + 9
+    assert {pool.k.dtype for pool in pools} == {torch.float32}

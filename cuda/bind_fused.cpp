@@ -100,7 +100,7 @@ void rope_write(int dtype, bool wide, int64_t rows, int64_t heads, int64_t kv_he
   require(places >= 0, "places must not be negative");
   a.places = places;
   a.write = given<int64_t>(write, "write");
-  a.error = given<int32_t>(error, "error");
+  a.error = reinterpret_cast<int32_t*>(error);
   a.device = within(device, 0, 1024, "device");
   launch<RopeWriteArgs>("rope_write", a, stream, AVL_START(rope_write));
 }

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(THREADS) add_norm_kernel(const AddNormArgs a) 
 __device__ __forceinline__ int64_t place_to_write(const RopeWriteArgs& a, int row, int kv_head) {
   const int64_t place = a.write[int64_t(row) * a.kv_heads + kv_head];
   if (place >= 0 && place < a.places) return place;
-  *a.error = 1;
+  if (a.error) *a.error = 1;
   return -1;
 }
 

@@ -30,7 +30,7 @@ struct RopeWriteArgs {
   void *k_pool, *v_pool;  // [places, head_dim] contiguous
   int64_t places;         // slots of the pool times kv_heads
   const int64_t* write;   // [rows, kv_heads] contiguous: slot * kv_heads + head
-  int32_t* error;         // set to 1 where a place is out of range; nothing is written there
+  int32_t* error;  // or null; set to 1 where a place is out of range: nothing is written there
   int32_t device;
 };
 

@@ -4,7 +4,7 @@ Plain torch launches about twenty kernels a layer for what four do here: ``add_n
 ``rope_write``, ``silu_mul``, and ``argmax`` over the vocabulary. Each has a torch twin
 (``*_torch``), which defines it and which is what runs unless the tensors lie on a GPU and the
 environment says ``AVL_FUSED=1``. Nothing here waits for the device, so that all four can be
-captured in a CUDA graph; a place out of range sets a flag that ``check`` reads.
+captured in a CUDA graph.
 
 With ``AVL_FUSED=1`` the decoder rotates and stores in one step on a CPU too, through the twins, and
 ``engine.loading`` lays the weights of q, k, v and of gate, up side by side there as on a GPU.
@@ -27,12 +27,14 @@ class Destination(NamedTuple):
     """Where a step's new keys and values go.
 
     A pool's rows are counted over slots and heads: ``write`` ``[tokens * kv_heads]`` int64 holds
-    ``slot * kv_heads + head`` for each head of each token.
+    ``slot * kv_heads + head`` for each head of each token. On a GPU, where nothing is written to a
+    place out of range, the flag ``error`` (int32 ``[1]``) is set to 1 there.
     """
 
     k: Tensor  # [slots, kv_heads, head_dim]
     v: Tensor
     write: Tensor
+    error: Tensor | None = None
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """Write ``k, v [tokens, kv_heads, head_dim]`` there."""
@@ -83,7 +85,7 @@ def rope_write(
     k and v ``[tokens, kv_heads, head_dim]``; cos and sin ``[tokens, 1, head_dim]`` in the dtype of
     q or in float32, the sine's first half negated; scale ``[tokens, 1, 1]`` multiplies the rotated
     queries. No two tokens may go to the same place. Raises ValueError where a tensor does not fit;
-    a place out of range raises IndexError on a CPU and sets the flag of ``check`` on a GPU.
+    a place out of range raises IndexError on a CPU and sets the flag of ``to`` on a GPU.
     """
     kernels = _kernels(q)
     if kernels is None:
@@ -94,21 +96,12 @@ def rope_write(
     out = _result((tokens, heads, head_dim), q)
     if tokens:
         sizes = (DTYPES[q.dtype], cos.dtype is torch.float32, tokens, heads, to.k.shape[1])
-        places = (to.k.shape[0] * to.k.shape[1], to.write.data_ptr(), _flag(q.device).data_ptr())
-        factor = 0 if scale is None else scale.contiguous().data_ptr()
-        tables = (cos.data_ptr(), sin.data_ptr(), factor)
+        places = (to.k.shape[0] * to.k.shape[1], to.write.data_ptr(), _address(to.error))
+        tables = (cos.data_ptr(), sin.data_ptr(), _address(scale))
         pools = (out.data_ptr(), to.k.data_ptr(), to.v.data_ptr())
         rows = (*_at(q), *_at(k), *_at(v))
         kernels.rope_write(*sizes, head_dim, *rows, *tables, *pools, *places, *_where(q))
     return out
-
-
-def check(device: torch.device) -> None:
-    """Raise ValueError if ``rope_write`` met a place out of range on ``device``; waits for it."""
-    flag = _flag(device)
-    if int(flag.item()):
-        flag.zero_()
-        raise ValueError("rope_write: a place is out of range")
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -227,8 +220,8 @@ def _check_rope(
     kv_heads = to.k.shape[1]
     for name, x in (("k", k), ("v", v)):
         _refuse(name, x, q, torch.Size((tokens, kv_heads, head_dim)))
-    for name, pool in (("k", to.k), ("v", to.v)):
-        _refuse(f"the pool of {name}", pool, q, torch.Size((len(to.k), kv_heads, head_dim)))
+    for name, x in (("the pool of k", to.k), ("the pool of v", to.v)):
+        _refuse(name, x, q, torch.Size((len(to.k), kv_heads, head_dim)))
     table = cos if cos.dtype is torch.float32 else q
     for name, x in (("cos", cos), ("sin", sin)):
         _refuse(name, x, table, torch.Size((tokens, 1, head_dim)))
@@ -236,16 +229,12 @@ def _check_rope(
         _refuse("scale", scale, q, torch.Size((tokens, 1, 1)))
     if to.write.dtype is not torch.int64 or to.write.shape != (tokens * kv_heads,):
         raise ValueError(f"write must be [{tokens * kv_heads}] int64, got {describe(to.write)}")
-    fixed = {
-        "the pool of k": to.k,
-        "the pool of v": to.v,
-        "cos": cos,
-        "sin": sin,
-        "write": to.write,
-    }
-    for name, x in fixed.items():
-        if not x.is_contiguous() or x.device != q.device:
-            raise ValueError(f"{name} must be contiguous on {q.device}, got {describe(x)}")
+    read = {"cos": cos, "sin": sin, "scale": scale, **to._asdict()}
+    for name, tensor in read.items():
+        if tensor is not None and (not tensor.is_contiguous() or tensor.device != q.device):
+            raise ValueError(f"{name} must be contiguous on {q.device}, got {describe(tensor)}")
+    if to.error is not None and to.error.dtype is not torch.int32:
+        raise ValueError(f"error must be int32, got {describe(to.error)}")
 
 
 def _result(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -262,14 +251,12 @@ def _at(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.stride(0) if len(x) > 1 else x.shape[1]
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _where(x: Tensor) -> tuple[int, int]:
     """Number of the GPU and handle of torch's current stream there; zeros on a CPU."""
     if not x.is_cuda:
         return 0, 0
     return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream
-
-
-@functools.cache
-def _flag(device: torch.device) -> Tensor:
-    """What ``rope_write`` sets where a place is out of range."""
-    return torch.zeros(1, dtype=torch.int32, device=device)

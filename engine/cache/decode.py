@@ -141,12 +141,12 @@ class Decoding:
         self._pack_lists()
         self._runs = [self._core_runs(layers) for layers in self.parts]
         self._aging = [Aging(self.text, part) for part in self.parts] if self.text.evicts else []
+        self._error = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.views = [self._view(layer) for layer in range(len(pools))]
         self.logits: list[Tensor | None] = [None] * len(pools)
         self.lse: list[Tensor | None] = [None] * len(pools)
         self._scores: list[tuple[Tensor, Tensor]] = []
         self._part_scores: list[tuple[Tensor, Tensor]] = []
-        self._error = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._core = CORE
         self._watched: dict[int, list[Tensor]] = {}
         self._prepare()
@@ -193,7 +193,7 @@ class Decoding:
     def destination(self, layer: int) -> Destination:
         """Where the rows' new token goes, in every step."""
         pool = self.pools[layer]
-        return Destination(pool.k, pool.v, self._write[layer])
+        return Destination(pool.k, pool.v, self._write[layer], self._error)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attend the step's lists, the rows' new token among them."""
@@ -396,7 +396,7 @@ class Decoding:
         """Write row ``r``'s state back, its text slots closed up, so that a turn can follow."""
         self.side.join()
         if self.device.type == "cuda" and int(self._error):
-            raise ValueError("selection: an entry or a count is out of range")
+            raise ValueError("decoding: an entry, a count or a place is out of range")
         row = self.rows[r]
         if self.evicts[r]:
             self._close_up(r)

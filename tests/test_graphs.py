@@ -11,23 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import native, ranking
 from engine.cache.decode import Decoding
-from engine.cache.layout import Layout
 from engine.cache.lengths import POSITION, RERANKS, USED
-from engine.cache.pool import Pool
-from engine.cache.prefill import Prefill
-from engine.cache.specs import parse
 from engine.engine import Engine
 from engine.errors import CapacityError, OptionError
 from engine.graphs import LINES, obstacle
 from engine.insight.trace import Trace
 from engine.session import Session
-from engine.stepping import Stepper, Stepping
+from engine.stepping import Stepping
 from engine.streams import InOrder
-from tests.cache_run import embeddings, seeded_decoder
 from tests.checkpoints import Shape
 from tests.oracle import noise
+from tests.rows import Rows, state
 
-CPU = torch.device("cpu")
 SHAPE = Shape(kv_heads=2)
 POLICIES = [
     "full",
@@ -42,62 +37,6 @@ POLICIES = [
     "snapkv:window=4",
     "random",
 ]
-# Tokens and pictures of four prompts of different sizes; one has no picture, one has two.
-PROMPTS = [(40, [(5, 29)]), (17, []), (55, [(3, 15), (20, 44)]), (33, [(0, 24)])]
-
-
-class Rows:
-    """Some prompts prefilled into pools of their own, decoded eagerly or as captured."""
-
-    def __init__(self, spec: str, prompts: list[int], new_tokens: int, graphs: bool) -> None:
-        self.model = SimpleNamespace(decoder=seeded_decoder(seed=3))
-        config = self.model.decoder.config
-        self.pools = [
-            Pool(config.kv_heads, config.head_dim, torch.float32, CPU) for _ in range(config.layers)
-        ]
-        self.policy, self.new_tokens = parse(spec), new_tokens
-        self.rows = [self.admit(prompt) for prompt in prompts]
-        self.stepper = Stepper(self.model, self.pools, self.policy, Stepping(graphs=graphs))
-
-    @torch.inference_mode()
-    def admit(self, prompt: int):
-        tokens, spans = PROMPTS[prompt]
-        step = Prefill(
-            self.pools, self.policy, Layout.of_tokens(tokens, spans, CPU), self.new_tokens
-        )
-        self.model.decoder(embeddings(tokens, prompt), step)
-        return step.row
-
-    def go(self, steps: int, tokens: list[int] | None = None) -> list[list[int]]:
-        """Greedy tokens of ``steps`` steps."""
-        if not self.stepper.decoding:
-            self.stepper.begin(self.rows)
-        now = tokens or [5 + r for r in range(len(self.rows))]
-        said = []
-        for _ in range(steps):
-            now = self.stepper.step(torch.tensor(now)).argmax(-1).tolist()
-            said.append(now)
-        return said
-
-
-def state(rows: list) -> list:
-    """All that rows hold between turns."""
-    return [
-        (
-            row.step,
-            row.attended_share,
-            [
-                (
-                    stored.layout.positions.tolist(),
-                    stored.layout.seen,
-                    None if stored.core is None else stored.core.tolist(),
-                    None if stored.text_scores is None else stored.text_scores.tolist(),
-                )
-                for stored in row.layers
-            ],
-        )
-        for row in rows
-    ]
 
 
 @pytest.mark.parametrize("spec", POLICIES)
@@ -105,7 +44,7 @@ def test_a_captured_step_run_dry_equals_the_readable_path(spec: str) -> None:
     """Token for token over 100 steps and past the end of the schedule, and in all that is kept."""
     assert LINES < 100
     for prompts in ([0], [0, 1, 2, 3]):
-        eager, dry = (Rows(spec, prompts, 101, graphs) for graphs in (False, True))
+        eager, dry = (Rows(spec, prompts, 101, graphs=graphs) for graphs in (False, True))
         assert dry.go(100) == eager.go(100)
         assert dry.stepper.eager_because is None
         assert state(dry.stepper.settle()) == state(eager.stepper.settle())
@@ -116,7 +55,7 @@ def test_rows_at_different_steps_of_the_cycle(spec: str) -> None:
     """Three rows join at steps 0, 1 and 3: from then on their words differ."""
     ends = []
     for graphs in (False, True):
-        batch, said = Rows(spec, [0], 60, graphs), []
+        batch, said = Rows(spec, [0], 60, graphs=graphs), []
         for prompt, steps in ((2, 1), (3, 2), (None, 40)):
             said += batch.go(steps, said[-1] + [7] if said else None)
             if prompt is not None:

@@ -1,0 +1,76 @@
+"""Prompts of several sizes in one cache, decoded together: eagerly, as captured, or beside."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from engine.cache.layout import Layout
+from engine.cache.pool import Pool
+from engine.cache.prefill import Prefill
+from engine.cache.row import Row
+from engine.cache.specs import parse
+from engine.stepping import Stepper, Stepping
+from tests.cache_run import embeddings, seeded_decoder
+
+# Tokens and pictures of four prompts of different sizes; one has no picture, one has two.
+PROMPTS = [(40, [(5, 29)]), (17, []), (55, [(3, 15), (20, 44)]), (33, [(0, 24)])]
+
+
+class Rows:
+    """Some of PROMPTS, prefilled into pools of their own."""
+
+    def __init__(
+        self,
+        spec: str,
+        prompts: list[int],
+        new_tokens: int,
+        *,
+        device: str = "cpu",
+        **stepping: Any,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = SimpleNamespace(decoder=seeded_decoder(seed=3).to(self.device))
+        self.model.decoder.prepare(self.device)
+        config = self.model.decoder.config
+        self.pools = [
+            Pool(config.kv_heads, config.head_dim, torch.float32, self.device)
+            for _ in range(config.layers)
+        ]
+        self.policy, self.new_tokens = parse(spec), new_tokens
+        self.rows = [self.admit(prompt) for prompt in prompts]
+        self.stepper = Stepper(self.model, self.pools, self.policy, Stepping(**stepping))
+
+    @torch.inference_mode()
+    def admit(self, prompt: int) -> Row:
+        tokens, spans = PROMPTS[prompt]
+        layout = Layout.of_tokens(tokens, spans, self.device)
+        step = Prefill(self.pools, self.policy, layout, self.new_tokens)
+        self.model.decoder(embeddings(tokens, prompt).to(self.device), step)
+        return step.row
+
+    def go(self, steps: int, tokens: list[int] | None = None) -> list[list[int]]:
+        """Greedy tokens of ``steps`` steps."""
+        if not self.stepper.decoding:
+            self.stepper.begin(self.rows)
+        now = tokens or [5 + r for r in range(len(self.rows))]
+        said = []
+        for _ in range(steps):
+            logits = self.stepper.step(torch.tensor(now, device=self.device))
+            now = logits.argmax(-1).tolist()
+            said.append(now)
+        return said
+
+
+def state(rows: list[Row]) -> list[Any]:
+    """All that settled rows hold, keys and values aside."""
+    return [
+        (row.step, row.attended_share, [_stored(stored) for stored in row.layers]) for row in rows
+    ]
+
+
+def _stored(stored: Any) -> Any:
+    tensors = stored.layout.positions, stored.core, stored.text_scores
+    return stored.layout.seen, *(None if x is None else x.tolist() for x in tensors)

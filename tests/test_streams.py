@@ -1,0 +1,108 @@
+"""Selection beside the model changes no token, however late or early either stream is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from engine import stepping
+from engine.engine import Engine
+from engine.errors import OptionError
+from engine.streams import FORMS, InOrder, side_for
+from tests.checkpoints import Shape
+from tests.oracle import noise
+from tests.rows import Rows, state
+from tests.simulated import Simulated, points_in
+
+SHAPE = Shape(kv_heads=2)
+POLICIES = ["avl:floor=3", "avl:every=1,floor=3,text=0.5", "avl:text=1,every=2", "h2o", "full"]
+STEPS = 25
+PER_LAYER = {"branch": False, "layers": True}
+
+
+@functools.cache
+def in_order(spec: str, prompts: tuple[int, ...]) -> Any:
+    """Tokens and what is kept when selection runs in the model's own order."""
+    rows = Rows(spec, list(prompts), STEPS + 1, selection="sync")
+    assert isinstance(rows.stepper._side, InOrder)
+    return rows.go(STEPS), state(rows.stepper.settle())
+
+
+def beside(spec: str, prompts: tuple[int, ...], side: Simulated) -> Any:
+    """The same on a simulated stream."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepping, "side_for", lambda form, device: side)
+        rows = Rows(spec, list(prompts), STEPS + 1)
+    with points_in(side):
+        return rows.go(STEPS), state(rows.stepper.settle())
+
+
+@pytest.mark.parametrize("form", PER_LAYER)
+@pytest.mark.parametrize("spec", POLICIES)
+def test_every_order_that_events_allow_gives_the_same_tokens(spec: str, form: str) -> None:
+    late = split = 0
+    for seed in range(4):
+        prompts = ((0,), (2,), (0, 1, 2), (3, 2))[seed]
+        side = Simulated(seed, PER_LAYER[form])
+        assert beside(spec, prompts, side) == in_order(spec, prompts)
+        late, split = late + side.late, split + side.split
+    if spec != "full":  # which selects nothing
+        assert late > 20, "selection was never late: nothing was tried"
+        assert split > 100
+
+
+@pytest.mark.parametrize("form", PER_LAYER)
+def test_rows_at_different_steps_of_the_cycle(form: str) -> None:
+    """A row that joins later ranks at other steps: the step's lists are mixed."""
+    ends = []
+    for side in (InOrder(), *(Simulated(seed, PER_LAYER[form]) for seed in range(3))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stepping, "side_for", lambda *_, side=side: side)
+            rows = Rows("avl:floor=3", [0], 60)
+        said = rows.go(4)
+        rows.rows = [*rows.stepper.settle(), rows.admit(2)]
+        said += rows.go(20, [*said[-1], 7])
+        ends.append((said, state(rows.stepper.settle())))
+    assert all(end == ends[0] for end in ends)
+
+
+@pytest.mark.parametrize("missing", ["fork", "join"])
+@pytest.mark.parametrize("form", PER_LAYER)
+@pytest.mark.parametrize("spec", ["avl:every=2,text=1", "avl:every=1,floor=3,text=0.5", "h2o"])
+def test_a_missing_event_is_caught(spec: str, form: str, missing: str) -> None:
+    """Without the wait of either stream for the other, some order gives something else."""
+
+    def differs(seed: int) -> bool:
+        side = Simulated(seed, PER_LAYER[form], missing)
+        return beside(spec, (0,), side) != in_order(spec, (0,))
+
+    assert any(differs(seed) for seed in range(8))
+
+
+# -- what is chosen -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_on_a_cpu_selection_is_a_plain_call(form: str) -> None:
+    assert isinstance(side_for(form, torch.device("cpu")), InOrder)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_answers_the_same_through_the_engine(
+    form: str, engine_of: Callable[..., Engine], checkpoint: Callable[..., Any]
+) -> None:
+    engine = Engine.load(
+        checkpoint(SHAPE), device="cpu", dtype="float32", cache="avl:floor=4", selection=form
+    )
+    plain = engine_of(SHAPE, cache="avl:floor=4")
+    answers = [e.generate("What?", [noise(60, 60)], max_new_tokens=12) for e in (engine, plain)]
+    assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_an_unknown_form_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(OptionError, match="unknown selection 'later'"):
+        Engine.load("no-such-folder", selection="later")

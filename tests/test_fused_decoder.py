@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine import fused, native
@@ -15,7 +16,6 @@ from engine.models.decoder import GATE_UP, QKV, Decoder
 from engine.result import Timings
 from engine.session import Session
 from tests.checkpoints import Shape
-from tests.oracle import noise
 from tests.qwen_checkpoint import QwenShape, write_qwen
 from weights.checkpoint import Checkpoint, load_weights
 
@@ -36,13 +36,17 @@ def folder_of(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str]
     )
 
 
+def picture(width: int, height: int) -> Image.Image:
+    return Image.radial_gradient("L").resize((width, height)).convert("RGB")
+
+
 def load(folder: Path, cache: str = "full", device: str = "cpu") -> Engine:
     return Engine.load(folder, device=device, dtype="float32", cache=cache)
 
 
 def decoded(engine: Engine) -> Tensor:
     """Logits after a prompt and after each of a few prescribed tokens behind it."""
-    turn = engine.turn(QUESTION, [noise(77, 77)], Timings())
+    turn = engine.turn(QUESTION, [picture(77, 77)], Timings())
     session = Session(engine.model, engine.policy)
     rows = [session.prefill(turn, 8)]
     rows += [session.decode(token) for token in range(11, 17)]
@@ -91,7 +95,7 @@ def test_rows_of_a_batch_stay_the_same(
 ) -> None:
     folder = folder_of("qwen2-bias")
     requests = [
-        {"prompt": QUESTION, "images": [noise(50 + n, 40)], "max_new_tokens": 6 + n}
+        {"prompt": QUESTION, "images": [picture(50 + n, 40)], "max_new_tokens": 6 + n}
         for n in range(3)
     ]
     plain = load(folder, "avl").generate_batch(requests)

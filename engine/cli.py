@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from engine.cache.specs import parse
 from engine.errors import CapacityError, EngineError, OptionError
 from engine.flags import build_parser
 from engine.inputs import load_engine, open_pictures, opener, read_options, read_prompt
@@ -63,6 +64,8 @@ def _run(arguments: list[str]) -> int:
     flags = build_parser().parse_args(arguments)
     if flags.quiet:  # read when the hub's client is imported
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if flags.cache is not None:
+        parse(flags.cache)
     if flags.version:
         print(f"avl-engine {_version()}")
         return 0

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage and leaving."""
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ", 1)[0]
         flags = [flag for action in self._actions for flag in action.option_strings]
         close = difflib.get_close_matches(unknown, flags, n=1)
         hint = f"did you mean {close[0]}?" if close else "python main.py --help lists all flags"
@@ -126,6 +126,16 @@ def build_parser() -> Parser:
         metavar="SPEC",
         help="full (exact), avl (default), h2o, fastv, streaming, snapkv, random; with parameters: "
         "avl:secondary=0.45,core=0.30,every=3,prefill=0.9,text=0.7",
+    )
+    add(
+        "--sync-selection",
+        action="store_true",
+        help="on a GPU, rank cached tokens in order, not beside the model (same text)",
+    )
+    add(
+        "--graphs",
+        action="store_true",
+        help="on a GPU, replay decode steps from captured CUDA graphs (same text)",
     )
     add = parser.add_argument_group("information").add_argument
     add(

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from engine.cache.layout import Kept, Layout
 from engine.cache.policy import Budget, Policy, check_count, check_share
-from engine.cache.received import Received
 from engine.cache.select import heavy_and_recent, top
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.cache.layout import Kept, Layout
+    from engine.cache.received import Received
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Avl(Policy):
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """Secondary and core of every picture, and the text budget."""
+        import torch
+
+        from engine.cache.layout import Kept
+
         shared, core = [layout.fixed()], []
         for index, size in enumerate(layout.image_sizes):
             columns = layout.picture(index)
@@ -134,6 +139,8 @@ def without_the_least(layout: Layout, received: Received, share: Callable[[int],
     Returns ascending indices into the new tokens, which are the last of ``layout``. The very last
     token always goes on, even if it is an image token: the answer begins from its hidden state.
     """
+    import torch
+
     first_new = layout.columns - len(received.q)
     gone = torch.zeros(layout.columns, dtype=torch.bool, device=layout.image_of.device)
     for index in range(layout.settled, len(layout.image_sizes)):

@@ -8,14 +8,16 @@ layers before the cut keep everything. Positions of the others stay.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.cache.avl import without_the_least
-from engine.cache.layout import Layout
 from engine.cache.policy import Policy, check_count, check_share
-from engine.cache.received import Received
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.cache.layout import Layout
+    from engine.cache.received import Received
 
 
 @dataclass(frozen=True)

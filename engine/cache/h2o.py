@@ -8,14 +8,14 @@ query heads that share its keys; the lightest token outside the recent window is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from engine.cache.layout import Kept, Layout
 from engine.cache.policy import Budget, Policy, check_share
-from engine.cache.received import Received
 from engine.cache.select import heavy_and_recent
+
+if TYPE_CHECKING:
+    from engine.cache.layout import Kept, Layout
+    from engine.cache.received import Received
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class H2o(Policy):
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """Every column is in the evictable part; each head keeps its own."""
+        import torch
+
+        from engine.cache.layout import Kept
+
         budget = self.text_budget(*layout.lengths())
         if budget is None:
             return Kept.everything(layout)

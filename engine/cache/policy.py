@@ -1,15 +1,20 @@
-"""What a policy may decide: it turns scores into index sets; storage belongs to the cache."""
+"""What a policy may decide: it turns scores into index sets; storage belongs to the cache.
+
+Policies import torch where they compute: a wrong spec is refused before it is imported.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from engine.cache.layout import Kept, Layout
-from engine.cache.received import Received
 from engine.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.cache.layout import Kept, Layout
+    from engine.cache.received import Received
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Policy:
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """What ``layer`` stores once its attention over ``layout``'s columns has run."""
+        from engine.cache.layout import Kept
+
         return Kept.everything(layout)
 
     def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from engine.cache.layout import Kept, Layout
 from engine.cache.policy import Policy, check_count, check_share
-from engine.cache.received import Received
+
+if TYPE_CHECKING:
+    from engine.cache.layout import Kept, Layout
+    from engine.cache.received import Received
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Random(Policy):
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """Draws from a generator of its own, so that other random numbers are not disturbed."""
+        import torch
+
+        from engine.cache.layout import Kept
+
         generator = torch.Generator().manual_seed(self.seed * 1000 + layer)
         shared = [layout.fixed()]
         for index, size in enumerate(layout.image_sizes):

@@ -6,7 +6,10 @@ token).
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def top(scores: Tensor, count: int) -> Tensor:

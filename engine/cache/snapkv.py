@@ -8,16 +8,15 @@ Generated tokens are all kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
-
-from engine.cache.layout import Kept, Layout
 from engine.cache.policy import Policy, check_count, check_share
-from engine.cache.received import Received
 from engine.cache.select import top
 from engine.errors import OptionError
+
+if TYPE_CHECKING:
+    from engine.cache.layout import Kept, Layout
+    from engine.cache.received import Received
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,11 @@ class SnapKv(Policy):
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """Every head's own columns; a prompt that fits the budget or the window is kept whole."""
+        import torch
+        import torch.nn.functional as F
+
+        from engine.cache.layout import Kept
+
         total = int(self.keep * layout.columns)
         window = min(self.window, len(received.q))
         before = layout.columns - window

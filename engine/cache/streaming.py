@@ -8,14 +8,14 @@ the two differ only in the distances the model sees.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from engine.cache.layout import Kept, Layout
 from engine.cache.policy import Budget, Policy, check_count, check_share
-from engine.cache.received import Received
 from engine.cache.select import top
+
+if TYPE_CHECKING:
+    from engine.cache.layout import Kept, Layout
+    from engine.cache.received import Received
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Streaming(Policy):
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """Sinks are fixed, everything later is evictable; no score is needed."""
+        import torch
+
+        from engine.cache.layout import Kept
+
         budget = self.text_budget(*layout.lengths())
         if budget is None:
             return Kept.everything(layout)

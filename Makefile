@@ -46,6 +46,17 @@ gpu-bench:
 	$(GPU_PYTHON) -m bench.gpu_bench --part $(or $(PART),$(error which part? make gpu-bench PART=1)) \
 		$(if $(DRY),--dry) $(if $(RESUME),--resume $(RESUME))
 
+QUICK := --out build/bench --overwrite
+
+bench: $(STAMPS)/test
+	$(BIN)/python -m bench.memory --table $(QUICK)
+	$(BIN)/python -m bench.kernels --quick $(QUICK)
+	$(BIN)/python -m bench.latency --quick $(QUICK)
+	$(BIN)/python -m bench.decode --model weights/tiny --blocks 3 $(QUICK)
+	$(BIN)/python -m bench.batch --model weights/tiny --sizes 1 4 16 --blocks 2 $(QUICK)
+	$(BIN)/python -m bench.load --preset tiny-test --rounds 3 $(QUICK)
+	$(BIN)/python -m bench.quality --pages 4 --tasks field colour --cache avl --cache random $(QUICK)
+
 clean:
 	rm -rf build dist gpu-results engine/_native*.so $(STAMPS)
 

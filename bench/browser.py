@@ -111,8 +111,9 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Press and release a key such as ArrowRight."""
+        code = "Space" if key == " " else key
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=code)
 
     def complaints(self) -> list[dict[str, Any]]:
         """Errors, warnings and console output so far."""

@@ -9,7 +9,7 @@ examples/questions.json is described under the full cache, so that what is drawn
 doing and not a policy's. They are means over the pictures; a step counts those answers that reach
 it. Figure 8 is drawn from what `python -m bench.latency` has measured, figures 9 and 10 from
 `python -m bench.quality --sweep ...`; what has not been measured is named and left out. Needs
-matplotlib.
+matplotlib (the extra `train`).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of measurements")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "figures")
     options = parser.parse_args()
+    if find_spec("matplotlib") is None:
+        parser.error("needs matplotlib: pip install matplotlib, or this project with [train]")
     drawn: dict[str, Figure] = {}
     if options.only != "results":
         engine = Engine.load(options.model, cache="full")

@@ -23,6 +23,9 @@ Row = dict[str, Any]
 
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = "figures"
+ATTENTION = ("attention_by_modality", "sparsity_by_layer", "ppci_between_layers")
+ATTENTION += ("ppci_between_steps",)
+ABOUT_ATTENTION = "The paper's figures 1 and 3 to 5, under the full cache; data as CSV beside them."
 INTRO = """# Results
 
 Written by `python -m bench.report` from the files in `bench/results/`; nothing here is typed by
@@ -41,6 +44,7 @@ class Section:
     names: tuple[str, ...]  # beginnings of report names, the longest that fits decides
     command: str
     shape: Callable[[Record], list[Row]]
+    drawn: bool = False  # whether bench.figures draws these reports
 
 
 def main() -> None:
@@ -72,7 +76,13 @@ def render(records: Sequence[Record]) -> str:
         for record in shown:
             lines += [f"### {record['name']}", "", *table(section.shape(record)), ""]
             lines += [line for note in record["notes"] for line in (note, "")]
-            lines += [*pictures(record["name"]), *origin(record), ""]
+            if section.drawn:
+                lines += pictures(f"{record['name'].replace('quality-', 'quality_')}_*")
+            lines += [*origin(record), ""]
+    lines += ["## How the model looks at pictures", "", ABOUT_ATTENTION, ""]
+    lines += [line for name in ATTENTION for line in pictures(name)] or [
+        MISSING.format("python -m bench.figures --only attention")
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -82,9 +92,9 @@ def section_of(name: str) -> Section:
     return max(fitting, key=lambda pair: pair[0])[1]
 
 
-def pictures(name: str) -> list[str]:
-    """The figures that bench.figures drew of a report."""
-    files = sorted((PAGE.parent / FIGURES).glob(f"{name.replace('quality-', 'quality_')}_*.png"))
+def pictures(pattern: str) -> list[str]:
+    """The figures of that name which bench.figures has drawn."""
+    files = sorted((PAGE.parent / FIGURES).glob(f"{pattern}.png"))
     return [line for f in files for line in (f"![{f.stem}]({FIGURES}/{f.name})", "")]
 
 
@@ -286,6 +296,7 @@ SECTIONS = (
         ("quality-secondary", "quality-core", "quality-text", "quality-prefill"),
         "python -m bench.quality --sweep secondary",
         quality,
+        drawn=True,
     ),
     Section(
         "Bytes of the cache",
@@ -302,6 +313,7 @@ SECTIONS = (
         ("latency",),
         "python -m bench.latency",
         split,
+        drawn=True,
     ),
     Section(
         "Whole decode steps, by batch size",

@@ -329,6 +329,66 @@ def test_the_page_works_in_a_browser(
     assert browser.requested()[before:] == [path.as_uri()]
 
 
+def test_the_page_obeys_the_keyboard(browser: Browser, written: tuple[Path, Result]) -> None:
+    browser.open(written[0])
+    shown = []
+    for key in ("End", "ArrowLeft", "Home", "ArrowRight"):
+        browser.press(key)
+        shown.append(text(browser, "now").split(":")[0])
+    assert shown == ["token 9 of 9", "token 8 of 9", "token 1 of 9", "token 2 of 9"]
+    playing = "document.querySelector('#play').getAttribute('aria-pressed')"
+    browser.press(" ")
+    assert browser.run(playing) == "true"
+    browser.run("new Promise((done) => setTimeout(done, 600))")
+    browser.press(" ")
+    assert browser.run(playing) == "false"
+    assert int(text(browser, "now").split()[1]) > 2, "it has moved on"
+    assert browser.complaints() == []
+
+
+def test_tiers_on_the_page_differ_without_their_colours(
+    browser: Browser, written: tuple[Path, Result]
+) -> None:
+    """Lighter and darker than their own mean: what is left when all tiers have one colour."""
+    browser.open(written[0])
+    patterns = browser.run(
+        """[...document.querySelectorAll('canvas.key')].map((canvas) => {
+            const pixels = canvas.getContext('2d').getImageData(1, 1, 14, 14).data, grey = [];
+            for (let i = 0; i < pixels.length; i += 4) {
+                const alpha = pixels[i + 3] / 255;
+                const light = 0.3 * pixels[i] + 0.59 * pixels[i + 1] + 0.11 * pixels[i + 2];
+                grey.push(light * alpha + 255 * (1 - alpha));
+            }
+            const mean = grey.reduce((a, b) => a + b) / grey.length;
+            return grey.map((light) => (light > mean + 1 ? 1 : 0));
+        })"""
+    )
+    assert len(patterns) == 3
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        different = sum(a != b for a, b in zip(patterns[one], patterns[other], strict=True))
+        assert different > 0.1 * len(patterns[one])
+
+
+def test_masked_sinks_leave_the_list_until_they_are_wanted(
+    browser: Browser, written: tuple[Path, Result], tmp_path: Path
+) -> None:
+    browser.open(written[0])
+    first, second = text(browser, "top").splitlines()[:2]
+    row, column = (int(n) - 1 for n in re.findall(r"row (\d+), column (\d+)", first)[0])
+    sink = row * data_in(written[0])["panels"][0]["columns"] + column
+    page, count = re.subn(r'"sinks": ?\[[^\]]*\]', f'"sinks": [{sink}]', written[0].read_text())
+    assert count == 1
+    (tmp_path / "sink.html").write_text(page)
+    browser.open(tmp_path / "sink.html")
+    assert "ten times the mean whatever is said (1)" in text(browser, "sinks")
+    assert text(browser, "top").splitlines()[0] == second
+    masked = canvas(browser, "heat")
+    browser.run("document.querySelector('#mask').click()")
+    assert text(browser, "top").splitlines()[0] == first
+    assert canvas(browser, "heat") != masked
+    assert browser.complaints() == []
+
+
 def test_the_most_attended_patch_in_the_browser_is_that_of_the_trace(
     browser: Browser, engine: Engine, tmp_path: Path
 ) -> None:

@@ -288,7 +288,7 @@ function buildText() {
     at("answer").append(span);
   });
   at("sinks").textContent = data.sinks.length
-    ? `${data.sinks.length} patches get over ten times the mean whatever is said. Such sinks hide the rest, and say little about the picture.`
+    ? `Masked where over ten times the mean whatever is said (${data.sinks.length}). Such sinks hide the rest, and say little about the picture.`
     : "No patch is attended steadily over ten times the mean: nothing to mask.";
 }
 

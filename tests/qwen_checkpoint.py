@@ -23,7 +23,10 @@ MERGES, SPECIALS = 90, 217
 
 @dataclass(frozen=True)
 class QwenShape:
-    """Sizes of the model; prompts beyond ``trained`` tokens change the rotary base."""
+    """Sizes of the model; prompts beyond ``trained`` tokens change the rotary base.
+
+    The larger ``gain``, the further attention is from uniform; rounding grows with it.
+    """
 
     hidden: int = 128
     layers: int = 2
@@ -36,6 +39,7 @@ class QwenShape:
     trained: int = 300
     chat_format: str = "chatml"
     seed: int = 5
+    gain: float = 2.0
     vocab: int = 256 + MERGES + SPECIALS + 5
 
 
@@ -155,7 +159,7 @@ def draw(shape: QwenShape) -> dict[str, Tensor]:
         elif name.endswith(("wte.weight", "positional_embedding", "query", "pos_embed")):
             pass
         else:
-            gain = 2.0 if name.startswith("lm_head") or "_attn" in name else 1.0
+            gain = shape.gain if "_attn" in name else 2.0 if name.startswith("lm_head") else 1.0
             value *= gain / math.sqrt(math.prod(size[1:]))
         tensors[name] = value
     return tensors

@@ -1,4 +1,4 @@
-"""A slow Qwen-VL written from its description: one token after the other, one head after the other.
+"""A slow Qwen-VL written from its description: one head after the other.
 
 It knows the published tensor names only, and shares no code with the engine.
 """
@@ -43,10 +43,17 @@ def stretched(table: Tensor, side: int) -> Tensor:
 
 
 class QwenReference:
-    """Forward passes in float64 over the tensors of a checkpoint."""
+    """Forward passes in float64 over the tensors of a checkpoint.
+
+    Around its attention it is a ``tests.reference_decoder.Arithmetic``.
+    """
+
+    dtype = torch.float64
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.config = config
+        self.config, self.layers = config, config["num_hidden_layers"]
+        self.heads = self.kv_heads = config["num_attention_heads"]
+        self.head_dim = config["kv_channels"]
         self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
 
     def linear(self, x: Tensor, name: str) -> Tensor:
@@ -118,40 +125,53 @@ class QwenReference:
 
         The first ``prompt`` ids were prefilled, the others decoded.
         """
+        self.begin(prompt)
         x = self.tensors["transformer.wte.weight"][ids].clone()
         for start, features in pictures:
             x[start : start + len(features)] = features
-        for n in range(self.config["num_hidden_layers"]):
-            x = self.layer(x, f"transformer.h.{n}.", self.base(prompt))
-        return self.rms(x, "transformer.ln_f") @ self.tensors["lm_head.weight"].T
+        for layer in range(self.layers):
+            q, k, v = self.inputs(layer, x, list(range(len(x))))
+            outs = []
+            for head in range(self.heads):
+                scores = q[:, head] @ k[:, head].T / math.sqrt(self.head_dim)
+                ahead = torch.ones_like(scores).triu(1).bool()
+                outs.append(scores.masked_fill(ahead, -torch.inf).softmax(-1) @ v[:, head])
+            x = self.outputs(layer, x, torch.cat(outs, 1))
+        return self.head(x)
 
     def rms(self, x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * self.tensors[f"{name}.weight"]
 
-    def layer(self, x: Tensor, name: str, base: float) -> Tensor:
-        q, k, v = self.linear(self.rms(x, f"{name}ln_1"), f"{name}attn.c_attn").chunk(3, 1)
-        size, trained = self.config["kv_channels"], self.config["seq_length"]
-        factors = [max(1.0, math.log(p + 1) / math.log(trained)) for p in range(len(x))]
-        outs = []
-        for at in range(0, q.shape[1], size):
-            own_q = self.rotated(q[:, at : at + size], base) * torch.tensor(factors)[:, None]
-            own_k = self.rotated(k[:, at : at + size], base)
-            scores = own_q @ own_k.T / math.sqrt(size)
-            ahead = torch.ones_like(scores).triu(1).bool()
-            weights = scores.masked_fill(ahead, -torch.inf).softmax(-1)
-            outs.append(weights @ v[:, at : at + size])
-        x = x + self.linear(torch.cat(outs, 1), f"{name}attn.c_proj")
+    def begin(self, prompt: int) -> None:
+        self.theta = self.base(prompt)
+
+    def inputs(self, layer: int, x: Tensor, positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[tokens, heads, size]``; a query grows with its position."""
+        name = f"transformer.h.{layer}."
+        packed = self.linear(self.rms(x, f"{name}ln_1"), f"{name}attn.c_attn").chunk(3, 1)
+        q, k, v = (part.view(len(x), self.heads, self.head_dim) for part in packed)
+        trained = self.config["seq_length"]
+        factors = [max(1.0, math.log(p + 1) / math.log(trained)) for p in positions]
+        q = self.rotated(q, positions) * torch.tensor(factors, dtype=self.dtype)[:, None, None]
+        return q, self.rotated(k, positions), v
+
+    def outputs(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        name = f"transformer.h.{layer}."
+        x = x + self.linear(attended, f"{name}attn.c_proj")
         inner = self.rms(x, f"{name}ln_2")
         first, second = self.linear(inner, f"{name}mlp.w1"), self.linear(inner, f"{name}mlp.w2")
         return x + self.linear(first * second / (1 + (-second).exp()), f"{name}mlp.c_proj")
 
-    def rotated(self, x: Tensor, base: float) -> Tensor:
-        half = x.shape[1] // 2
+    def head(self, x: Tensor) -> Tensor:
+        return self.rms(x, "transformer.ln_f") @ self.tensors["lm_head.weight"].T
+
+    def rotated(self, x: Tensor, positions: list[int]) -> Tensor:
+        half = x.shape[-1] // 2
         out = torch.empty_like(x)
-        positions = torch.arange(len(x), dtype=torch.float64)
+        places = torch.tensor(positions, dtype=self.dtype)[:, None]
         for i in range(half):
-            angle = positions * base ** (-i / half)
-            a, b = x[:, i], x[:, i + half]
-            out[:, i] = a * angle.cos() - b * angle.sin()
-            out[:, i + half] = b * angle.cos() + a * angle.sin()
+            angle = places * self.theta ** (-i / half)
+            a, b = x[..., i], x[..., i + half]
+            out[..., i] = a * angle.cos() - b * angle.sin()
+            out[..., i + half] = b * angle.cos() + a * angle.sin()
         return out

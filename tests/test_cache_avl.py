@@ -8,6 +8,7 @@ import torch
 from engine.cache.avl import Avl
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.reference_cache import ReferenceAvl, Settings
+from tests.reference_decoder import ReferenceDecoder
 
 TOLERANCE = 2e-4
 
@@ -15,17 +16,18 @@ TOLERANCE = 2e-4
 def pair(settings, dtype=torch.float64, seed=0, **shape):
     decoder = seeded_decoder(seed, **shape)
     run = CacheRun(decoder, Avl(**vars(settings)))
-    return run, ReferenceAvl(decoder, settings, dtype)
+    return run, ReferenceAvl(ReferenceDecoder(decoder, dtype), settings)
 
 
 def turn(run, reference, tokens, spans, steps, seed):
     """Prefill and teacher-forced steps on both; every logit and every kept set is compared."""
-    hidden = embeddings(tokens, seed)
+    width = run.decoder.config.hidden
+    hidden = embeddings(tokens, seed, width)
     real = run.prefill(hidden, spans, new_tokens=steps + 1)
     close(real, reference.prefill(hidden, spans, run))
     same_sets(run, reference)
     for step in range(steps):
-        hidden = embeddings(1, seed * 1000 + step + 1)
+        hidden = embeddings(1, seed * 1000 + step + 1, width)
         real = run.decode(hidden)
         close(real, reference.decode(hidden, run))
         same_sets(run, reference)

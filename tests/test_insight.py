@@ -29,6 +29,7 @@ from engine.insight.measures import (
 from engine.insight.trace import Trace
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.reference_cache import ReferenceAvl, Settings
+from tests.reference_decoder import ReferenceDecoder
 
 CPU = torch.device("cpu")
 SPANS = [(5, 29)]
@@ -58,11 +59,11 @@ class Weights(ReferenceAvl):
     """The reference, noting each pass's head-mean last row by layer."""
 
     def __init__(self, run, settings):
-        super().__init__(run.decoder, settings, torch.float64)
+        super().__init__(ReferenceDecoder(run.decoder, torch.float64), settings)
         self.rows = []
 
-    def _layer(self, layer, x, positions, core_only):
-        out, weights = super()._layer(layer, x, positions, core_only)
+    def _layer(self, layer, x, positions):
+        out, weights = super()._layer(layer, x, positions)
         if layer == 0:
             self.rows.append([])
         self.rows[-1].append(weights[:, -1].mean(0))

@@ -448,7 +448,8 @@ def test_unsupported_relatives_are_refused_by_name(
 
 
 def test_draw_boxes_is_refused_before_loading() -> None:
-    from engine.cli import _check_drawing, build_parser
+    from engine.flags import build_parser
+    from engine.inputs import check_targets
 
     options: Callable[[list[str]], Any] = build_parser().parse_args
     for arguments in (
@@ -457,7 +458,7 @@ def test_draw_boxes_is_refused_before_loading() -> None:
         ["--image", "a.png", "--draw-boxes", "nowhere/out.png"],
     ):
         with pytest.raises(OptionError, match="--draw-boxes"):
-            _check_drawing(options(arguments))
+            check_targets(options(arguments))
 
 
 def test_draw_boxes_paints_the_last_picture(

@@ -166,7 +166,7 @@ class StepCell:
         kv = way.batch * predict.stored(way.policy, self.prompt)
         at_once = way.batch if way.side != "ours" else 1
         scratch = at_once * self.prompt.read * 2 * (3 * self.shape.mlp + 6 * self.shape.hidden)
-        return 1.1 * kv * self.shape.layers * self.shape.layer_kv + scratch + GB
+        return 1.05 * kv * self.shape.layers * self.shape.layer_kv + scratch + GB
 
     def _sampled(self, ways: Sequence[Way], on: Device) -> dict[Way, Sample]:
         model, rounds = on.model(self.shape), self.rounds

@@ -36,7 +36,11 @@ BUDGET_S = 570
 KEPT_LINES = 15  # of a step's output, in the report
 FOUND = 9  # what compute-sanitizer exits with when it found something
 # Small cases of every kernel. Under the sanitizer each takes seconds.
-SANITIZED = "(sanitize and not 2880 and not 575) or takes_the_highest or accumulates_and_evicts"
+SANITIZED_FILES = ("test_attention.py", "test_fused.py", "test_ranking.py")
+SANITIZED = (
+    "((sanitize and (bfloat16 or products)) or takes_the_highest or accumulates_and_evicts)"
+    " and not (575 or 1296 or 2056 or 2880 or 4096 or 5121)"
+)
 
 
 @dataclass
@@ -159,9 +163,10 @@ def sanitizer_step(program: str, tool: str) -> Step:
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no"]
     if tool != "initcheck":
         command += ["--kernel-name", "kns=avl"]
-    files = ("test_attention.py", "test_ranking.py")
     tests = [
-        argument for argument in pytest() if "test_" not in argument or argument.endswith(files)
+        argument
+        for argument in pytest()
+        if "test_" not in argument or argument.endswith(SANITIZED_FILES)
     ]
     # Without torch's own cache of memory every tensor has an allocation, whose ends are watched.
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

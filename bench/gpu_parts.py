@@ -86,8 +86,13 @@ def decode_cells(scale: Scale, shape: Shape, images: Sequence[int]) -> list[Cell
 
 
 def peer_cells(scale: Scale) -> list[Cell]:
-    """Part 4: our policies beside transformers on the same weights."""
+    """Part 4: our policies beside transformers on the same weights.
+
+    Blocks are half as long, so that two full caches of 32 rows fit beside each other.
+    """
     image = scale.images[0]
+    if not scale.dry:
+        scale = replace(scale, rounds=replace(scale.rounds, steps=15))
     cells: list[Cell] = [
         scale.cell(
             scale.small,

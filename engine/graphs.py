@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from engine.models.vision_language import VisionLanguageModel
 LINES = 64
 # Steps before a capture, in which libraries and plans allocate what they will keep.
 WARM_UPS = 3
+# torch allows one capture at a time in a process.
+_capturing = Lock()
 
 
 def obstacle(model: VisionLanguageModel, decoding: Decoding) -> str | None:
@@ -128,7 +131,7 @@ class CapturedStep:
         run, device = partial(self._run, reranks), self.decoding.device
         if device.type != "cuda":
             return run
-        with torch.cuda.device(device):
+        with _capturing, torch.cuda.device(device):
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             for _ in range(WARM_UPS):
                 self.load(make())  # a second step would write where the first has evicted

@@ -118,4 +118,6 @@ def load_engine(flags: argparse.Namespace) -> Engine:
         style=flags.style,
         revision=flags.revision,
         offline=flags.offline,
+        selection="sync" if flags.sync_selection else "branch",
+        graphs=flags.graphs,
     )

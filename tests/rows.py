@@ -12,6 +12,7 @@ from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.row import Row
 from engine.cache.specs import parse
+from engine.models.decoder import Decoder
 from engine.stepping import Stepper, Stepping
 from tests.cache_run import embeddings, seeded_decoder
 
@@ -32,8 +33,7 @@ class Rows:
         **stepping: Any,
     ) -> None:
         self.device = torch.device(device)
-        self.model = SimpleNamespace(decoder=seeded_decoder(seed=3).to(self.device))
-        self.model.decoder.prepare(self.device)
+        self.model = SimpleNamespace(decoder=_moved(seeded_decoder(seed=3), self.device))
         config = self.model.decoder.config
         self.pools = [
             Pool(config.kv_heads, config.head_dim, torch.float32, self.device)
@@ -62,6 +62,16 @@ class Rows:
             now = logits.argmax(-1).tolist()
             said.append(now)
         return said
+
+
+def _moved(decoder: Decoder, device: torch.device) -> Decoder:
+    """The decoder on a device, prepared for it."""
+    if device.type == "cpu":
+        return decoder
+    moved = Decoder(decoder.config).requires_grad_(False)
+    moved.load_state_dict(decoder.state_dict())
+    moved.to(device).prepare(device)
+    return moved
 
 
 def state(rows: list[Row]) -> list[Any]:

@@ -12,6 +12,8 @@ import torch
 from engine import stepping
 from engine.engine import Engine
 from engine.errors import OptionError
+from engine.flags import build_parser
+from engine.inputs import load_engine
 from engine.streams import FORMS, InOrder, side_for
 from tests.checkpoints import Shape
 from tests.oracle import noise
@@ -101,6 +103,23 @@ def test_every_form_answers_the_same_through_the_engine(
     plain = engine_of(SHAPE, cache="avl:floor=4")
     answers = [e.generate("What?", [noise(60, 60)], max_new_tokens=12) for e in (engine, plain)]
     assert answers[0].token_ids == answers[1].token_ids
+
+
+@pytest.mark.parametrize(
+    ("flags", "stepping"),
+    [
+        ([], {"selection": "branch", "graphs": False}),
+        (["--sync-selection"], {"selection": "sync", "graphs": False}),
+        (["--graphs"], {"selection": "branch", "graphs": True}),
+    ],
+)
+def test_flags_reach_the_engine(
+    flags: list[str], stepping: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(Engine, "load", lambda *_, **options: asked.update(options))
+    load_engine(build_parser().parse_args(flags))
+    assert {name: asked[name] for name in stepping} == stepping
 
 
 def test_an_unknown_form_is_refused_before_anything_is_loaded() -> None:

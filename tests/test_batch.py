@@ -1,7 +1,11 @@
 """Batches change no answer: rows of any size and order, every policy, files that resume."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from tests.checkpoints import Shape
 from tests.oracle import noise
 
 SHAPE = Shape(kv_heads=2)
+ROOT = Path(__file__).parents[1]
 POLICIES = (
     "full",
     "avl:secondary=0.5,core=0.3,every=3,prefill=0.8,text=0.5,floor=4",
@@ -186,3 +191,39 @@ def test_answers_of_another_job_are_not_overwritten(
     with pytest.raises(OptionError, match="another job"):
         list(run_batch(engine_of(SHAPE), requests, answers, 2))
     assert answers.read_text() == "something else\n"
+
+
+# -- killed ---------------------------------------------------------------------------------------
+
+
+def test_a_process_killed_again_and_again_loses_nothing(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SIGKILL at whatever moment; the same command goes on until the file is whole."""
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    write_requests(requests, 60)
+    command = [sys.executable, "main.py", "--batch", str(requests), "--output", str(answers)]
+    command += ["--model", str(checkpoint(SHAPE)), "--device", "cpu", "--rows", "3", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    held = [0]
+    for goal in (3, 20, 40):  # lines at which it is killed
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and lines_in(answers) < goal:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        held.append(lines_in(answers))
+    assert held == sorted(held)
+    assert 0 < held[1] < 60
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    records = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [record["index"] for record in records] == list(range(60))
+    whole = tmp_path / "whole.jsonl"
+    list(run_batch(Engine.load(checkpoint(SHAPE), device="cpu"), requests, whole, 3))
+    assert whole.read_bytes() == answers.read_bytes()
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -49,6 +49,32 @@ def test_a_whole_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "FAILED" not in said
 
 
+def test_json_is_one_object_with_every_check(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--check", "--model", str(folder), "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    found = json.loads(lines[0])
+    assert found["model"] == str(folder)
+    names = ["config", "tokenizer", "hashes", "headers", "shapes", "values"]
+    assert [check["name"] for check in found["checks"]] == names
+    assert all(check["ok"] and check["text"] for check in found["checks"])
+    assert found["failed"] == 0
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["backend"]["name"] in ("cpu", "cuda", "torch")
+    assert found["devices"]
+    assert found["peak_bytes"] > 10**7
+    (folder / WEIGHTS).write_bytes(b"")
+    assert main(["--check", "--model", str(folder), "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    (failed,) = (check for check in found["checks"] if not check["ok"])
+    assert failed["name"] == "headers"
+    assert "is empty (0 bytes)" in failed["text"]
+    assert failed["hint"]
+    assert found["failed"] == 1
+
+
 def test_without_a_model_the_machine_is_described(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

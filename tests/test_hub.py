@@ -9,10 +9,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, OptionError
 from weights.checkpoint import Checkpoint
 from weights.download import RemoteFile, choose
-from weights.hub import resolve
+from weights.hub import is_complete, resolve
 
 NAME = "some-org/some-llava"
 
@@ -80,6 +80,36 @@ def test_a_revision_is_honoured(cache: Path) -> None:
     assert resolve(NAME, revision="b" * 40) == other
     with pytest.raises(CheckpointError, match="not in the hub cache"):
         resolve(NAME, revision="v2", offline=True)
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    for name in (tmp_path, None):
+        with pytest.raises(OptionError, match="--revision v1 is of a hub model"):
+            resolve(name, revision="v1")
+
+
+def test_pickled_weights_are_complete_only_where_they_are_wanted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    index = {"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "pytorch_model-1.bin").touch()
+    assert not is_complete(tmp_path, pickled=True)
+    (tmp_path / "pytorch_model-2.bin").touch()
+    assert is_complete(tmp_path, pickled=True)
+    assert not is_complete(tmp_path)
+
+
+def test_pickles_are_chosen_only_to_be_converted() -> None:
+    files = [RemoteFile(name, 1) for name in ("config.json", "pytorch_model.bin", "other.bin")]
+    assert [f.name for f in choose(NAME, files, pickled=True)] == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
+    better = [*files, RemoteFile("model.safetensors", 1)]
+    chosen = [f.name for f in choose(NAME, better, pickled=True)]
+    assert chosen == ["config.json", "model.safetensors"]
+    with pytest.raises(CheckpointError, match=r"and no pytorch_model"):
+        choose(NAME, files[:1], pickled=True)
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])

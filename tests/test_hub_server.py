@@ -2,23 +2,28 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants, logging
+from safetensors.torch import load
 
 from engine.errors import CheckpointError
+from tests.asking import Ask
 from weights.checkpoint import Checkpoint
 from weights.hub import resolve
 
@@ -36,6 +41,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.sent_instead: dict[str, bytes] = {}
+        self.stalls: set[str] = set()  # files of which half is sent, and then nothing
+        self.over = Event()
         self.breaks: dict[str, int] = {}  # how many more times a file's connection breaks
         self.refusal: tuple[int, str] | None = None
         self.asked: list[tuple[str, str]] = []  # (file, Range)
@@ -93,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def file(self, name: str) -> None:
         data = self.server.files[name]
-        etag = hashlib.sha256(data).hexdigest() if name.endswith(".safetensors") else git_hash(data)
+        large = name.endswith((".safetensors", ".bin"))
+        etag = hashlib.sha256(data).hexdigest() if large else git_hash(data)
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if self.command == "GET":
             self.server.asked.append((name, self.headers.get("Range", "")))
@@ -105,7 +113,10 @@ class Handler(BaseHTTPRequestHandler):
         broken = self.command == "GET" and self.server.breaks.get(name, 0) > 0
         if broken:
             self.server.breaks[name] -= 1
-        self.answer(status, body[start:], headers, broken)
+        stalled = self.command == "GET" and name in self.server.stalls
+        self.answer(status, body[start:], headers, broken or stalled)
+        if stalled:
+            self.server.over.wait(30)
 
     def answer(
         self, status: int, body: bytes, headers: dict[str, str], broken: bool = False
@@ -137,6 +148,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     logging.set_verbosity_error()
     monkeypatch.setattr("time.sleep", lambda _: None)  # the client waits between its attempts
     yield server
+    server.over.set()
     server.shutdown()
     server.server_close()
     huggingface_hub.close_session()
@@ -236,6 +248,21 @@ def test_a_refusal_says_what_to_do(
     assert hint in caught.value.hint
 
 
+def test_a_connection_that_stalls_is_given_up(
+    hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 5)
+    hub.stalls.add(SHARD)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="could not be downloaded") as caught:
+        resolve(NAME)
+    assert time.monotonic() - began < 20
+    assert "same command again" in caught.value.hint
+    hub.stalls.clear()
+    assert (resolve(NAME) / SHARD).read_bytes() == files[SHARD]
+
+
 def test_a_hub_out_of_reach_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(CheckpointError, match="the connection to the hub failed") as caught:
@@ -263,6 +290,90 @@ def test_a_disk_that_fills_up_meanwhile_is_named(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(CheckpointError, match=r"the disk of .* is full"):
         resolve(NAME)
+
+
+def spoil_hash(hub: Hub, _: pytest.MonkeyPatch) -> None:
+    hub.sent_instead[SHARD] = hub.files[SHARD][:-1] + b"\0"
+
+
+def fill_disk(_: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def break_always(hub: Hub, _: pytest.MonkeyPatch) -> None:
+    hub.breaks[SHARD] = 1000
+
+
+def refuse_with(status: int, code: str) -> Callable[[Hub, pytest.MonkeyPatch], None]:
+    return lambda hub, _: setattr(hub, "refusal", (status, code))
+
+
+TROUBLE: dict[str, tuple[Callable[[Hub, pytest.MonkeyPatch], None], str, str]] = {
+    "gated": (refuse_with(403, "GatedRepo"), "is gated", "HF_TOKEN"),
+    "missing": (refuse_with(404, "RepoNotFound"), "no such model", "spelling"),
+    "down": (refuse_with(500, "Down"), "could not be downloaded", "same command again"),
+    "wrong hash": (spoil_hash, "arrived damaged", "same command again"),
+    "disk full": (fill_disk, "GB free", "HF_HUB_CACHE"),
+    "broken": (break_always, "could not be downloaded", "same command again"),
+    "pickles only": (lambda hub, _: hub.files.pop(SHARD), "no .safetensors", "--convert"),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_the_command_line_says_it_in_one_line(
+    name: str, hub: Hub, files: dict[str, bytes], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cause, words, hint = TROUBLE[name]
+    cause(hub, monkeypatch)
+    asked = ask("--model", NAME, "-p", "Hello", "--quiet")
+    assert asked.code == 4
+    assert len(asked.errors) == len(asked.hints) == 1, asked.err
+    assert NAME in asked.errors[0] or name == "wrong hash"
+    assert words in asked.errors[0]
+    assert hint in asked.hints[0]
+    assert not asked.out
+    assert "Traceback" not in asked.err
+
+
+def test_check_names_the_file_whose_content_is_not_the_hubs(
+    hub: Hub, files: dict[str, bytes], ask: Ask
+) -> None:
+    blob = (resolve(NAME) / SHARD).resolve()
+    assert ask("--check", "--model", NAME, "--offline").code == 0
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    asked = ask("--check", "--model", NAME, "--offline", "--json")
+    checks = {each["name"]: each for each in json.loads(asked.out)["checks"]}
+    assert asked.code == 4
+    assert not checks["hashes"]["ok"]
+    assert SHARD in checks["hashes"]["text"]
+
+
+def test_a_conversion_downloads_its_source_as_models_are(
+    hub: Hub, files: dict[str, bytes], ask: Ask, tmp_path: Path
+) -> None:
+    """Said first, only the files that are read, checked, and not twice."""
+    tensors = load(files.pop(SHARD))
+    stream = io.BytesIO()
+    torch.save(tensors, stream)
+    files["pytorch_model.bin"] = stream.getvalue()
+    files["training_args.bin"] = b"pickle"
+    target = tmp_path / "out"
+    for _ in range(2):
+        asked = ask("--model", NAME, "--convert", target)
+        assert asked.code == 0, asked.err
+    assert asked.out == f"{target}\n"
+    fetched = [name for name, _ in hub.asked]
+    assert len(fetched) == len(set(fetched))
+    assert not {"training_args.bin", "README.md", "run.py"} & set(fetched)
+    assert ask("--model", target, "-p", "Hello", "-n", "2", "--device", "cpu").code == 0
+    hub.sent_instead["pytorch_model.bin"] = stream.getvalue()[:-1] + b"\1"
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    asked = ask("--model", NAME, "--convert", tmp_path / "other", "--quiet")
+    assert asked.code == 4
+    assert "pytorch_model.bin arrived damaged" in asked.errors[0]
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_command_line_downloads_by_name(

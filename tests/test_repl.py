@@ -115,6 +115,8 @@ def test_stats_save_and_help(
         ("/image nothing.png", r"nothing\.png does not exist"),
         ("/cache nonsense", "nonsense"),
         ("/save", "needs a file name"),
+        ("/image", "needs a file name"),
+        ("/image -", "needs a file name"),
     ],
 )
 def test_mistakes_leave_the_conversation_usable(
@@ -179,6 +181,13 @@ def test_a_block_is_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'one\n"""\ntwo\n\n three\n"""\nfour\n"""\nfive'
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     assert list(read_lines()) == ["one", "two\n\n three", "four", "five"]
+
+
+def test_a_pipe_of_other_bytes_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.TextIOWrapper(io.BytesIO(b"one\n\xff\xfe\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", pipe)
+    with pytest.raises(OptionError, match="stdin is not text"):
+        list(read_lines())
 
 
 def test_piped_lines_end_to_end(

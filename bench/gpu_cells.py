@@ -38,11 +38,9 @@ class Device:
     read_peak: float
 
     def __post_init__(self) -> None:
-        # One model at a time: the last one is freed before the next one is made.
-        self.model = functools.lru_cache(1)(self._model)
+        self.model = functools.cache(self._model)
 
     def _model(self, shape: Shape) -> DecoderOnly:
-        self.tidy()
         return seeded_model(shape, self.device, self.dtype)
 
     def tidy(self) -> None:
@@ -154,6 +152,7 @@ class StepCell:
     def measured(self, on: Device) -> list[Row]:
         """See ``Cell.measured``."""
         samples: dict[Way, Sample] = {}
+        on.model(self.shape)  # takes its memory before the rest is shared out
         together = sum(map(self._bytes, self.ways)) < on.free_bytes()
         for group in [self.ways] if together else [(way,) for way in self.ways]:
             samples |= self._sampled(group, on)
@@ -171,7 +170,7 @@ class StepCell:
     def _sampled(self, ways: Sequence[Way], on: Device) -> dict[Way, Sample]:
         model, rounds = on.model(self.shape), self.rounds
         samples = {way: Sample(forget_peak(on.device)) for way in ways}
-        rows = {way: self._started(model, way, samples[way], on) for way in ways}
+        rows = {way: self._started(model, way, samples[way]) for way in ways}
         for block in range(-rounds.warmup, rounds.blocks):
             done = (block + rounds.warmup) * rounds.steps
             for way in ways if block % 2 == 0 else ways[::-1]:
@@ -183,15 +182,12 @@ class StepCell:
             sample.peak = peak_bytes(on.device)
         return samples
 
-    def _started(self, model: DecoderOnly, way: Way, sample: Sample, on: Device) -> Rows:
+    def _started(self, model: DecoderOnly, way: Way, sample: Sample) -> Rows:
         """Prefill a contestant, and note how long it took."""
-        made: list[Rows] = []
         with switched(way):
-            [spent] = laps(
-                lambda _: made.append(start(model, self.shape, way, self.prompt)), 1, on.device
-            )
-        sample.prefill, sample.first = spent / way.batch, made[0].logits.argmax(-1).tolist()
-        return made[0]
+            rows = start(model, self.shape, way, self.prompt)
+        sample.prefill, sample.first = rows.prefill, rows.logits.argmax(-1).tolist()
+        return rows
 
     def _found(self, way: Way, sample: Sample, first: Sample, on: Device, together: bool) -> Row:
         mine = [x / self._count(way) for x in sample.means]
@@ -249,6 +245,7 @@ class Contestant:
     seconds: float
     read: float
     per_turn: int = 1
+    goal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +267,7 @@ class KernelCell:
                 "unit": "us",
                 "predicted": each.seconds / predict.US,
                 "predicted ratio": each.seconds / base if number else None,
+                "goal": each.goal,
                 "floor": each.read / predict.READ_PEAK / predict.US,
                 "GB read": each.read / GB,
             }

@@ -22,13 +22,15 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bench.common import ROOT, commit, machine, versions
 
@@ -198,15 +200,7 @@ def run(step: Step, log: Path, left_s: float) -> None:
     try:
         with log.open("a") as file:
             print(f"==== {step.name}: {shlex.join(step.command)}", file=file, flush=True)
-            done = subprocess.run(
-                step.command,
-                cwd=ROOT,
-                env=os.environ | step.env,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-            )
-        step.result = exit_text(done.returncode)
+            step.result = exit_text(exit_code(step, file, limit))
     except subprocess.TimeoutExpired:
         step.result = f"stopped after {limit:.0f} s"
     except OSError as error:
@@ -214,6 +208,24 @@ def run(step: Step, log: Path, left_s: float) -> None:
     step.seconds = round(time.monotonic() - began, 1)
     said = log.read_bytes()[start:].decode(errors="replace").splitlines()
     step.last_lines = [line[:200] for line in said if line.strip()][-KEPT_LINES:]
+
+
+def exit_code(step: Step, log: TextIO, limit: float) -> int:
+    """Run a step's command; what it started ends with it, and all of it at the limit."""
+    process = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env=os.environ | step.env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(limit)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def write(out: Path, facts: Mapping[str, Any], listed: list[Step]) -> None:

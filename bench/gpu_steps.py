@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 from unittest import mock
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from bench.common import SEED
 from bench.device_weights import DEVIATION, DecoderOnly, transformers_twin
+from bench.gpu_timing import timed
 from bench.predict import Prompt, Shape, Way, stored
 from engine import fused
 from engine.cache.policy import Policy
@@ -28,9 +31,15 @@ def switched(way: Way) -> AbstractContextManager[object]:
 
 
 class Rows(Protocol):
-    """A batch after its prefill. ``logits [rows, vocab]`` are those of the first new token."""
+    """A batch after its prefill.
+
+    Attributes:
+        logits: ``[rows, vocab]`` of the first new token.
+        prefill: seconds that a row's prefill took, the median of what can be told apart.
+    """
 
     logits: Tensor
+    prefill: float
 
     def step(self, index: int) -> Tensor:
         """Decode one forced token per row; returns the tokens ``[rows]`` it would have chosen."""
@@ -70,9 +79,13 @@ class OurRows:
         policy, pools = parse(way.policy), make_pools(model)
         reserve(pools, way.batch * stored(way.policy, prompt))
         turns = (make_turn(model, prompt, number) for number in range(way.batch))
-        begun = [prefill(model, pools, policy, turn, prompt.new) for turn in turns]
-        self.rows = [row for row, _ in begun]
-        self.logits = torch.stack([logits for _, logits in begun])
+        begun = [
+            timed(partial(prefill, model, pools, policy, turn, prompt.new), pools[0].k.device)
+            for turn in turns
+        ]
+        self.rows = [row for (row, _), _ in begun]
+        self.logits = torch.stack([logits for (_, logits), _ in begun])
+        self.prefill = statistics.median(seconds for _, seconds in begun)
         self._decode = decoder_of(model, pools, policy, self.rows, way)
         self._forced = forced_tokens(model, prompt, way.batch)
 
@@ -112,8 +125,9 @@ class TheirRows:
             model.embed(torch.tensor(turn.token_ids, device=device), turn.spans, turn.features)
             for turn in turns
         ]
-        self.logits = self._run(inputs_embeds=torch.stack(embedded))
-        del embedded
+        rows = torch.stack(embedded)
+        self.logits, seconds = timed(lambda: self._run(inputs_embeds=rows), device)
+        self.prefill = seconds / way.batch
         if way.cache == "static" and device.type == "cuda":
             self._twin.forward = torch.compile(self._twin.forward, mode="reduce-overhead")
         self._forced = forced_tokens(model, prompt, way.batch)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[int], object]
+Result = TypeVar("Result")
 
 
 def laps(step: Call, count: int, device: torch.device) -> list[float]:
@@ -31,6 +33,13 @@ def _clocked(step: Call, count: int) -> list[float]:
         step(index)
         times.append(perf_counter())
     return [b - a for a, b in pairwise(times)]
+
+
+def timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What a call returns, and its seconds."""
+    results: list[Result] = []
+    [seconds] = laps(lambda _: results.append(call()), 1, device)
+    return results[0], seconds
 
 
 def burst(call: Call, turns: int, device: torch.device) -> Call:

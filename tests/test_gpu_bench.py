@@ -1,6 +1,7 @@
 """The GPU benchmark and check, walked through dry: what breaks here would cost minutes there."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,7 +221,7 @@ def test_the_check_runs_dry(tmp_path: Path) -> None:
 def test_a_step_that_fails_stops_no_other(tmp_path: Path) -> None:
     listed = [
         Step("fails", ["sh", "-c", "echo why; exit 7"], 10),
-        Step("hangs", ["sleep", "30"], 1),
+        Step("hangs", ["sh", "-c", f"(sleep 2; touch {tmp_path}/late) & sleep 30"], 1),
         Step("missing", [str(tmp_path / "nowhere")], 10),
         Step("works", ["echo", "fine"], 10),
         Step("unusable", ["sh", "-c", "exit 3"], 10, soft=True),
@@ -232,6 +233,8 @@ def test_a_step_that_fails_stops_no_other(tmp_path: Path) -> None:
     assert results[1] == "stopped after 1 s"
     assert results[2].startswith("could not start")
     assert results[3:] == ["ok", "failed with exit code 3"]
+    time.sleep(1.5)
+    assert not (tmp_path / "late").exists(), "what a step started outlived its limit"
     assert "why" in (tmp_path / "summary.md").read_text()
     assert run_all(listed[3:], tmp_path, {"dry": True}) == 0
 

@@ -1,4 +1,4 @@
-"""qwen.tiktoken as a `tokenizers` BPE, against tiktoken's rule written out naively."""
+"""qwen.tiktoken as a `tokenizers` BPE, against tiktoken and its rule written out naively."""
 
 import base64
 import functools
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import regex
+import tiktoken
 
 from engine.errors import CheckpointError
 from engine.tiktoken import SPECIALS, special_ids
@@ -26,7 +27,19 @@ PATTERN = regex.compile(
 GROUNDING_TEXT = "<ref>the man</ref><box>(1,2),(3,4)</box>"
 
 
-def naive(tokens: list[bytes]) -> Callable[[str], list[int]]:
+Encode = Callable[[str], list[int]]
+
+
+def original(tokens: list[bytes]) -> Encode:
+    """Tiktoken itself, built from the ranks: nothing is downloaded."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    made = tiktoken.Encoding(
+        "qwen", pat_str=PATTERN.pattern, mergeable_ranks=ranks, special_tokens={}
+    )
+    return lambda text: made.encode_ordinary(unicodedata.normalize("NFC", text))
+
+
+def naive(tokens: list[bytes]) -> Encode:
     """Tiktoken's rule: cut by the pattern, then join the pair of lowest rank until none is left."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
 
@@ -53,11 +66,9 @@ def naive(tokens: list[bytes]) -> Callable[[str], list[int]]:
     return encode
 
 
-def assigned() -> Iterable[str]:
-    """Every character of Unicode that this Python knows, private ones included."""
-    for code in range(0x110000):
-        if unicodedata.category(chr(code)) not in ("Cn", "Cs"):
-            yield chr(code)
+def characters() -> list[str]:
+    """Every code point but the surrogates, which no text holds."""
+    return [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 
 
 def random_strings(count: int, seed: int) -> Iterable[str]:
@@ -89,6 +100,24 @@ def reference_file(name: str, file: str) -> Path:
     return path
 
 
+# A character behind and before others: a letter, a space, a digit, a new line, itself.
+NEIGHBOURS = "a{0} {0}5{0}\n{0}{0}"
+
+
+def compare_in_blocks(
+    tokenizer: Tokenizer, expected: Encode, characters: list[str], form: str
+) -> None:
+    """Many characters per call; only a block that differs is looked at one by one."""
+    for at in range(0, len(characters), 1024):
+        block = characters[at : at + 1024]
+        text = "|".join(map(form.format, block))
+        if tokenizer.encode(text) != expected(text):
+            for char in block:
+                single = form.format(char)
+                assert tokenizer.encode(single) == expected(single), hex(ord(char))
+            pytest.fail(f"the block from {ord(block[0]):#x} differs as a whole")
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("toy")
@@ -96,19 +125,21 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-def test_toy_vocabulary_encodes_as_tiktoken_does(toy: Tokenizer) -> None:
-    expected = naive(toy_tokens())
+@pytest.mark.parametrize("rule", [naive, original])
+def test_toy_vocabulary_encodes_as_tiktoken_does(
+    rule: Callable[[list[bytes]], Encode], toy: Tokenizer
+) -> None:
+    expected = rule(toy_tokens())
     for text in random_strings(3000, seed=1):
         assert toy.encode(text) == expected(text), text
     assert len(expected("How many people are on the left?")) < 32  # merges do happen
 
 
-def test_toy_vocabulary_on_every_kind_of_character(toy: Tokenizer) -> None:
-    expected = naive(toy_tokens())
-    characters = list(assigned())[::113]
-    for char in characters:
-        text = f"a{char} {char}5{char}\n{char}{char}"
-        assert toy.encode(text) == expected(text), hex(ord(char))
+@pytest.mark.parametrize(("rule", "every"), [(naive, 431), (original, 47)])
+def test_toy_vocabulary_on_every_kind_of_character(
+    rule: Callable[[list[bytes]], Encode], every: int, toy: Tokenizer
+) -> None:
+    compare_in_blocks(toy, rule(toy_tokens()), characters()[::every], NEIGHBOURS)
 
 
 def test_special_tokens(toy: Tokenizer) -> None:
@@ -201,18 +232,14 @@ def test_ids_equal_the_original_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def published(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Tokenizer, Callable[[str], list[int]]]:
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Encode]:
     folder = tmp_path_factory.mktemp("published")
     path = Path(shutil.copy(reference_file("qwen-vl-chat", "qwen.tiktoken"), folder))
     tokens = [base64.b64decode(line.split()[0]) for line in path.read_bytes().splitlines()]
-    return Tokenizer.from_folder(folder), naive(tokens)
+    return Tokenizer.from_folder(folder), original(tokens)
 
 
-def test_published_vocabulary_on_random_strings(
-    published: tuple[Tokenizer, Callable[[str], list[int]]],
-) -> None:
+def test_published_vocabulary_on_random_strings(published: tuple[Tokenizer, Encode]) -> None:
     tokenizer, expected = published
     assert tokenizer.vocab_size == 151860
     assert tokenizer.encode("<|im_end|>") == [27, 91, 318, 6213, 91, 29]
@@ -220,29 +247,12 @@ def test_published_vocabulary_on_random_strings(
         assert tokenizer.encode(text) == expected(text), text
 
 
-def compare_in_blocks(
-    published: tuple[Tokenizer, Callable[[str], list[int]]], characters: list[str]
-) -> None:
-    """Many characters per call; only a block that differs is looked at one by one."""
-    tokenizer, expected = published
-    for at in range(0, len(characters), 256):
-        block = characters[at : at + 256]
-        text = "|".join(f"a{char} {char}" for char in block)
-        if tokenizer.encode(text) != expected(text):
-            for char in block:
-                single = f"a{char} {char}"
-                assert tokenizer.encode(single) == expected(single), hex(ord(char))
-            pytest.fail(f"the block from {ord(block[0]):#x} differs as a whole")
-
-
-def test_published_vocabulary_on_many_characters(
-    published: tuple[Tokenizer, Callable[[str], list[int]]],
-) -> None:
-    compare_in_blocks(published, list(assigned())[::17])
+def test_published_vocabulary_on_every_character(published: tuple[Tokenizer, Encode]) -> None:
+    compare_in_blocks(*published, characters(), " {0}")
 
 
 @pytest.mark.slow
-def test_published_vocabulary_on_every_character(
-    published: tuple[Tokenizer, Callable[[str], list[int]]],
+def test_published_vocabulary_on_every_character_among_others(
+    published: tuple[Tokenizer, Encode],
 ) -> None:
-    compare_in_blocks(published, list(assigned()))
+    compare_in_blocks(*published, characters(), NEIGHBOURS)

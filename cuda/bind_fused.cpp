@@ -9,7 +9,7 @@ namespace py = pybind11;
 namespace avl {
 namespace {
 
-constexpr int64_t MOST = 1 << 28;  // numbers in a row: sums of a few of them fit an int
+constexpr int64_t MOST = 1 << 23;  // numbers in a row: 256 at a time, they fit a grid
 
 DType dtype_of(int dtype) {
   require(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2, got " + std::to_string(dtype));
@@ -81,7 +81,7 @@ void rope_write(int dtype, bool wide, int64_t rows, int64_t heads, int64_t kv_he
   a.dtype = dtype_of(dtype);
   a.wide = wide;
   a.rows = within(rows, 1, INT32_MAX, "rows");
-  a.heads = within(heads, 1, 1 << 16, "heads");
+  a.heads = within(heads, 1, 1 << 12, "heads");
   a.kv_heads = within(kv_heads, 1, heads, "kv_heads");
   a.head_dim = within(head_dim, 2, 1024, "head_dim");
   require(head_dim % 2 == 0, "head_dim must be even, got " + std::to_string(head_dim));

@@ -8,8 +8,6 @@
 
 namespace avl {
 
-constexpr int MAX_ROWS = 65535;  // of a grid's second dimension
-
 // Whether rows of `size` numbers at these addresses and strides can be moved 16 bytes at a time.
 template <class T>
 static bool in_sixteens(int64_t size, std::initializer_list<const void*> addresses,
@@ -33,7 +31,7 @@ static void start(const AddNormArgs& a, void* stream) {
 template <class T>
 static void start(const RopeWriteArgs& a, void* stream) {
   const int64_t pairs = int64_t(a.heads + 2 * a.kv_heads) * (a.head_dim / 2);
-  const dim3 grid(parts(pairs, THREADS), a.rows);
+  const dim3 grid(a.rows, parts(pairs, THREADS));
   if (a.wide)
     AVL_LAUNCH((rope_write_kernel<T, float>), grid, THREADS, stream, a);
   else
@@ -44,10 +42,10 @@ template <class T>
 static void start(const SiluMulArgs& a, void* stream) {
   constexpr int WIDE = 16 / sizeof(T);
   if (in_sixteens<T>(a.size, {a.gate, a.up, a.out}, {a.gate_row, a.up_row}))
-    AVL_LAUNCH((silu_mul_kernel<T, WIDE>), dim3(parts(a.size, THREADS * WIDE), a.rows), THREADS,
+    AVL_LAUNCH((silu_mul_kernel<T, WIDE>), dim3(a.rows, parts(a.size, THREADS * WIDE)), THREADS,
                stream, a);
   else
-    AVL_LAUNCH((silu_mul_kernel<T, 1>), dim3(parts(a.size, THREADS), a.rows), THREADS, stream, a);
+    AVL_LAUNCH((silu_mul_kernel<T, 1>), dim3(a.rows, parts(a.size, THREADS)), THREADS, stream, a);
 }
 
 template <class T>
@@ -62,7 +60,6 @@ static void start(const ArgmaxArgs& a, void* stream) {
 template <class Args>
 static int run(const Args& a, void* stream) {
   if (a.rows == 0) return ok;
-  if (a.rows > MAX_ROWS) return unsupported;
   const OnDevice here(a.device);
   switch (a.dtype) {
     case DType::f32: start<float>(a, stream); break;

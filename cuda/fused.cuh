@@ -73,12 +73,12 @@ __device__ __forceinline__ int64_t place_to_write(const RopeWriteArgs& a, int ro
   return -1;
 }
 
-// grid (parts of the heads of q, k and v together, rows): a thread has element i of one head and
+// grid (rows, parts of the heads of q, k and v together): a thread has element i of one head and
 // the element half a head further on, which a rotation turns into each other. A: the tables' type.
 template <class T, class A>
 __global__ void __launch_bounds__(THREADS) rope_write_kernel(const RopeWriteArgs a) {
-  const int half = a.head_dim / 2, row = blockIdx.y;
-  const int pair = blockIdx.x * THREADS + threadIdx.x, i = pair % half;
+  const int half = a.head_dim / 2, row = blockIdx.x;
+  const int pair = blockIdx.y * THREADS + threadIdx.x, i = pair % half;
   const int head = pair / half, kv_head = (head - a.heads) % a.kv_heads;
   if (head >= a.heads + 2 * a.kv_heads) return;
   const bool query = head < a.heads, value = head >= a.heads + a.kv_heads;
@@ -105,10 +105,10 @@ __global__ void __launch_bounds__(THREADS) rope_write_kernel(const RopeWriteArgs
   assign(to[half], (high * to_float(cos[half]) + low * to_float(sin[half])) * scale);
 }
 
-// grid (parts of a row, rows).
+// grid (rows, parts of a row).
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) silu_mul_kernel(const SiluMulArgs a) {
-  const int64_t row = blockIdx.y, i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * N;
+  const int64_t row = blockIdx.x, i = (int64_t(blockIdx.y) * THREADS + threadIdx.x) * N;
   if (i >= a.size) return;
   Pack<T, N> gate = load_pack<N>(static_cast<const T*>(a.gate) + row * a.gate_row + i);
   const Pack<T, N> up = load_pack<N>(static_cast<const T*>(a.up) + row * a.up_row + i);

@@ -222,7 +222,7 @@ def latency_claim(record: Record) -> list[Row]:
 
 def whole_step_claim(record: Record) -> list[Row]:
     """A whole decode step of avl beside full, with the limit of its bytes where it was counted."""
-    mine = [row for row in rows(record) if str(row.get("policy", "")).startswith("avl")]
+    mine = [row for row in rows(record) if short(str(row.get("policy", ""))) == "avl"]
     if not mine or "step / full" not in mine[0]:
         return []
     ends = [mine[0], mine[-1]] if len(mine) > 1 else mine
@@ -317,9 +317,10 @@ SECTIONS = (
     ),
     Section(
         "Whole decode steps, by batch size",
-        "Everything a step does, weights included, in this engine.",
+        "Everything a step does, weights included, in this engine. With `avl:core=none` among the "
+        "policies it splits as attention does: compression alone, then the operator as well.",
         ("batch",),
-        "python -m bench.batch",
+        "python -m bench.batch --cache full --cache avl:core=none --cache avl",
         as_they_are,
     ),
     Section(

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shutil
+import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.browser import Browser, find_chromium
+from bench.common import ROOT
 from engine.cache.observe import Observed
 from engine.cli import main
 from engine.compare import first_difference
@@ -280,6 +283,25 @@ def test_tiles_lie_where_their_tokens_come_from(tmp_path: Path) -> None:
 
 
 # -- in a browser ---------------------------------------------------------------------------------
+
+
+def test_where_apt_is_not_to_be_had_the_set_up_goes_on_and_says_so(tmp_path: Path) -> None:
+    """The Makefile's rule, with an apt-get that fails and no browser on the path."""
+    make, stamps, tools = shutil.which("make"), tmp_path / "stamps", tmp_path / "tools"
+    if make is None:
+        pytest.skip("needs make")
+    tools.mkdir()
+    for name in ("sh", "id", "mkdir", "touch"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    for name in ("apt-get", "sudo"):
+        (tools / name).write_text("#!/bin/sh\necho no network >&2\nexit 100\n")
+        (tools / name).chmod(0o755)
+    rule = [make, f"STAMPS={stamps}", f"{stamps}/browser"]
+    for said in ("note: no chromium (apt failed, see above): the browser tests will be", "up to"):
+        done = subprocess.run(
+            rule, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True, check=True
+        )
+        assert said in done.stdout, "and the second time it does not try again"
 
 
 @pytest.fixture(scope="module")

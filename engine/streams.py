@@ -58,8 +58,9 @@ class InOrder:
 
     def start(self, part: int) -> None:
         """See ``Side.start``."""
-        if self._work is not None:
-            self._work()
+        work, self._work = self._work, None
+        if work is not None:
+            work()
 
     def join(self) -> None:
         """Nothing is ever left to wait for."""
@@ -81,7 +82,6 @@ class Beside:
     def begin(self, part: int, work: Callable[[], None] | None) -> None:
         """See ``Side.begin``."""
         self._wait(part)
-        # Only now: the last work's tensors may be used again by whatever this stream does next.
         self._work[part] = work
 
     def start(self, part: int) -> None:
@@ -103,6 +103,8 @@ class Beside:
         done = self._done.pop(part, None)
         if done is not None:
             torch.cuda.current_stream(self._device).wait_event(done)
+            # Only now: from here on the model's stream may use the work's tensors for others.
+            self._work[part] = None
 
 
 def check_form(form: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +85,19 @@ def test_a_missing_event_is_caught(spec: str, form: str, missing: str) -> None:
         return beside(spec, (0,), side) != in_order(spec, (0,))
 
     assert any(differs(seed) for seed in range(8))
+
+
+def test_what_a_step_holds_is_freed_once_rows_are_settled() -> None:
+    """At once, without a search for cycles: on a GPU these are the pools."""
+    rows = Rows("avl:floor=3", [0, 2], 9, selection="branch")
+    gc.disable()
+    try:
+        rows.go(8)
+        decoding = weakref.ref(rows.stepper._decoding)
+        rows.stepper.settle()
+        assert decoding() is None
+    finally:
+        gc.enable()
 
 
 # -- what is chosen -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -41,8 +42,9 @@ class DecodeView:
     """A layer's view of a decode step."""
 
     def __init__(self, step: Decoding, layer: int) -> None:
-        self.step, self.layer = step, layer
-        self._destination = step.destination(layer)
+        # Weakly: the step holds its views, and what it holds shall be freed as soon as it is.
+        self.step: Decoding = proxy(step)
+        self.layer, self._destination = layer, step.destination(layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``View.attend``; one query per row."""

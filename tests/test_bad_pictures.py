@@ -55,7 +55,8 @@ def bomb(width: int, height: int) -> bytes:
     """A one-bit PNG of a few kilobytes; whoever decodes it takes width x height / 8 bytes."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
     packer, row = zlib.compressobj(9), bytes(1 + width // 8)
-    packed = b"".join(packer.compress(row) for _ in range(min(height, 12_000))) + packer.flush()
+    rows = min(height, 18_000_000 // len(row))
+    packed = b"".join(packer.compress(row) for _ in range(rows)) + packer.flush()
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
@@ -98,7 +99,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "row16-PSD": (b"8BPS\0\x01" + bytes(200), "a Photoshop file"),
     "row16-FITS": (b"SIMPLE  =                    T" + bytes(200), "a FITS file"),
     "row18-huge text": (
-        with_chunk(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100 << 20)))),
+        with_chunk(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100 << 20), 1))),
         "damaged or unsupported PNG",
     ),
 }

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from engine.cli import main
 from engine.engine import Engine
+from engine.errors import ImageError, OptionError
 from engine.image import MAX_PIXELS
 from engine.terminal import printable, say
 from tests.checkpoints import Shape
@@ -132,6 +134,89 @@ def test_prompt_and_picture_may_come_from_stdin_and_files(
     monkeypatch.setattr("sys.stdin", stream)
     assert ask("--cache", "full", image="-") == 0
     assert capsys.readouterr().out == f"{answer}\n" * 2
+
+
+def test_flags_of_an_answer_reach_the_engine(
+    ask: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {
+        "--max-new-tokens": 9,
+        "--temperature": 1.5,
+        "--top-k": 90,
+        "--top-p": 0.97,
+        "--seed": 11,
+        "--repetition-penalty": 1.3,
+    }
+    asked: dict[str, Any] = {}
+
+    def stream(*_: Any, **options: Any) -> None:
+        asked.update(options)
+        raise OptionError("enough")
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    flags = [part for flag, value in given.items() for part in (flag, str(value))]
+    assert ask(*flags, "--stop", "a", "--stop", "b", "--logprobs") == 2
+    expected = {flag[2:].replace("-", "_"): value for flag, value in given.items()}
+    assert asked == {**expected, "stop": ["a", "b"], "logprobs": True, "raw": False}
+
+
+def test_flags_of_the_model_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(name: str, **options: Any) -> None:
+        asked.update(options, name=name)
+        raise OptionError("enough")
+
+    monkeypatch.setattr(Engine, "load", load)
+    flags = ["--model", "a/b", "--revision", "v1", "--dtype", "bf16", "--device", "cuda:1"]
+    assert main([*flags, "--offline", "--style", "llava-v1", "-p", "x", "--cache", "h2o"]) == 2
+    expected = {"name": "a/b", "revision": "v1", "dtype": "bf16", "device": "cuda:1"}
+    expected |= {"offline": True, "style": "llava-v1", "cache": "h2o"}
+    assert {key: asked[key] for key in expected} == expected
+
+
+def test_version_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"avl-engine \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["-p", "x", "--image", "nothing.png"]
+    with pytest.raises(ImageError, match=r"nothing\.png does not exist"):
+        main([*arguments, "--debug"])
+    assert main(arguments) == 3
+
+
+def test_an_error_is_no_json(ask: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """stdout stays empty; the error's two lines are on stderr, as without --json."""
+    assert ask("--json", image="nothing.png") == 3
+    assert ask("--json", "--compare", "--cache", "full") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("error: ") == said.err.count("hint: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [(MemoryError(), 5, "out of memory"), (KeyError("a\nb"), 1, "unexpected KeyError: ")],
+)
+def test_what_nobody_expected_is_one_line_too(
+    error: Exception,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(_: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("engine.cli._run", broken)
+    assert main([]) == code
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {words}")
+    assert second.startswith("hint: ")
+    with pytest.raises(type(error)):
+        main(["--debug"])
 
 
 # -- refusals -------------------------------------------------------------------------------------
@@ -276,8 +361,8 @@ def test_a_full_disk_is_the_systems_words() -> None:
 def test_a_terminal_gets_no_control_characters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hostile = "red\x1b[31m\x07\x9b\u202e\r\n\tü 漢"
-    assert printable(hostile) == "red[31m\n\tü 漢"
+    hostile = "**red**\x1b[31m\x07\x9b\u202e\r\n\t- `ü` 漢"
+    assert printable(hostile) == "**red**[31m\n\t- `ü` 漢"  # Markdown stays text
     say(hostile)
     assert capsys.readouterr().out == hostile  # a file keeps what the model said
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

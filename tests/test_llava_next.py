@@ -43,9 +43,9 @@ CASES += [(name, size) for name in ("yi", "qwen2") for size in FEW]
 class NextOracle(Oracle):
     """A LLaVA-1.6 of transformers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = LlavaNextForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            folder, dtype=dtype, attn_implementation="eager"
         ).eval()
         self.model.generation_config.eos_token_id = None
         self.processor = AutoProcessor.from_pretrained(folder)
@@ -127,6 +127,31 @@ def test_every_layout_is_the_same_model(
     expected = oracle_of(name).logits(oracle_of(name).inputs(RAW, [image]))
     assert got.shape[1] == (PIECES if layout == "original" else expected.shape[1])
     torch.testing.assert_close(got, expected[:, : got.shape[1]], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "mean"), [("float16", 0.06, 0.006), ("bfloat16", 0.5, 0.05)]
+)
+@pytest.mark.parametrize("name", ["vicuna", "mistral"])
+def test_half_precision_stays_near_transformers(
+    name: str,
+    dtype: str,
+    most: float,
+    mean: float,
+    folder_of: Callable[..., Path],
+    oracle_of: Any,
+) -> None:
+    images, folder = [noise(100, 75)], folder_of(name)
+    half = NextOracle(folder, getattr(torch, dtype))
+    engine = Engine.load(folder, device="cpu", dtype=dtype, cache="full")
+    ours = engine.logits(RAW, images, raw=True)
+    same = half.logits(half.inputs(RAW, images))
+    exact = oracle_of(name).logits(oracle_of(name).inputs(RAW, images))
+    for expected in (same, exact):
+        error = (ours - expected).abs()
+        assert error.max() < most
+        assert error.mean() < mean
+    assert (ours - exact).abs().mean() < 1.2 * (same - exact).abs().mean()
 
 
 # -- several pictures -----------------------------------------------------------------------------

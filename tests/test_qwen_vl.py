@@ -280,14 +280,27 @@ def test_every_policy_runs_on_its_pictures(spec: str, folder: Path, engine: Engi
     assert torch.isfinite(chosen).all()
 
 
-def test_bfloat16_agrees_roughly(folder: Path, engine: Engine) -> None:
-    half = Engine.load(folder, device="cpu", dtype="bf16", cache="full")
-    messages, count, _ = REQUESTS["long"]
-    images = [noise(60 + n, 41) for n in range(count)]
-    difference = half.logits(messages, images, [1, 2, 3]) - engine.logits(
-        messages, images, [1, 2, 3]
-    )
-    assert 0 < difference.abs().max() < 0.4
+# Logits have deviation 2; attention is sharp here, so that single ones are off further than most.
+@pytest.mark.parametrize(
+    ("dtype", "most", "mean"), [("float16", 0.2, 0.006), ("bfloat16", 1.5, 0.05)]
+)
+@pytest.mark.parametrize("name", ["text", "crosses while decoding", "long"])
+def test_half_precision_stays_near_the_slow_reference(
+    name: str, dtype: str, most: float, mean: float, folder: Path, reference: QwenReference
+) -> None:
+    engine = Engine.load(folder, device="cpu", dtype=dtype, cache="full")
+    messages, count, _ = REQUESTS[name]
+    images, more = [noise(60 + n, 41) for n in range(count)], [n * 7 % 300 for n in range(20)]
+    prompt = engine.render(messages, images)
+    exact = expected_logits(reference, engine, prompt, images, more)
+    tokens = len(prompt.token_ids)
+    for found, expected in (
+        (engine.logits(messages, images), exact[:tokens]),
+        (engine.logits(messages, images, more), exact[tokens - 1 : -1]),
+    ):
+        error = (found - expected).abs()
+        assert 0 < error.max() < most
+        assert error.mean() < mean
 
 
 # -- prompts and answers --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from bench.common import paired_ratio, summary
 from bench.device_weights import DecoderOnly, seeded_model
 from bench.gpu_steps import Rows, start, switched
 from bench.gpu_timing import Call, forget_peak, interleaved, laps, peak_bytes
-from bench.predict import GB, MS, Prompt, Shape, Way
+from bench.predict import GB, MS, US, Prompt, Shape, Way
 
 COLUMNS = (
     *("cell", "what", "unit", "predicted", "measured", "p10-p90", "predicted ratio", "ratio"),
@@ -78,6 +78,16 @@ def merged(cell: Cell, on: Device) -> list[Row]:
     """Measure a cell: its rows, predicted and measured."""
     pairs = zip(cell.predicted(), cell.measured(on), strict=True)
     return complete(cell, [guess | found for guess, found in pairs])
+
+
+def compared(mine: Sequence[float], base: Sequence[float] | None, unit: float) -> Row:
+    """Columns of some seconds, shown in ``unit``; without a base they are the base."""
+    spread = summary([seconds / unit for seconds in mine])
+    row = {"measured": spread["median"], "p10-p90": f"{spread['p10']:.4g}-{spread['p90']:.4g}"}
+    if base is None:
+        return row
+    pair = paired_ratio(mine, base)
+    return row | {"ratio": pair["ratio"], "95 %": f"{pair['low']:.3g}-{pair['high']:.3g}"}
 
 
 # -- decode steps ---------------------------------------------------------------------------------
@@ -192,17 +202,11 @@ class StepCell:
     def _found(self, way: Way, sample: Sample, first: Sample, on: Device, together: bool) -> Row:
         mine = [x / self._count(way) for x in sample.means]
         base = [x / self._count(self.ways[0]) for x in first.means]
-        spread, pair = summary(mine), paired_ratio(mine, base)
         read = predict.step_bytes(self.shape, way, self.prompt, self.rounds.middle)
-        row: Row = {
-            "measured": spread["median"] / MS,
-            "p10-p90": f"{spread['p10'] / MS:.4g}-{spread['p90'] / MS:.4g}",
+        return compared(mine, None if way == self.ways[0] else base, MS) | {
             "of read peak": read / statistics.median(sample.means) / on.read_peak,
             "notes": sample.notes(first, together),
         }
-        if way != self.ways[0]:
-            row |= {"ratio": pair["ratio"], "95 %": f"{pair['low']:.3g}-{pair['high']:.3g}"}
-        return row
 
 
 @dataclass
@@ -265,10 +269,10 @@ class KernelCell:
             {
                 "what": name,
                 "unit": "us",
-                "predicted": each.seconds / predict.US,
+                "predicted": each.seconds / US,
                 "predicted ratio": each.seconds / base if number else None,
                 "goal": each.goal,
-                "floor": each.read / predict.READ_PEAK / predict.US,
+                "floor": each.read / predict.READ_PEAK / US,
                 "GB read": each.read / GB,
             }
             for number, (name, each) in enumerate(self.contestants.items())
@@ -281,24 +285,12 @@ class KernelCell:
             [x / each.per_turn for x in seconds[name]] for name, each in self.contestants.items()
         ]
         return [
-            self._found(spent, ordered[0], each.read, number, on)
+            compared(spent, ordered[0] if number else None, US)
+            | {"of read peak": each.read / statistics.median(spent) / on.read_peak}
             for number, (spent, each) in enumerate(
                 zip(ordered, self.contestants.values(), strict=True)
             )
         ]
-
-    def _found(
-        self, spent: list[float], base: list[float], read: float, number: int, on: Device
-    ) -> Row:
-        spread, pair = summary(spent), paired_ratio(spent, base)
-        row: Row = {
-            "measured": spread["median"] / predict.US,
-            "p10-p90": f"{spread['p10'] / predict.US:.4g}-{spread['p90'] / predict.US:.4g}",
-            "of read peak": read / spread["median"] / on.read_peak,
-        }
-        if number:
-            row |= {"ratio": pair["ratio"], "95 %": f"{pair['low']:.3g}-{pair['high']:.3g}"}
-        return row
 
 
 # -- memory ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ SLOTS = 4096
 
 @dataclass(frozen=True)
 class Operation:
-    """A fused kernel: numbers moved per row, and how many kernels torch needs for it."""
+    """A fused kernel: 16-bit numbers moved per row, and how many kernels torch needs for it."""
 
     name: str
     moved: Callable[[Shape], int]
@@ -50,7 +50,8 @@ OPERATIONS = (
     Operation(
         "silu_mul", lambda s: 3 * s.mlp, 2, lambda s, n, draw: (draw(n, s.mlp), draw(n, s.mlp))
     ),
-    Operation("argmax", lambda s: s.vocab, 1, lambda s, n, draw: (draw(n, s.vocab),)),
+    # Logits are in fp32: two numbers of 16 bits for each.
+    Operation("argmax", lambda s: 2 * s.vocab, 1, lambda s, n, draw: (draw(n, s.vocab).float(),)),
 )
 
 

@@ -48,8 +48,8 @@ class DecodeView:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``View.attend``; one query per row."""
-        self.destination().store(k, v)
-        return self.attend_stored(q)
+        self._destination.store(k, v)
+        return self.step.attend(self.layer, q)
 
     def destination(self) -> Destination:
         """See ``View.destination``."""
@@ -68,6 +68,11 @@ class EdgeView(DecodeView):
         layers = step.parts[part]
         self._part = part
         self._first, self._last = layer == layers.start, layer == layers.stop - 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``View.attend``."""
+        self.destination().store(k, v)
+        return self.attend_stored(q)
 
     def destination(self) -> Destination:
         """See ``View.destination``."""
@@ -92,7 +97,7 @@ class StepPlan(NamedTuple):
     kind: int  # which lists are attended
     reranks: bool  # whether some row's core is ranked again
     scores: bool  # whether logits are wanted
-    core: int  # FULL, or which of the core lists serves in this step
+    core: int  # CORE or SPARE: which of them serves in this step
     next_core: int  # ... and in the next
 
 

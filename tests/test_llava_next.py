@@ -192,6 +192,20 @@ def test_exchanging_two_pictures_exchanges_their_segments(
     assert exchanged.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("spec", ["avl", "h2o", "fastv", "streaming", "snapkv", "random"])
+def test_every_policy_runs_on_tiled_pictures(spec: str, engine_of: Callable[..., Engine]) -> None:
+    exact, images = engine_of("mistral"), [noise(56, 56), noise(110, 110, seed=3)]
+    messages = [user(PICTURE, PICTURE, QUESTION)]
+    result = exact.with_cache(spec).generate(messages, images, max_new_tokens=12, ignore_eos=True)
+    whole = exact.generate(messages, images, max_new_tokens=12, ignore_eos=True)
+    assert (result.image_tokens, len(result.token_ids)) == (whole.image_tokens, 12)
+    assert result.cache.bytes_used < 0.9 * whole.cache.bytes_used
+    if spec == "avl":  # int(0.45 * I) of each picture by itself, of what the filter let through
+        spans = [s for s in exact.render(messages, images).segments if s.kind == "image"]
+        assert result.cache.stored.mean == sum(int(0.45 * (s.end - s.start)) for s in spans)
+        assert result.cache.core.mean == sum(int(0.30 * (s.end - s.start)) for s in spans)
+
+
 # -- the tower's batches --------------------------------------------------------------------------
 
 

@@ -263,6 +263,19 @@ def test_rows_of_a_batch_keep_their_own_base(spec: str, engine: Engine) -> None:
     torch.testing.assert_close(torch.stack(together, 1), torch.stack(alone), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("spec", ["full", "avl"])
+def test_a_batch_answers_as_single_requests_do(spec: str, engine: Engine) -> None:
+    single, requests = engine.with_cache(spec), []
+    for messages, count, _ in REQUESTS.values():
+        images = [noise(60 + n, 41) for n in range(count)]
+        requests.append(
+            {"prompt": messages, "images": images, "max_new_tokens": 8, "ignore_eos": True}
+        )
+    together = {result.index: result.token_ids for result in single.generate_batch(requests, 3)}
+    for number, request in enumerate(requests):
+        assert together[number] == single.generate(**request).token_ids
+
+
 @pytest.mark.parametrize("spec", POLICIES)
 def test_every_policy_runs_on_its_pictures(spec: str, folder: Path, engine: Engine) -> None:
     other = Engine.load(folder, device="cpu", dtype="float32", cache=spec)
@@ -343,6 +356,12 @@ def test_base_prompt_has_nothing_around_it(folder: Path) -> None:
     assert prompt.text == "<img><image></img>Generate the caption:"
     assert engine._family.end_tokens == {346}
     assert engine._family.window is None
+
+
+def test_the_chat_format_chooses_the_prompt(tmp_path: Path) -> None:
+    assert recognise(write_qwen(tmp_path / "chat", QwenShape()), None).style == "qwen-vl-chat"
+    base = recognise(write_qwen(tmp_path / "base", QwenShape(chat_format="raw")), None)
+    assert (base.style, base.end_tokens, base.window) == ("qwen-vl", {346}, None)
 
 
 def test_typed_specials_are_text_but_regions_are_regions(engine: Engine) -> None:

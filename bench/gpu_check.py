@@ -105,7 +105,7 @@ def steps(dry: bool, skip_build: bool, out: Path) -> list[Step]:
     listed = [] if skip_build else build_steps()
     if not dry:
         listed.append(Step("backend", [sys.executable, "-c", BACKEND], 60))
-    tests = Step("tests", [*pytest(), *(["--collect-only"] if dry else ["-rs"])], 200)
+    tests = Step("tests", [*pytest(), *(["--collect-only"] if dry else ["-rs"])], 240)
     bench = [sys.executable, "-m", "bench.gpu_bench", "--part", "check", "--overwrite"]
     bench += ["--out", str(out), *(["--dry"] if dry else [])]
     return [*listed, tests, Step("table", bench, 120), *sanitizer_steps(dry)]

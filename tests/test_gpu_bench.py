@@ -2,13 +2,16 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import common, gpu_bench, gpu_check, predict
+from bench import common, gpu_bench, gpu_check, gpu_timing, predict
 from bench.device_weights import seeded_model, transformers_twin
 from bench.gpu_bench import PARTS
 from bench.gpu_cells import Device, Row
@@ -129,6 +132,62 @@ def test_nothing_is_measured_without_a_gpu(tmp_path: Path) -> None:
     assert gpu_bench.main(["--part", "2", "--out", str(tmp_path)]) == 1
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     assert not list(tmp_path.iterdir())
+
+
+class StandInCuda:
+    """torch.cuda as far as timing needs it: a clock of 5 ms per recorded event, graphs that loop.
+
+    The real branches run only on a GPU; here at least every name and argument in them is tried.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.replays, self.capturing = 0.0, 0, False
+        for name in ("Event", "CUDAGraph", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11, 12))
+
+    def Event(self, enable_timing: bool) -> SimpleNamespace:  # noqa: N802
+        event = SimpleNamespace()
+
+        def record() -> None:
+            self.now += 5
+            event.at = self.now
+
+        event.record, event.elapsed_time = record, lambda later: later.at - event.at
+        return event
+
+    def CUDAGraph(self) -> SimpleNamespace:  # noqa: N802
+        def replay() -> None:
+            self.replays += 1
+
+        return SimpleNamespace(replay=replay)
+
+    @contextmanager
+    def graph(self, graph: SimpleNamespace) -> Iterator[None]:
+        self.capturing = True
+        yield
+        self.capturing = False
+
+
+def test_the_ways_that_only_a_gpu_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, device = StandInCuda(monkeypatch), torch.device("cuda")
+    assert gpu_timing.laps(lambda _: None, 3, device) == pytest.approx([5e-3] * 3)
+    turns: list[tuple[int, bool]] = []
+    seconds = gpu_timing.interleaved(
+        {"a": lambda turn: turns.append((turn, cuda.capturing))}, 2, 4, device
+    )
+    assert turns == [(0, False), (1, False), (0, True), (1, True)]  # once plainly, then captured
+    assert cuda.replays == 5
+    assert seconds == {"a": pytest.approx([5e-3 / 2] * 4)}
+    assert gpu_timing.forget_peak(device) == 3
+    assert gpu_timing.peak_bytes(device) == 7
+    on = Device(device, torch.bfloat16, 1.0)
+    assert on.free_bytes() == 11
+    assert gpu_bench.broken(on) == ""
 
 
 # -- seeded weights -------------------------------------------------------------------------------

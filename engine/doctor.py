@@ -9,23 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from engine.device import why_no_cuda
 from engine.errors import CheckpointError, EngineError
 from engine.families import Family, recognise
-from engine.native import backend
+from engine.machine import describe, environment
 from engine.terminal import escaped
 from engine.tokenizer import Tokenizer
 from weights.checkpoint import Checkpoint, TensorInfo, fit_weights
@@ -33,7 +29,6 @@ from weights.hub import TINY, resolve
 from weights.names import target_names
 
 CHUNK = 16 << 20
-PACKAGES = ("torch", "safetensors", "tokenizers", "pillow", "huggingface-hub", "tqdm")
 
 # The hub's cache names a file by its content: sha256 of large ones, git's sha1 of small ones.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -69,7 +64,7 @@ def check(
     """
     tell = (lambda _: None) if as_json else print
     machine = environment()
-    for line in _lines(machine):
+    for line in describe(machine):
         tell(line)
     folder, findings = None, []
     if name is None and not (TINY / "config.json").exists():
@@ -92,59 +87,6 @@ def check(
 
 
 _MAC = sys.platform == "darwin"  # which counts bytes where others count kilobytes
-
-
-def environment() -> dict[str, Any]:
-    """Versions, backend, memory in bytes (None: unknown) and devices, for JSON."""
-    return {
-        "version": _version("avl-engine"),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        "memory_free": _memory("SC_AVPHYS_PAGES"),
-        "memory_total": _memory("SC_PHYS_PAGES"),
-        "packages": {package: _version(package) for package in PACKAGES},
-        "backend": backend()._asdict(),
-        "devices": list(_devices()),
-    }
-
-
-def _lines(machine: dict[str, Any]) -> Iterator[str]:
-    """The environment, for people."""
-    free, total = machine["memory_free"], machine["memory_total"]
-    memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB memory free" if total else "memory unknown"
-    yield f"avl-engine {machine['version']}, Python {machine['python']}"
-    yield f"system: {machine['system']}, {machine['cpus']} CPUs, {memory}"
-    yield "packages: " + ", ".join(" ".join(pair) for pair in machine["packages"].items())
-    yield "backend: {name} - {reason}".format(**machine["backend"])
-    yield from (f"device: {device}" for device in machine["devices"])
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
-def _memory(pages: str) -> int | None:
-    try:
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
-
-
-def _devices() -> Iterator[str]:
-    if reason := why_no_cuda():
-        yield f"cpu ({reason})"
-        return
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        found = torch.cuda.get_device_properties(number)
-        yield (
-            f"cuda:{number} {found.name}, compute {found.major}.{found.minor}, "
-            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-        )
 
 
 class Examination:

@@ -107,6 +107,16 @@ def test_row40_strange_characters_are_encoded(text: str, ask: Ask, model: Path) 
         assert "\u202e" not in asked.err
 
 
+@pytest.mark.parametrize("way", ["file", "stdin"])
+def test_row40_a_prompt_of_other_bytes_is_refused(
+    way: str, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "q.txt").write_bytes(b"caf\xe9?")
+    monkeypatch.setattr("sys.stdin", (tmp_path / "q.txt").open(encoding="utf-8"))
+    refused(ask("--prompt", "-" if way == "stdin" else f"@{tmp_path / 'q.txt'}"), 2, "as text")
+    sys.stdin.close()
+
+
 def test_row39_a_megabyte_of_prompt_is_refused_before_prefill(
     ask: Ask, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Batches change no answer: rows of any size and order, every policy, files that resume."""
 
+import itertools
 import json
 import os
 import random
@@ -15,7 +16,9 @@ import torch
 
 from engine.batch import Failure
 from engine.batch_file import run_batch
+from engine.cache import pool as pool_file
 from engine.cache.decode import Decoding
+from engine.cache.pool import Pool
 from engine.cache.report import allocated_bytes
 from engine.engine import Engine
 from engine.errors import OptionError
@@ -132,6 +135,26 @@ def test_rows_of_different_sizes_waste_no_memory(engine_of: Callable[..., Engine
         prefill(engine.model, own, engine.policy, turn, request["max_new_tokens"])
         alone += allocated_bytes(own)
     assert allocated_bytes(shared) <= 1.05 * alone
+
+
+def test_a_pool_that_cannot_grow_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out after the keys and before the values."""
+    pool = Pool(2, 4, torch.float32, torch.device("cpu"))
+    first = pool.take(6)
+    pool.give(pool.take(3), 3)
+    real, calls = pool_file._extended, itertools.count()
+
+    def extended(*arguments: Any) -> torch.Tensor:
+        if next(calls) == 1:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(pool_file, "_extended", extended)
+    with pytest.raises(MemoryError):
+        pool.take(10)
+    assert len(pool.k) == len(pool.v) == pool.slots == 9
+    assert pool.take(10) == first + 6  # into the hole, which grows
+    assert len(pool.k) == len(pool.v) == 16
 
 
 # -- pictures -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The small CUDA kernels on the host: their sources, compiled for the block emulator and loaded."""
 
 import importlib.util
+import itertools
 import shutil
 import subprocess
 import sysconfig
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+_number = itertools.count()
 
 
 def build(folder: Path, root: Path = ROOT) -> ModuleType:
@@ -23,7 +25,9 @@ def build(folder: Path, root: Path = ROOT) -> ModuleType:
     command += [str(root / "tests/native/emulated_fused.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr[-4000:]
-    spec = importlib.util.spec_from_file_location("emulated_fused", library)
+    # pybind11 gives the same module for the same full name, whatever the file.
+    name = f"{folder.name}-{next(_number)}.emulated_fused"
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

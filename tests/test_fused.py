@@ -128,7 +128,8 @@ class Rope:
         self.cos, self.sin = tables.cos.to(device), tables.sin.to(device)
         self.scale = drawn(tokens, 1, 1, dtype=dtype, seed=3).to(device) if wide else None
         slots = tokens * 3 + 2
-        pools = torch.full((2, slots, kv_heads, head_dim), math.nan, dtype=dtype, device=device)
+        shape = (2, slots + 1, kv_heads, head_dim)  # behind each pool a slot that is not its own
+        self.pools = torch.full(shape, math.nan, dtype=dtype, device=device)
         picked = torch.stack(
             [
                 torch.randperm(slots, generator=torch.Generator().manual_seed(h))
@@ -137,7 +138,8 @@ class Rope:
         )[:, :tokens].T
         write = picked * kv_heads + torch.arange(kv_heads)
         flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self.to = Destination(pools[0], pools[1], write.flatten().to(device), flag)
+        k, v = self.pools[:, :slots]
+        self.to = Destination(k, v, write.flatten().to(device), flag)
 
     def run(self) -> Tensor:
         return fused.rope_write(*self.parts, self.cos, self.sin, self.scale, self.to)
@@ -162,6 +164,7 @@ class Rope:
             assert_near(flat[write], new.reshape(-1, head_dim), 4)
             untouched = torch.ones(len(flat), dtype=torch.bool).index_fill(0, write, False)
             assert bool(flat[untouched].isnan().all())
+        assert bool(self.pools[:, -1].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,6 +8,7 @@ claims holds is computed.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -180,9 +181,40 @@ def claims(records: Sequence[Record]) -> list[str]:
         section = section_of(record["name"]).title
         for claim in CLAIMS.get(section, ()):
             found += claim(record)
+    found += agreement_claims(PAGE.parent / FIGURES)
     if not found:
         return []
     return ["## What of the paper's claims holds here", "", *table(found), "", ABOUT_CLAIMS, ""]
+
+
+PUBLISHED_AGREEMENT = {
+    "ppci_between_layers": {"top 50%": "below 70 %"},
+    "ppci_between_steps": {"top 50%": "stable", "top 30%": "drifts slowly"},
+}
+
+
+def agreement_claims(folder: Path) -> list[Row]:
+    """How much layers and steps agree on the best image tokens, from the data of the figures."""
+    found = []
+    for name, lines in PUBLISHED_AGREEMENT.items():
+        path = folder / f"{name}.csv"
+        if not path.exists():
+            continue
+        with path.open(newline="", encoding="utf-8") as file:
+            data = list(csv.DictReader(file))
+        for line, published in lines.items():
+            first, last = float(data[0][line]), float(data[-1][line])
+            mean = sum(float(row[line]) for row in data) / len(data)
+            found.append(
+                {
+                    "claim": f"{name.replace('_', ' ')}, {line}".replace("ppci", "agreement"),
+                    "published": published,
+                    "here": f"{first:.2f} at the first, {last:.2f} at the last, mean {mean:.2f}; "
+                    f"by chance {line.removeprefix('top ')}",
+                    "from": f"{FIGURES}/{path.name}",
+                }
+            )
+    return found
 
 
 def memory_claim(record: Record) -> list[Row]:

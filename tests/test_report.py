@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.common import RESULTS
-from bench.report import PAGE, claims, read_all, render, section_of, short, split
+from bench.report import PAGE, agreement_claims, claims, read_all, render, section_of, short, split
 
 
 def test_the_committed_page_is_what_the_generator_writes() -> None:
@@ -62,6 +62,15 @@ def test_gains_of_compression_and_operator_multiply_to_ours() -> None:
 def test_a_loss_of_quality_is_said(interval: str, verdict: str) -> None:
     row = {"task": "read", "policy": "avl", "right": 0.9, "right - full": interval}
     assert f"| {verdict}: {interval} of 0.9 |" in "\n".join(claims([report("quality", [row])]))
+
+
+def test_agreement_stands_beside_what_chance_would_give(tmp_path: Path) -> None:
+    (tmp_path / "ppci_between_steps.csv").write_text(
+        "later decode step,top 20%,top 30%,top 40%,top 50%\n1,0,0.4,0,0.9\n2,0,0.2,0,0.7\n"
+    )
+    best, core = agreement_claims(tmp_path)
+    assert best["here"] == "0.90 at the first, 0.70 at the last, mean 0.80; by chance 50%"
+    assert core["here"] == "0.40 at the first, 0.20 at the last, mean 0.30; by chance 30%"
 
 
 def test_reports_find_their_section_by_the_longest_name() -> None:

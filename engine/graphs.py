@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from engine import native
-from engine.cache.decode import FULL, MIXED, Decoding, no_slot
+from engine.cache.decode import Decoding, no_slot
 from engine.cache.lengths import RERANKS, WORDS, Lengths
+from engine.cache.slot_lists import FULL, MIXED
 from engine.models.vision_language import VisionLanguageModel
 
 # Steps whose words are written down at once.

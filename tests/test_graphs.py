@@ -177,7 +177,7 @@ def test_buffers_stay_where_they_are() -> None:
     def addresses() -> list[int]:
         tensors = [captured._tokens, captured._logits, captured._schedule, captured._line]
         tensors += decoding._tensors()
-        tensors += [*decoding.logits, *decoding.lse, decoding._write, decoding._count]
+        tensors += [*decoding.logits, *decoding.lse, decoding._write, decoding._lists._count]
         return [tensor.data_ptr() for tensor in tensors]
 
     before = addresses()

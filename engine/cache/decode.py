@@ -13,79 +13,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
-from weakref import proxy
 
 import torch
 from torch import Tensor
 
 from engine.cache.core_lists import CoreRuns
-from engine.cache.lengths import ATTENDS_CORE, POSITION, RERANKS, USED, Lengths
-from engine.cache.listed import ListedAttention
+from engine.cache.lengths import ATTENDS_CORE, POSITION, RERANKS, Lengths
 from engine.cache.observe import attended_positions, show_step
 from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.row import Row, Stored
+from engine.cache.slot_lists import CORE, FULL, MIXED, SPARE, SlotLists, rounded
 from engine.cache.text_slots import Aging, TextSlots
+from engine.cache.views import DecodeView, EdgeView
 from engine.errors import CapacityError
 from engine.fused import Destination
 from engine.streams import InOrder, Side
-
-# The full list, the core list, and where rows differ: each row's own of the two. The spare takes
-# turns with the core list where selection writes one while the other is in use.
-FULL, CORE, MIXED, SPARE = 0, 1, 2, 3
-
-# Shapes that other rows are to fit as well are rounded up to multiples of this.
-ROUNDED = 128
-
-
-class DecodeView:
-    """A layer's view of a decode step."""
-
-    def __init__(self, step: Decoding, layer: int) -> None:
-        # Weakly: the step holds its views, and what it holds shall be freed as soon as it is.
-        self.step: Decoding = proxy(step)
-        self.layer, self._destination = layer, step.destination(layer)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``View.attend``; one query per row."""
-        self._destination.store(k, v)
-        return self.step.attend(self.layer, q)
-
-    def destination(self) -> Destination:
-        """See ``View.destination``."""
-        return self._destination
-
-    def attend_stored(self, q: Tensor) -> Tensor:
-        """See ``View.attend_stored``."""
-        return self.step.attend(self.layer, q)
-
-
-class EdgeView(DecodeView):
-    """The view of the first or last layer of a part, where selection is awaited or started."""
-
-    def __init__(self, step: Decoding, layer: int, part: int) -> None:
-        super().__init__(step, layer)
-        layers = step.parts[part]
-        self._part = part
-        self._first, self._last = layer == layers.start, layer == layers.stop - 1
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``View.attend``."""
-        self.destination().store(k, v)
-        return self.attend_stored(q)
-
-    def destination(self) -> Destination:
-        """See ``View.destination``."""
-        if self._first:
-            self.step.arrive(self._part)
-        return super().destination()
-
-    def attend_stored(self, q: Tensor) -> Tensor:
-        """See ``View.attend_stored``."""
-        out = super().attend_stored(q)
-        if self._last:
-            self.step.leave(self._part)
-        return out
 
 
 class StepPlan(NamedTuple):
@@ -116,8 +59,7 @@ class Decoding:
         opening: ``[rows]``, see ``Step``.
         lengths: what follows from lengths alone, and ``seen`` and ``evicts`` of them.
         kinds: for each row which list the coming step attends.
-        lists: ``[3 or 4, layers, rows, max]`` int32 pool slots of the lists of each kind.
-        shared: ``[full or core][row][layer]``, how many slots before the text a list holds.
+        lists: ``[kinds, layers, rows, max]`` int32 pool slots, see ``SlotLists``.
         text: the evictable text.
         parts: the layers that are selected together.
         logits, lse: per layer what the last step left, None unless it was asked for.
@@ -141,11 +83,13 @@ class Decoding:
         self.lengths = Lengths(policy, rows)
         self.opening = torch.tensor([row.opening for row in rows], device=self.device)
         self.parts = self._divide(len(pools))
-        places = self._rounded(max(self.lengths.room) + 1)
+        places = max(self.lengths.room) + 1
+        places = rounded(places) if static else places
         self.text = TextSlots(rows, self.lengths, self.kv_heads, places, self.device)
         self._head = torch.arange(self.kv_heads, device=self.device)
         self._write = torch.empty_like(self.text.write).flatten(1)
-        self._pack_lists()
+        self._lists = SlotLists(pools, rows, spare=self.side.per_layer, static=static)
+        self.lists = self._lists.slots
         self._runs = [self._core_runs(layers) for layers in self.parts]
         self._aging = [Aging(self.text, part) for part in self.parts] if self.text.evicts else []
         self._error = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -167,6 +111,11 @@ class Decoding:
     def evicts(self) -> list[bool]:
         """See ``Lengths``."""
         return self.lengths.evicts
+
+    @property
+    def shared(self) -> list[list[list[int]]]:
+        """See ``SlotLists``."""
+        return self._lists.shared
 
     @property
     def tiered(self) -> bool:
@@ -191,9 +140,7 @@ class Decoding:
         wanted = plan.reranks or self.text.evicts
         self.side.begin(part, partial(self._select, part, plan) if wanted else None)
         if plan.kind == MIXED:
-            core, full = self.lists[plan.core, layers], self.lists[FULL, layers]
-            attends_core = plan.words[ATTENDS_CORE, :, None] > 0
-            torch.where(attends_core, core, full, out=self.lists[MIXED, layers])
+            self._lists.mix(layers, plan.core, plan.words)
         write, places = self.text.write[layers], self._write[layers]
         torch.add(self._head, write, alpha=self.kv_heads, out=places.view_as(write))
 
@@ -204,7 +151,7 @@ class Decoding:
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attend the step's lists, the rows' new token among them."""
-        attention = self._attention[self._plan.kind][layer]
+        attention = self._lists.attention[self._plan.kind][layer]
         if not self._plan.scores:
             return attention(q, None)
         if not self._scores:
@@ -244,7 +191,7 @@ class Decoding:
         """Count a step that has been done."""
         lengths = self.lengths
         for r, (row, kind) in enumerate(zip(self.rows, lengths.kinds(), strict=True)):
-            attended = self._mean_shared[kind][r] + lengths.kept[r] + 1
+            attended = self._lists.mean_shared[kind][r] + lengths.kept[r] + 1
             row.attended_share.append(attended / (lengths.seen[r] + 1))
             row.step += 1
         lengths.advance()
@@ -264,17 +211,14 @@ class Decoding:
         ``kind``: the list that all rows attend, or MIXED, which is right for any.
         """
         self.positions = words[POSITION].long()
-        first = self._first[kind]
-        if kind == MIXED:
-            first = torch.where(words[ATTENDS_CORE] > 0, self._first[CORE], first)
         reranks = reranks and self.tiered
         core = self._core
         following = CORE + SPARE - core if reranks and self.side.per_layer else core
         wide = words.repeat(1, self.parts[0].stop)
         scores = reranks or self.text.evicts or any(row.observer is not None for row in self.rows)
         kind = core if kind == CORE else kind
+        first = self._lists.count(kind, words)
         self._plan = StepPlan(words, wide, first, kind, reranks, scores, core, following)
-        torch.add(first, words[USED], out=self._count[kind])
 
     # -- packing rows into tensors ----------------------------------------------------------------
 
@@ -288,9 +232,6 @@ class Decoding:
         edges = self.parts[part].start, self.parts[part].stop - 1
         return EdgeView(self, layer, part) if layer in edges else DecodeView(self, layer)
 
-    def _rounded(self, count: int) -> int:
-        return -(-count // ROUNDED) * ROUNDED if self.static else count
-
     def _make_scores(self, heads: int) -> None:
         """Buffers for the logits of all layers, once they are wanted."""
         _, layers, rows, longest = self.lists.shape
@@ -299,44 +240,6 @@ class Decoding:
         self._scores = list(zip(logits, lse, strict=True))
         self._part_scores = [(logits[p].flatten(0, 1), lse[p].flatten(0, 1)) for p in self.parts]
         self.logits, self.lse = list(logits), list(lse)
-
-    def _pack_lists(self) -> None:
-        """Build both lists, their text tails written ahead to the end of the extents."""
-        layers, rows = len(self.pools), len(self.rows)
-        longest = self._rounded(max(s.capacity for row in self.rows for s in row.layers))
-        planes = 4 if self.side.per_layer else 3
-        lists = torch.zeros(planes, layers, rows, longest, dtype=torch.int32)
-        self.shared: list[list[list[int]]] = [[], []]
-        for r, row in enumerate(self.rows):
-            sizes: list[list[int]] = [[], []]
-            for layer, stored in enumerate(row.layers):
-                text = torch.arange(stored.layout.text_start, stored.capacity)
-                for kind, slots in enumerate(_shared_slots(stored)):
-                    sizes[kind].append(len(slots))
-                    both = torch.cat([slots.cpu(), text])
-                    lists[kind, layer, r, : len(both)] = both + stored.start
-            self.shared[FULL].append(sizes[FULL])
-            self.shared[CORE].append(sizes[CORE])
-        self.lists = lists.to(self.device)
-        self._mean_shared = [[sum(row) / layers for row in kind] for kind in self.shared]
-        both_counts = [self.shared[FULL], self.shared[CORE]]
-        planes_of = [*both_counts, self.shared[FULL], self.shared[CORE]][:planes]
-        first = torch.tensor(planes_of, dtype=torch.int32)
-        self._first = first.transpose(1, 2).contiguous().to(self.device)
-        self._count = torch.zeros_like(self._first)
-        self._attention = [
-            [self._listed(kind, layer) for layer in range(layers)] for kind in range(planes)
-        ]
-
-    def _listed(self, kind: int, layer: int) -> ListedAttention:
-        """The attention of one layer over one kind of list."""
-        alone = kind == FULL and len(self.rows) == 1 and not self.static
-        return ListedAttention(
-            self.pools[layer],
-            self.lists[kind, layer, :, None],
-            self._count[kind, layer, :, None],
-            self.rows[0].layers[layer].start if alone else None,
-        )
 
     def _core_runs(self, layers: slice) -> list[CoreRuns]:
         """What re-ranking rewrites, picture by picture; nothing where no row has a core tier."""
@@ -351,7 +254,7 @@ class Decoding:
             mine.zero_()
             mine[tuple(slice(size) for size in theirs.shape)] = theirs
         self.rows, self.lengths = other.rows, other.lengths
-        self.shared, self._mean_shared = other.shared, other._mean_shared
+        self._lists.follow(other._lists)
         self.text.follow(self.lengths)
         self._prepare()
 
@@ -366,7 +269,7 @@ class Decoding:
     def _tensors(self) -> list[Tensor]:
         """All on the device that differs from rows to rows."""
         runs = [tensor for part in self._runs for run in part for tensor in run.tensors()]
-        return [self.opening, self.lists, self._first, *self.text.tensors(), *runs]
+        return [self.opening, self.lists, self._lists.first, *self.text.tensors(), *runs]
 
     # -- what lies where --------------------------------------------------------------------------
 
@@ -456,11 +359,3 @@ def no_slot(row: int) -> CapacityError:
         f"row {row} of the cache has no free slot for another token",
         hint="reserve more with new_tokens when it is prefilled",
     )
-
-
-def _shared_slots(stored: Stored) -> tuple[Tensor, Tensor]:
-    """Slots before the text that the full and the core list hold, relative to the extent."""
-    every = torch.arange(stored.layout.text_start, device=stored.layout.image_of.device)
-    if stored.core is None:
-        return every, every
-    return every, torch.cat([stored.layout.fixed(), stored.core]).sort().values

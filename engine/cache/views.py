@@ -1,0 +1,63 @@
+"""What the layers see of a decode step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import proxy
+
+from torch import Tensor
+
+from engine.fused import Destination
+
+if TYPE_CHECKING:
+    from engine.cache.decode import Decoding
+
+
+class DecodeView:
+    """A layer's view of a decode step."""
+
+    def __init__(self, step: Decoding, layer: int) -> None:
+        # Weakly: the step holds its views, and what it holds shall be freed as soon as it is.
+        self.step: Decoding = proxy(step)
+        self.layer, self._destination = layer, step.destination(layer)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``View.attend``; one query per row."""
+        self._destination.store(k, v)
+        return self.step.attend(self.layer, q)
+
+    def destination(self) -> Destination:
+        """See ``View.destination``."""
+        return self._destination
+
+    def attend_stored(self, q: Tensor) -> Tensor:
+        """See ``View.attend_stored``."""
+        return self.step.attend(self.layer, q)
+
+
+class EdgeView(DecodeView):
+    """The view of the first or last layer of a part, where selection is awaited or started."""
+
+    def __init__(self, step: Decoding, layer: int, part: int) -> None:
+        super().__init__(step, layer)
+        layers = step.parts[part]
+        self._part = part
+        self._first, self._last = layer == layers.start, layer == layers.stop - 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``View.attend``."""
+        self.destination().store(k, v)
+        return self.attend_stored(q)
+
+    def destination(self) -> Destination:
+        """See ``View.destination``."""
+        if self._first:
+            self.step.arrive(self._part)
+        return super().destination()
+
+    def attend_stored(self, q: Tensor) -> Tensor:
+        """See ``View.attend_stored``."""
+        out = super().attend_stored(q)
+        if self._last:
+            self.step.leave(self._part)
+        return out

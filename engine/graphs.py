@@ -132,18 +132,29 @@ class CapturedStep:
         run, device = partial(self._run, reranks), self.decoding.device
         if device.type != "cuda":
             return run
-        with _capturing, torch.cuda.device(device):
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            for _ in range(WARM_UPS):
-                self.load(make())  # a second step would write where the first has evicted
-                stream.wait_stream(current)
-                with torch.cuda.stream(stream):
-                    run()
-                current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        # Rows as they were before every run: a second one would write where the first has evicted.
+        return capture(run, lambda: self.load(make()), device)
+
+
+def capture(
+    run: Callable[[], None], prepare: Callable[[], None], device: torch.device
+) -> Callable[[], None]:
+    """Capture ``run`` as a CUDA graph; ``prepare`` is called before every trial run.
+
+    Returns what replays it on the current stream.
+    """
+    with _capturing, torch.cuda.device(device):
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        for _ in range(WARM_UPS):
+            prepare()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
                 run()
-        return graph.replay
+            current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
+    return graph.replay
 
 
 def _lines(ahead: Lengths) -> list[list[list[int]]]:

@@ -14,13 +14,14 @@ from engine.cache.decode import Decoding
 from engine.cache.lengths import POSITION, RERANKS, USED
 from engine.engine import Engine
 from engine.errors import CapacityError, OptionError
-from engine.graphs import LINES, obstacle
+from engine.graphs import LINES, WARM_UPS, capture, obstacle
 from engine.insight.trace import Trace
 from engine.session import Session
 from engine.stepping import Stepping
 from engine.streams import InOrder
 from tests.checkpoints import Shape
 from tests.oracle import noise
+from tests.pretend_cuda import PretendCuda
 from tests.rows import Rows, state
 
 SHAPE = Shape(kv_heads=2)
@@ -183,6 +184,21 @@ def test_buffers_stay_where_they_are() -> None:
     before = addresses()
     batch.go(70)
     assert addresses() == before
+
+
+def test_a_capture_follows_trial_runs_on_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = PretendCuda(monkeypatch)
+
+    def run() -> None:
+        cuda.work("captured" if cuda.capturing else "tried")
+
+    replay = capture(run, lambda: cuda.work("prepared"), torch.device("cuda"))
+    did = [entry[:2] for entry in cuda.log]
+    trial = [("main", "prepared"), ("main", "record"), ("side", "wait"), ("side", "tried")]
+    trial += [("side", "record"), ("main", "wait")]
+    assert did == [*trial * WARM_UPS, ("side", "captured")]
+    replay()
+    assert cuda.replays == 1
 
 
 # -- what is not captured -------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from engine.engine import Engine
 from engine.errors import OptionError
 from engine.flags import build_parser
 from engine.inputs import load_engine
-from engine.streams import FORMS, InOrder, side_for
+from engine.streams import FORMS, Beside, InOrder, side_for
 from tests.checkpoints import Shape
 from tests.oracle import noise
+from tests.pretend_cuda import PretendCuda
 from tests.rows import Rows, state
 from tests.simulated import Simulated, points_in
 
@@ -85,6 +86,57 @@ def test_a_missing_event_is_caught(spec: str, form: str, missing: str) -> None:
         return beside(spec, (0,), side) != in_order(spec, (0,))
 
     assert any(differs(seed) for seed in range(8))
+
+
+def test_events_order_both_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stream waits for the attention, the model's for the work, and nobody for more."""
+    cuda = PretendCuda(monkeypatch)
+    side = Beside(torch.device("cuda"), per_layer=True)
+    for step in range(2):
+        for part in range(2):
+            side.begin(part, lambda step=step, part=part: cuda.work(f"select {part} {step}"))
+            cuda.work(f"attend {part} {step}")
+            side.start(part)
+    side.join()
+    assert cuda.log == [
+        *[("main", "attend 0 0", None), ("main", "record", 0), ("side", "wait", 0)],
+        *[("side", "select 0 0", None), ("side", "record", 1)],
+        *[("main", "attend 1 0", None), ("main", "record", 2), ("side", "wait", 2)],
+        *[("side", "select 1 0", None), ("side", "record", 3)],
+        ("main", "wait", 1),
+        *[("main", "attend 0 1", None), ("main", "record", 4), ("side", "wait", 4)],
+        *[("side", "select 0 1", None), ("side", "record", 5)],
+        ("main", "wait", 3),
+        *[("main", "attend 1 1", None), ("main", "record", 6), ("side", "wait", 6)],
+        *[("side", "select 1 1", None), ("side", "record", 7)],
+        *[("main", "wait", 5), ("main", "wait", 7)],
+    ]
+
+
+def test_a_joined_step_waits_for_nothing_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a captured graph must: every event that is waited for was recorded in the same step."""
+    cuda = PretendCuda(monkeypatch)
+    side = Beside(torch.device("cuda"), per_layer=False)
+    for work in (lambda: cuda.work("select"), None, lambda: cuda.work("select")):
+        begun = len(cuda.log)
+        side.begin(0, work)
+        side.start(0)
+        side.join()
+        step = cuda.log[begun:]
+        recorded = {event for _, what, event in step if what == "record"}
+        assert {event for _, what, event in step if what == "wait"} == recorded
+        assert bool(recorded) == (work is not None)
+
+
+@pytest.mark.parametrize("form", PER_LAYER)
+def test_a_cuda_side_runs_a_decoder(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class itself, its streams pretended: work runs at once, so tokens are right."""
+    PretendCuda(monkeypatch)
+    side = Beside(torch.device("cuda"), PER_LAYER[form])
+    monkeypatch.setattr(stepping, "side_for", lambda *_: side)
+    rows = Rows("avl:floor=3", [0, 1, 2], STEPS + 1)
+    said = rows.go(STEPS)
+    assert (said, state(rows.stepper.settle())) == in_order("avl:floor=3", (0, 1, 2))
 
 
 def test_what_a_step_holds_is_freed_once_rows_are_settled() -> None:

@@ -77,7 +77,7 @@ class CapturedStep:
         self.load(make())
 
     def fits(self, decoding: Decoding) -> bool:
-        """Whether ``decoding`` can be loaded: shapes are the same, and no pool has moved."""
+        """Whether ``decoding`` can be loaded: nothing of it is larger, and no pool has moved."""
         return self._pools == _addresses(decoding) and self.decoding.fits(decoding)
 
     def load(self, decoding: Decoding) -> None:

@@ -15,7 +15,8 @@ from engine.cache.avl import Avl
 from engine.cache.policy import Policy
 from engine.cache.prefill import Prefill
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "cuda" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "cuda" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOUR = ROOT / "docs" / "tour.md"
 SUFFIXES = "py|cuh|cu|cpp|h|md|js|css|html|toml"
 REFERENCE = re.compile(rf"`([\w./-]+\.(?:{SUFFIXES}))(?::([\w.]+))?`")
@@ -69,6 +70,32 @@ def test_a_name_that_is_not_there_is_found_missing() -> None:
 def test_the_tour_has_the_references_that_are_checked() -> None:
     found = REFERENCE.findall(TOUR.read_text(encoding="utf-8"))
     assert sum(bool(name) for _, name in found) > 40
+
+
+def test_the_readme_counts_lines_as_they_are() -> None:
+    rows = re.findall(r"^\| ((?:[\w/.]+, )*[\w/.]+) \| ([\d,]+) \|", README.read_text(), re.M)
+    assert len(rows) > 10
+    for names, stated in rows:
+        counted = sum(map(lines_in, in_full(names)))
+        assert abs(counted - int(stated.replace(",", ""))) <= 0.1 * counted, (names, counted)
+
+
+def in_full(names: str) -> list[Path]:
+    """`a/b.py, c.py` names two files of one folder."""
+    paths: list[Path] = []
+    for name in names.split(", "):
+        here = paths[-1].parent / name if paths and "/" not in name else ROOT / name
+        paths.append(here)
+    return paths
+
+
+def lines_in(path: Path) -> int:
+    """Lines of a file, or of a folder's sources."""
+    files = [path]
+    if path.is_dir():
+        kinds = (".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".txt")
+        files = [file for file in path.rglob("*") if file.suffix in kinds]
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
 def holds(path: Path, name: str) -> bool:

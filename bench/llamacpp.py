@@ -1,0 +1,253 @@
+"""Decoding beside llama.cpp, on the same weights and the same prompt: `python -m bench.llamacpp`.
+
+The decoder of the seeded 1e9-parameter checkpoint is written once more as a GGUF file in bf16, the
+format of llama.cpp. Both go on greedily from the same text with the same number of threads, one
+block each in turn. Only steps after the first token are timed.
+
+Needs what is no dependency of the project: `pip install llama-cpp-python gguf`, the former built
+from its source for this machine's instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from bench import common, subject
+from bench.common import paired_ratio, progress, summary, write_report
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine import Engine
+
+PROMPT = subject.QUESTION + " Look again, and say more." * 24
+OURS, THEIRS = "ours, full", "llama.cpp"
+NAMES = {  # in a layer: published name -> name in GGUF
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+Run = Callable[[], tuple[float, list[int]]]  # seconds per step, and the ids
+
+
+def main() -> None:
+    """Write the GGUF file, measure in turn, report."""
+    options = read_options()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    import torch
+
+    from engine import Engine
+
+    torch.set_num_threads(options.threads)
+    folder = subject.checkpoint(options)
+    engine = Engine.load(folder, dtype="bfloat16", device="cpu", cache="full", offline=True)
+    prompt_ids = engine.render(PROMPT).token_ids
+    path = write_gguf(folder, folder / "decoder.gguf")
+    sides = {OURS: ours(engine, options.tokens), THEIRS: theirs(path, prompt_ids, options)}
+    write(options, *measure(sides, options.blocks), len(prompt_ids))
+
+
+def read_options() -> argparse.Namespace:
+    parser = common.make_parser(__doc__, name="decode-llamacpp")
+    subject.add_arguments(parser)
+    parser.set_defaults(preset="1b")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=9)
+    return common.read_options(parser)
+
+
+def ours(engine: Engine, tokens: int) -> Run:
+    """Our engine with the exact cache."""
+
+    def run() -> tuple[float, list[int]]:
+        result = engine.generate(PROMPT, max_new_tokens=tokens, ignore_eos=True)
+        return 1 / result.timings.tokens_per_second, result.token_ids
+
+    return run
+
+
+def theirs(path: Path, prompt_ids: list[int], options: argparse.Namespace) -> Run:
+    """llama.cpp with the same prompt ids."""
+    from llama_cpp import Llama
+
+    model = Llama(
+        str(path),
+        n_ctx=len(prompt_ids) + options.tokens,
+        n_threads=options.threads,
+        n_threads_batch=options.threads,
+        verbose=False,
+    )
+
+    def run() -> tuple[float, list[int]]:
+        model.reset()
+        model.eval(prompt_ids)
+        ids = [model.sample(temp=0.0)]
+        began = perf_counter()
+        while len(ids) < options.tokens:
+            model.eval(ids[-1:])
+            ids.append(model.sample(temp=0.0))
+        return (perf_counter() - began) / (options.tokens - 1), ids
+
+    return run
+
+
+def measure(
+    sides: dict[str, Run], blocks: int
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Seconds per step in every block after the first, and the last answers."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    answers: dict[str, list[int]] = {}
+    for block in progress(range(-1, blocks), "blocks"):
+        for name in list(sides) if block % 2 else reversed(sides):
+            spent, answers[name] = sides[name]()
+            if block >= 0:
+                seconds[name].append(spent)
+    return seconds, answers
+
+
+def write(
+    options: argparse.Namespace,
+    seconds: dict[str, list[float]],
+    answers: dict[str, list[int]],
+    prompt: int,
+) -> None:
+    """The report."""
+    from importlib.metadata import version
+
+    rows = []
+    for name, values in seconds.items():
+        spread = summary([1 / value for value in values])
+        ratio = paired_ratio(seconds[THEIRS], values)
+        rows.append(
+            {
+                "what": name,
+                "tokens/s": spread["median"],
+                "tokens/s p10-p90": f"{spread['p10']:.4g}-{spread['p90']:.4g}",
+                "speed-up": ratio["ratio"],
+                "speed-up 95%": f"{ratio['low']:.3g}-{ratio['high']:.3g}",
+            }
+        )
+    settings = subject.about(options) | {
+        "dtype": "bfloat16",
+        "threads": options.threads,
+        "prompt tokens": prompt,
+        "new_tokens": options.tokens,
+        "blocks": options.blocks,
+        "llama-cpp-python": version("llama-cpp-python"),
+    }
+    pairs = list(zip(answers[OURS], answers[THEIRS], strict=True))
+    same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    notes = [f"Ids equal from the start: {same} of {len(pairs)} (near ties in bf16 part them)."]
+    path = write_report(options.name, settings, rows, notes, options.out)
+    print(path.with_suffix(".md").read_text())
+
+
+# -- the GGUF file --------------------------------------------------------------------------------
+
+
+def write_gguf(folder: Path, path: Path) -> Path:
+    """Writes the decoder of a checkpoint of the LLaVA-1.5 family, unless it is there already."""
+    import gguf
+
+    if path.exists():
+        return path
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    add_vocabulary(writer, config["vocab_size"])
+    for name, tensor in decoder_tensors(folder, config):
+        if tensor.ndim == 1:
+            writer.add_tensor(name, tensor.float().numpy())
+        else:
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, as_bytes(tensor), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_vocabulary(writer: Any, size: int) -> None:
+    """Tokens nobody will read: llama.cpp wants a vocabulary, we feed it ids."""
+    from gguf import TokenType
+
+    special = [
+        ("<unk>", TokenType.UNKNOWN),
+        ("<s>", TokenType.CONTROL),
+        ("</s>", TokenType.CONTROL),
+    ]
+    bytes_ = [(f"<0x{value:02X}>", TokenType.BYTE) for value in range(256)]
+    rest = [(f"t{n}", TokenType.NORMAL) for n in range(size - len(special) - len(bytes_))]
+    tokens = special + bytes_ + rest
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_scores([0.0] * size)
+    writer.add_token_types([kind for _, kind in tokens])
+
+
+def decoder_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names in GGUF and tensors, one at a time."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for full in tensors.keys():  # noqa: SIM118 - not a dictionary
+                name = full.removeprefix("language_model.").removesuffix(".weight")
+                if name == full.removesuffix(".weight"):
+                    continue  # tower and projector
+                yield gguf_name(name), in_pairs(name, tensors.get_tensor(full), config)
+
+
+def gguf_name(name: str) -> str:
+    """A published name as GGUF spells it."""
+    if name in OUTER:
+        return OUTER[name] + ".weight"
+    _, _, layer, inner = name.split(".", 3)
+    return f"blk.{layer}.{NAMES[inner]}.weight"
+
+
+def in_pairs(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
+    """Queries and keys with the numbers that RoPE turns together side by side, as GGUF has them."""
+    heads = {
+        "q_proj": config["num_attention_heads"],
+        "k_proj": config["num_key_value_heads"],
+    }.get(name.rsplit(".", 1)[-1])
+    if heads is None:
+        return tensor
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+
+
+def as_bytes(tensor: torch.Tensor) -> Any:
+    """A 16-bit matrix as bytes, the way a GGUF writer takes types that NumPy lacks."""
+    import torch
+
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ struct AttentionArgs {
 // y = x * weight^T + bias for a few rows: the decoder's linear layers.
 struct GemvArgs {
   DType dtype;   // of the weight, and of x, bias and y unless they are wide
-  int32_t rows;  // 1 to 4
+  int32_t rows;  // 1 to 8
   int64_t in, out;
   const void* x;  // [rows, in]
   int64_t x_row;

@@ -166,7 +166,7 @@ class AttentionPlan {
 // Numbers one by one, not in a dict: this is called for every linear layer of every step.
 void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, int64_t out,
           uintptr_t x, int64_t x_row, uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) {
-  require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 4, "gemv: wrong dtype or rows");
+  require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 8, "gemv: wrong dtype or rows");
   require(in >= 1 && out >= 1 && x_row >= 0 && threads >= 1, "gemv: wrong sizes");
   require(x && weight && y, "gemv: x, weight and y must not be null");
   thread_local std::vector<float> scratch;

@@ -22,7 +22,7 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 _MAX_GROUP = 64  # query heads that may share a kv head
-_GEMV_ROWS = 4
+_GEMV_ROWS = 8
 
 
 class Backend(NamedTuple):
@@ -175,7 +175,7 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` like torch's, through ``gemv`` where that is faster.
 
-    That is: on a CPU, with weights in bfloat16, for at most 4 rows of x ``[..., in]``; else torch
+    That is: on a CPU, with weights in bfloat16, for at most 8 rows of x ``[..., in]``; else torch
     computes it. ``narrow`` is the same weight in bfloat16 beside a float32 one, see ``narrowed``.
     """
     stored = weight if narrow is None else narrow
@@ -207,7 +207,7 @@ def _gemv_pays() -> bool:
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str = "") -> Tensor:
-    """``x @ weight.T + bias`` on the CPU for 1 to 4 rows, sums in fp32: ``[rows, out]``.
+    """``x @ weight.T + bias`` on the CPU for 1 to 8 rows, sums in fp32: ``[rows, out]``.
 
     x ``[rows, in]`` (rows may be strided), weight ``[out, in]`` contiguous, bias ``[out]``; one
     dtype of float32, float16, bfloat16, or x and bias in float32 whatever the weight is. Reads the

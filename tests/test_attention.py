@@ -475,7 +475,7 @@ def test_the_merge_of_many_small_splits_never_varies():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize(
     ("size_in", "size_out"), [(1, 1), (31, 5), (64, 4), (257, 130), (4096, 6), (1024, 300)]
 )
@@ -494,7 +494,7 @@ def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 7])
 @pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (31, 5), (257, 130), (1024, 300)])
 def test_gemv_of_narrow_weights_is_float32s(isa, dtype, rows, size_in, size_out):
     g = torch.Generator().manual_seed(size_in)
@@ -524,7 +524,7 @@ def test_gemv_refuses_what_does_not_fit():
     x, w = torch.randn(2, 8), torch.randn(3, 8)
     for wrong in (
         (x[:, :4], w),
-        (torch.randn(5, 8), w),
+        (torch.randn(9, 8), w),
         (x.bfloat16(), w),
         (x, w.T.contiguous().T),
         (x, w, torch.randn(4)),
@@ -534,7 +534,7 @@ def test_gemv_refuses_what_does_not_fit():
             native.gemv(*wrong)
 
 
-@pytest.mark.parametrize("shape", [(1, 48), (2, 1, 48), (4, 48), (5, 48), (0, 48)])
+@pytest.mark.parametrize("shape", [(1, 48), (2, 1, 48), (4, 48), (8, 48), (9, 48), (0, 48)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_is_torchs_linear(shape, dtype):
     x, w, b = (

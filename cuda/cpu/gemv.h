@@ -1,6 +1,6 @@
-// y = x W^T + bias for 1 to 4 rows of x: decoding reads every weight once and computes little, so
-// all that matters is to keep memory busy. Four rows of W are read side by side, each by one long
-// run, and meet all rows of x in registers, while the four rows after them are fetched into the
+// y = x W^T + bias for 1 to 8 rows of x: decoding reads every weight once and computes little, so
+// all that matters is to keep memory busy. A few rows of W are read side by side, each by one long
+// run, and meet all rows of x in registers, while the rows after them are fetched into the
 // second-level cache: the processor's own fetching stops at the end of a page, and a row is few
 // pages long. With AVX512-BF16 two products fit one instruction.
 #pragma once
@@ -10,7 +10,8 @@
 namespace avl {
 namespace AVL_ISA {
 
-constexpr int OUTS = 4;  // rows of W read side by side
+template <int R>
+constexpr int OUTS = R <= 4 ? 4 : 3;  // rows of W side by side: all sums stay in registers
 
 // What one step along the inner dimension loads and how it multiplies: W floats, or 2 W bf16 pairs.
 // T is the weight's type, Y that of x and y: the same, or float.
@@ -46,30 +47,33 @@ static inline const typename Lane<T, Y>::X* input_row(const GemvArgs& a, int row
     return reinterpret_cast<const typename Lane<T, Y>::X*>(a.x32 + row * a.in);
 }
 
-// OUTS outputs from `first` for R rows of x.
+// OUTS<R> outputs from `first` for R rows of x.
 template <class T, class Y, int R>
 static void gemv_block(const GemvArgs& a, int64_t first) {
   using L = Lane<T, Y>;
-  const T* w[OUTS];
-  for (int o = 0; o < OUTS; ++o) {  // past the end: repeat the last row, drop its result below
+  constexpr int outs = OUTS<R>;
+  const T* w[outs];
+  for (int o = 0; o < outs; ++o) {  // past the end: repeat the last row, drop its result below
     const int64_t out = first + o < a.out ? first + o : a.out - 1;
     w[o] = static_cast<const T*>(a.weight) + out * a.in;
   }
   const typename L::X* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = input_row<T, Y>(a, r);
-  const int64_t ahead = OUTS * a.in;
-  vf acc[OUTS][R] = {};
+  const int64_t ahead = outs * a.in;
+  vf acc[outs][R] = {};
   int64_t i = 0;
   for (; i + L::width <= a.in; i += L::width) {
-    L x[R];
-    for (int r = 0; r < R; ++r) x[r] = L::input(rows[r] + i);
-    for (int o = 0; o < OUTS; ++o) {
+    L weight[outs];
+    for (int o = 0; o < outs; ++o) {
       __builtin_prefetch(w[o] + i + ahead, 0, 2);  // harmless past the end
-      const L weight = L::weight(w[o] + i);
-      for (int r = 0; r < R; ++r) acc[o][r] = L::multiply_add(acc[o][r], weight, x[r]);
+      weight[o] = L::weight(w[o] + i);
+    }
+    for (int r = 0; r < R; ++r) {
+      const L x = L::input(rows[r] + i);
+      for (int o = 0; o < outs; ++o) acc[o][r] = L::multiply_add(acc[o][r], weight[o], x);
     }
   }
-  for (int o = 0; o < OUTS && first + o < a.out; ++o)
+  for (int o = 0; o < outs && first + o < a.out; ++o)
     for (int r = 0; r < R; ++r) {
       float y = sum(acc[o][r]);
       for (int64_t j = i; j < a.in; ++j) y += to_float(w[o][j]) * to_float(rows[r][j]);
@@ -80,10 +84,11 @@ static void gemv_block(const GemvArgs& a, int64_t first) {
 
 template <class T, class Y, int R>
 static void gemv_rows(const GemvArgs& a) {
-  const int64_t blocks = (a.out + OUTS - 1) / OUTS;
-  int64_t run = (1 << 18) / (a.in * OUTS * int64_t(sizeof(T))) + 1;  // about 256 KB for each grab
+  constexpr int outs = OUTS<R>;
+  const int64_t blocks = (a.out + outs - 1) / outs;
+  int64_t run = (1 << 18) / (a.in * outs * int64_t(sizeof(T))) + 1;  // about 256 KB for each grab
 #pragma omp parallel for schedule(dynamic, run) num_threads(a.threads)
-  for (int64_t b = 0; b < blocks; ++b) gemv_block<T, Y, R>(a, b * OUTS);
+  for (int64_t b = 0; b < blocks; ++b) gemv_block<T, Y, R>(a, b * outs);
 }
 
 template <class T, class Y = T>
@@ -96,6 +101,10 @@ static int gemv(const GemvArgs& a) {
     case 2: gemv_rows<T, Y, 2>(a); return ok;
     case 3: gemv_rows<T, Y, 3>(a); return ok;
     case 4: gemv_rows<T, Y, 4>(a); return ok;
+    case 5: gemv_rows<T, Y, 5>(a); return ok;
+    case 6: gemv_rows<T, Y, 6>(a); return ok;
+    case 7: gemv_rows<T, Y, 7>(a); return ok;
+    case 8: gemv_rows<T, Y, 8>(a); return ok;
   }
   return unsupported;
 }

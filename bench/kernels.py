@@ -152,7 +152,7 @@ def measure_gemv(peak: float, quick: bool) -> list[Row]:
             x = torch.randn(rows, size).bfloat16()
             calls: dict[str, Callable[[int], object]] = {
                 "torch linear": lambda t, x=x, w=weights: F.linear(x, w[t % len(w)]),
-                "ours": lambda t, x=x, w=weights: native.gemv(x, w[t % len(w)]),
+                "ours": lambda t, x=x, w=weights: native.gemv(x, (w[t % len(w)], None)),
             }
             seconds = interleaved(calls, 5 if quick else 31, "cpu")
             for name, spent in seconds.items():

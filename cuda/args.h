@@ -38,19 +38,26 @@ struct AttentionArgs {
   int32_t* tickets;  // CUDA: [rows, heads], zero before and after every run
 };
 
-// y = x * weight^T + bias for a few rows: the decoder's linear layers.
-struct GemvArgs {
-  DType dtype;   // of the weight, and of x, bias and y unless they are wide
-  int32_t rows;  // 1 to 8
-  int64_t in, out;
-  const void* x;  // [rows, in]
-  int64_t x_row;
+// One linear layer of a product.
+struct GemvPart {
+  int64_t out;
   const void* weight;  // [out, in] contiguous
   const void* bias;    // [out] or null
   void* y;             // [rows, out] contiguous
-  float* x32;          // scratch, [rows, in]
+};
+
+// y = x * weight^T + bias for a few rows, for one linear layer or several of one input.
+struct GemvArgs {
+  DType dtype;   // of the weights, and of x, bias and y unless they are wide
+  int32_t rows;  // 1 to 8
+  int64_t in;
+  const void* x;  // [rows, in]
+  int64_t x_row;
+  const GemvPart* parts;
+  int32_t part_count;
+  float* x32;  // scratch, [rows, in]
   int32_t threads;
-  bool wide = false;  // x, bias and y are float whatever the weight is
+  bool wide = false;  // x, bias and y are float whatever the weights are
 };
 
 }  // namespace avl

@@ -6,6 +6,9 @@
 // again, so that no mistake in Python reaches a kernel.
 #include "bind.h"
 
+#include <pybind11/stl.h>
+
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -64,12 +67,12 @@ class AttentionPlan {
   }
 
   void run(uintptr_t stream) {
-    int status;
-    {
-      py::gil_scoped_release unlocked;
-      status = cuda_ ? run_cuda(reinterpret_cast<void*>(stream)) : run_cpu();
-    }
-    raise_for(status, op_);
+    raise_for(call_and_record(op_,
+                              [this, stream] {
+                                return cuda_ ? run_cuda(reinterpret_cast<void*>(stream))
+                                             : run_cpu();
+                              }),
+              op_);
   }
 
  private:
@@ -164,28 +167,40 @@ class AttentionPlan {
 };
 
 // Numbers one by one, not in a dict: this is called for every linear layer of every step.
-void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, int64_t out,
-          uintptr_t x, int64_t x_row, uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) {
+// out, weight, bias, y of one linear layer.
+using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
+
+void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, uintptr_t x,
+          int64_t x_row, const std::vector<Part>& given, int threads) {
   require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 8, "gemv: wrong dtype or rows");
-  require(in >= 1 && out >= 1 && x_row >= 0 && threads >= 1, "gemv: wrong sizes");
-  require(x && weight && y, "gemv: x, weight and y must not be null");
-  thread_local std::vector<float> scratch;
-  scratch.resize(size_t(rows) * in);
-  if (in * out * (dtype == 0 ? 4 : 2) < ONE_THREAD_BYTES) threads = 1;
+  require(in >= 1 && x && x_row >= 0 && threads >= 1, "gemv: wrong sizes");
+  std::vector<GemvPart> parts;
+  int64_t outs = 0;
+  for (const auto& [out, weight, bias, y] : given) {
+    require(out >= 1 && weight && y, "gemv: weight and y must not be null");
+    parts.push_back({out, reinterpret_cast<void*>(weight), reinterpret_cast<void*>(bias),
+                     reinterpret_cast<void*>(y)});
+    outs += out;
+  }
+  if (in * outs * (dtype == 0 ? 4 : 2) < ONE_THREAD_BYTES) threads = 1;
   const GemvArgs a{static_cast<DType>(dtype),
                    rows,
                    in,
-                   out,
                    reinterpret_cast<void*>(x),
                    x_row,
-                   reinterpret_cast<void*>(weight),
-                   reinterpret_cast<void*>(bias),
-                   reinterpret_cast<void*>(y),
-                   scratch.data(),
+                   nullptr,
+                   static_cast<int32_t>(parts.size()),
+                   nullptr,
                    threads,
                    wide};
-  py::gil_scoped_release unlocked;
-  table->gemv(a);
+  call_and_record("gemv", [a, parts, table] {
+    thread_local std::vector<float> scratch;
+    scratch.resize(size_t(a.rows) * a.in);
+    GemvArgs now = a;
+    now.parts = parts.data();
+    now.x32 = scratch.data();
+    return table->gemv(now);
+  });
 }
 
 RankArgs rank_args(const py::dict& f) {
@@ -281,15 +296,21 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<const std::string&, bool, const std::string&, const py::dict&>(), py::arg("op"),
            py::arg("cuda"), py::arg("isa"), py::arg("fields"))
       .def("run", &avl::AttentionPlan::run, py::arg("stream"));
-  m.def("gemv",
-        [](int dtype, bool wide, int rows, int64_t in, int64_t out, uintptr_t x, int64_t x_row,
-           uintptr_t weight, uintptr_t bias, uintptr_t y, int threads, const std::string& isa) {
-          static const avl::CpuKernels* best = avl::cpu_kernels();
-          const avl::CpuKernels* table = isa.empty() ? best : &avl::kernels(isa);
-          avl::gemv(table, dtype, wide, rows, in, out, x, x_row, weight, bias, y, threads);
-        });
+  m.def("gemv", [](int dtype, bool wide, int rows, int64_t in, uintptr_t x, int64_t x_row,
+                   const std::vector<avl::Part>& parts, int threads, const std::string& isa) {
+    static const avl::CpuKernels* best = avl::cpu_kernels();
+    const avl::CpuKernels* table = isa.empty() ? best : &avl::kernels(isa);
+    avl::gemv(table, dtype, wide, rows, in, x, x_row, parts, threads);
+  });
+  py::class_<avl::Tape>(m, "Tape")
+      .def(py::init<>())
+      .def("start", [](avl::Tape& tape) { avl::recording = &tape; })
+      .def("stop", [](avl::Tape&) { avl::recording = nullptr; })
+      .def("run", &avl::Tape::run)
+      .def("__len__", &avl::Tape::size);
   m.def("rank", &avl::rank, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
   m.def("age", &avl::age, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
   avl::bind_fused(m);
+  m.def("cpu_fused", [](const std::string& isa) { return avl::kernels(isa).fused; });
   m.def("read", &avl::read, py::arg("data"), py::arg("count"), py::arg("threads"));
 }

@@ -3,8 +3,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "launch.h"
 
@@ -25,6 +28,39 @@ inline void raise_for(int status, const std::string& op) {
 #else
   throw std::runtime_error(op + ": built without CUDA");
 #endif
+}
+
+// Calls in the order in which they were made, to be made again with the same addresses and sizes.
+class Tape {
+ public:
+  void add(std::string op, std::function<int()> call) {
+    calls_.emplace_back(std::move(op), std::move(call));
+  }
+  size_t size() const { return calls_.size(); }
+  void run() const {
+    for (const auto& [op, call] : calls_) {
+      int status;
+      {
+        pybind11::gil_scoped_release unlocked;
+        status = call();
+      }
+      raise_for(status, op);
+    }
+  }
+
+ private:
+  std::vector<std::pair<std::string, std::function<int()>>> calls_;
+};
+
+// The tape that this thread's calls go on, or null.
+inline thread_local Tape* recording = nullptr;
+
+// Make a call, and put it on the tape.
+template <class F>
+int call_and_record(const std::string& op, F call) {
+  if (recording) recording->add(op, call);
+  pybind11::gil_scoped_release unlocked;
+  return call();
 }
 
 // Adds the small kernels of fused.h to the module.

@@ -38,23 +38,14 @@ T* given(uintptr_t address, const char* name) {
 
 template <class Args>
 void launch(const char* op, const Args& a, uintptr_t stream, int (*start)(const Args&, void*)) {
-  int status = cuda_error;
-  {
-    py::gil_scoped_release unlocked;
-    if (start) status = start(a, reinterpret_cast<void*>(stream));
-  }
+  const int status = call_and_record(op, [=] { return start(a, reinterpret_cast<void*>(stream)); });
+  if (status == bad_slot) throw py::index_error(std::string(op) + ": a place is out of range");
   raise_for(status, op);
 }
 
-#if AVL_WITH_CUDA
-#define AVL_START(name) &cuda_##name
-#else
-#define AVL_START(name) nullptr
-#endif
-
-void add_norm(int dtype, int64_t rows, int64_t size, uintptr_t hidden, int64_t hidden_row,
-              uintptr_t delta, int64_t delta_row, uintptr_t weight, uintptr_t sum, uintptr_t normed,
-              float eps, int device, uintptr_t stream) {
+void add_norm(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size, uintptr_t hidden,
+              int64_t hidden_row, uintptr_t delta, int64_t delta_row, uintptr_t weight,
+              uintptr_t sum, uintptr_t normed, float eps, int device, uintptr_t stream) {
   AddNormArgs a{};
   a.dtype = dtype_of(dtype);
   a.rows = within(rows, 1, INT32_MAX, "rows");
@@ -69,14 +60,14 @@ void add_norm(int dtype, int64_t rows, int64_t size, uintptr_t hidden, int64_t h
   require(eps >= 0, "eps must not be negative");
   a.eps = eps;
   a.device = within(device, 0, 1024, "device");
-  launch<AddNormArgs>("add_norm", a, stream, AVL_START(add_norm));
+  launch<AddNormArgs>("add_norm", a, stream, kernels.add_norm);
 }
 
-void rope_write(int dtype, bool wide, int64_t rows, int64_t heads, int64_t kv_heads,
-                int64_t head_dim, uintptr_t q, int64_t q_row, uintptr_t k, int64_t k_row,
-                uintptr_t v, int64_t v_row, uintptr_t cos, uintptr_t sin, uintptr_t scale,
-                uintptr_t out, uintptr_t k_pool, uintptr_t v_pool, int64_t places, uintptr_t write,
-                uintptr_t error, int device, uintptr_t stream) {
+void rope_write(const FusedKernels& kernels, int dtype, bool wide, int64_t rows, int64_t heads,
+                int64_t kv_heads, int64_t head_dim, uintptr_t q, int64_t q_row, uintptr_t k,
+                int64_t k_row, uintptr_t v, int64_t v_row, uintptr_t cos, uintptr_t sin,
+                uintptr_t scale, uintptr_t out, uintptr_t k_pool, uintptr_t v_pool, int64_t places,
+                uintptr_t write, uintptr_t error, int device, uintptr_t stream) {
   RopeWriteArgs a{};
   a.dtype = dtype_of(dtype);
   a.wide = wide;
@@ -102,11 +93,12 @@ void rope_write(int dtype, bool wide, int64_t rows, int64_t heads, int64_t kv_he
   a.write = given<int64_t>(write, "write");
   a.error = reinterpret_cast<int32_t*>(error);
   a.device = within(device, 0, 1024, "device");
-  launch<RopeWriteArgs>("rope_write", a, stream, AVL_START(rope_write));
+  launch<RopeWriteArgs>("rope_write", a, stream, kernels.rope_write);
 }
 
-void silu_mul(int dtype, int64_t rows, int64_t size, uintptr_t gate, int64_t gate_row, uintptr_t up,
-              int64_t up_row, uintptr_t out, int device, uintptr_t stream) {
+void silu_mul(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size, uintptr_t gate,
+              int64_t gate_row, uintptr_t up, int64_t up_row, uintptr_t out, int device,
+              uintptr_t stream) {
   SiluMulArgs a{};
   a.dtype = dtype_of(dtype);
   a.rows = within(rows, 1, INT32_MAX, "rows");
@@ -117,11 +109,11 @@ void silu_mul(int dtype, int64_t rows, int64_t size, uintptr_t gate, int64_t gat
   a.up_row = stride(up_row, size, "up");
   a.out = given<void>(out, "out");
   a.device = within(device, 0, 1024, "device");
-  launch<SiluMulArgs>("silu_mul", a, stream, AVL_START(silu_mul));
+  launch<SiluMulArgs>("silu_mul", a, stream, kernels.silu_mul);
 }
 
-void argmax(int dtype, int64_t rows, int64_t size, uintptr_t x, int64_t x_row, uintptr_t out,
-            int device, uintptr_t stream) {
+void argmax(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size, uintptr_t x,
+            int64_t x_row, uintptr_t out, int device, uintptr_t stream) {
   ArgmaxArgs a{};
   a.dtype = dtype_of(dtype);
   a.rows = within(rows, 1, INT32_MAX, "rows");
@@ -130,16 +122,20 @@ void argmax(int dtype, int64_t rows, int64_t size, uintptr_t x, int64_t x_row, u
   a.x_row = stride(x_row, size, "x");
   a.out = given<int64_t>(out, "out");
   a.device = within(device, 0, 1024, "device");
-  launch<ArgmaxArgs>("argmax", a, stream, AVL_START(argmax));
+  launch<ArgmaxArgs>("argmax", a, stream, kernels.argmax);
 }
 
 }  // namespace
 
 void bind_fused(py::module_& m) {
-  m.def("add_norm", &add_norm);
-  m.def("rope_write", &rope_write);
-  m.def("silu_mul", &silu_mul);
-  m.def("argmax", &argmax);
+  py::class_<FusedKernels>(m, "FusedKernels", py::module_local())
+      .def("add_norm", &add_norm)
+      .def("rope_write", &rope_write)
+      .def("silu_mul", &silu_mul)
+      .def("argmax", &argmax);
+#if AVL_WITH_CUDA
+  m.attr("cuda_fused") = FusedKernels{cuda_add_norm, cuda_rope_write, cuda_silu_mul, cuda_argmax};
+#endif
 }
 
 }  // namespace avl

@@ -14,7 +14,7 @@ struct AddNormArgs {
   const void* weight;  // [size]
   void *sum, *normed;  // [rows, size] contiguous
   float eps;
-  int32_t device;
+  int32_t device;  // the GPU's number; on a CPU how many threads may serve
 };
 
 // Rotate q into out; rotate k and write it, and v as it is, to their rows of the pool.
@@ -52,6 +52,14 @@ struct ArgmaxArgs {
   int64_t x_row;
   int64_t* out;  // [rows]
   int32_t device;
+};
+
+// One implementation of all four; a CPU's takes no stream, refuses a bad place and writes nothing.
+struct FusedKernels {
+  int (*add_norm)(const AddNormArgs&, void* stream);
+  int (*rope_write)(const RopeWriteArgs&, void* stream);
+  int (*silu_mul)(const SiluMulArgs&, void* stream);
+  int (*argmax)(const ArgmaxArgs&, void* stream);
 };
 
 int cuda_add_norm(const AddNormArgs& a, void* stream);

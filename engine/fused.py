@@ -1,19 +1,19 @@
-"""The small steps between a decoder layer's products, each of them one kernel on a GPU.
+"""The small steps between a decoder layer's products, each of them one native kernel.
 
-Plain torch launches about twenty kernels a layer for what four do here: ``add_norm``,
+Plain torch starts about twenty operations a layer for what four do here: ``add_norm``,
 ``rope_write``, ``silu_mul``, and ``argmax`` over the vocabulary. Each has a torch twin
-(``*_torch``), which defines it and which is what runs unless the tensors lie on a GPU and the
-environment says ``AVL_FUSED=1``. Nothing here waits for the device, so that all four can be
-captured in a CUDA graph.
+(``*_torch``), which defines it and runs where no kernel serves. On a CPU the kernels serve where
+the native module is there; on a GPU only if the environment says ``AVL_FUSED=1``, until their
+benchmark has run on one. Nothing here waits for a GPU, so that all four can be captured in a CUDA
+graph.
 
-With ``AVL_FUSED=1`` the decoder rotates and stores in one step on a CPU too, through the twins, and
-``engine.loading`` lays the weights of q, k, v and of gate, up side by side there as on a GPU.
+With ``AVL_FUSED=1`` the decoder takes its fused form everywhere, through the twins if need be, and
+``engine.loading`` lays the weights of q, k, v and of gate, up side by side on a CPU too.
 """
 
 import functools
 import os
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,11 @@ class Destination(NamedTuple):
 def switched_on() -> bool:
     """Whether the environment asks for the fused kernels and weights."""
     return os.environ.get("AVL_FUSED") == "1"
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a decoder with states ``x`` shall take its fused form."""
+    return switched_on() or _kernels(x) is not None
 
 
 def add_norm(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -185,9 +190,13 @@ def argmax_torch(scores: Tensor) -> Tensor:
 # -- checking tensors -----------------------------------------------------------------------------
 
 
-def _kernels(x: Tensor) -> ModuleType | None:
-    """The native module where it serves ``x``: on a GPU, when switched on."""
-    return native.cuda_module() if x.is_cuda and switched_on() else None
+def _kernels(x: Tensor) -> Any:
+    """The native kernels that serve ``x``; None where its twin does."""
+    if x.is_cuda:
+        return native.fused_kernels("cuda") if switched_on() else None
+    if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    return native.fused_kernels("cpu")
 
 
 def _rows(**named: Tensor) -> list[Tensor]:
@@ -239,7 +248,7 @@ def _check_rope(
 
 def _result(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What a kernel writes in full: memory with anything in it."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    return native.kept(like.new_empty(shape, dtype=dtype))
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -256,7 +265,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _where(x: Tensor) -> tuple[int, int]:
-    """Number of the GPU and handle of torch's current stream there; zeros on a CPU."""
+    """Number of the GPU and handle of torch's current stream there; on a CPU threads and 0."""
     if not x.is_cuda:
-        return 0, 0
+        return torch.get_num_threads(), 0
     return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream

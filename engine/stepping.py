@@ -1,4 +1,4 @@
-"""Decode steps of changing rows: eager, or replayed from captured steps."""
+"""Decode steps of changing rows: made of recorded layers or eager, or replayed as captured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engine.cache.row import Row
 from engine.graphs import CapturedStep, obstacle
 from engine.models.vision_language import VisionLanguageModel
 from engine.streams import check_form, side_for
+from engine.tapes import RecordedLayers, recordable
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Stepper:
         self._by_rows: dict[int, CapturedStep] = {}
         self._captured: CapturedStep | None = None
         self._decoding: Decoding | None = None
+        self._layers: RecordedLayers | None = None
 
     @property
     def decoding(self) -> bool:
@@ -84,7 +86,10 @@ class Stepper:
             return self._captured.step(tokens).clone()
         assert self._decoding is not None, "begin comes first"
         decoder = self.model.decoder
-        hidden = decoder(decoder.embed(tokens), self._decoding)
+        hidden = decoder.embed(tokens)
+        if self._layers is None and recordable(hidden, self._decoding):
+            self._layers = RecordedLayers(decoder, self._decoding)
+        hidden = self._layers(hidden) if self._layers else decoder(hidden, self._decoding)
         self._decoding.advance()
         return decoder.logits(hidden)
 
@@ -95,7 +100,7 @@ class Stepper:
         if self._captured is not None:
             self._captured.finish()
         rows = [self._decoding.settle(r) for r in range(len(self._decoding.rows))]
-        self._decoding = self._captured = None
+        self._decoding = self._captured = self._layers = None
         return rows
 
     def _pack(self, rows: list[Row]) -> Decoding:

@@ -486,7 +486,7 @@ def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
     for bias in (None, torch.randn(size_out, generator=g).to(dtype)):
         wide = None if bias is None else bias.double()
         want = F.linear(x.double(), w.double(), wide)
-        got = native.gemv(x, w, bias, isa=isa)
+        (got,) = native.gemv(x, (w, bias), isa=isa)
         theirs = (F.linear(x, w, bias).double() - want).abs().max()
         floor = torch.finfo(dtype).eps * want.abs().max() / 2 + 1e-6 * size_in**0.5
         assert got.dtype == dtype
@@ -501,7 +501,7 @@ def test_gemv_of_narrow_weights_is_float32s(isa, dtype, rows, size_in, size_out)
     x = torch.randn(rows, 2 * size_in, generator=g)[:, :size_in]
     w = torch.randn(size_out, size_in, generator=g).to(dtype)
     bias = torch.randn(size_out, generator=g)
-    got = native.gemv(x, w, bias, isa=isa)
+    (got,) = native.gemv(x, (w, bias), isa=isa)
     want = F.linear(x.double(), w.double(), bias.double())
     theirs = (F.linear(x, w.float(), bias).double() - want).abs().max()
     assert got.dtype == torch.float32
@@ -522,16 +522,31 @@ def test_a_weight_is_narrowed_only_where_nothing_is_lost():
 @needs_native
 def test_gemv_refuses_what_does_not_fit():
     x, w = torch.randn(2, 8), torch.randn(3, 8)
-    for wrong in (
-        (x[:, :4], w),
-        (torch.randn(9, 8), w),
-        (x.bfloat16(), w),
-        (x, w.T.contiguous().T),
-        (x, w, torch.randn(4)),
-        (x.double(), w.double()),
+    for x_given, *layers in (
+        (x[:, :4], (w, None)),
+        (torch.randn(9, 8), (w, None)),
+        (x.bfloat16(), (w, None)),
+        (x, (w.T.contiguous().T, None)),
+        (x, (w, torch.randn(4))),
+        (x.double(), (w.double(), None)),
+        (x, (w, None), (w.bfloat16(), None)),
+        (x, (w, None), (w[:, :4], None)),
     ):
         with pytest.raises(ValueError, match=r"x|weight|bias"):
-            native.gemv(*wrong)
+            native.gemv(x_given, *layers)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_several_layers_in_one_call_are_each_alone(isa, rows):
+    g = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 67, generator=g).bfloat16()
+    layers = [
+        (torch.randn(n, 67, generator=g).bfloat16(), torch.ones(n).bfloat16() if n % 2 else None)
+        for n in (1, 130, 7, 64)
+    ]
+    together = native.gemv(x, *layers, isa=isa)
+    for layer, got in zip(layers, together, strict=True):
+        assert torch.equal(got, native.gemv(x, layer, isa=isa)[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 48), (2, 1, 48), (4, 48), (8, 48), (9, 48), (0, 48)])

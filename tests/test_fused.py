@@ -1,16 +1,18 @@
 """The small steps between a layer's products: every implementation against float64.
 
-The torch twins, the CUDA kernels' sources in the block emulator, and the kernels on a GPU (marker
-``gpu``). Inputs lie between NaNs and outputs between guards, so that what is read or written out of
-place shows.
+The torch twins, the CPU kernels for every instruction set of this machine, the CUDA kernels'
+sources in the block emulator, and the kernels on a GPU (marker ``gpu``). Inputs lie between NaNs
+and outputs between guards, so that what is read or written out of place shows.
 """
 
+import importlib
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ from engine.models.decoder import turned
 from tests.emulated import ROOT, build
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WAYS = ["torch", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+ISAS = ["baseline", "avx2", "avx512"]
+WAYS = ["torch", *ISAS, "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 GUARD = 64  # numbers around every output: more than a thread moves at once
 
 
@@ -54,13 +57,24 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         if native.backend().name != "cuda":
             pytest.skip("needs a CUDA device and the CUDA kernels")
         monkeypatch.setattr(fused, "switched_on", lambda: True)
-    if request.param == "emulated":
-        module = request.getfixturevalue("emulated")
-        monkeypatch.setattr(fused, "_kernels", lambda x: module)
+    else:
+        kernels = implementation(request)
+        monkeypatch.setattr(fused, "_kernels", lambda x: kernels)
     if request.param != "torch":
         monkeypatch.setattr(fused, "_result", guarded)
     yield "cuda" if request.param == "cuda" else "cpu"
     guarded.check()
+
+
+def implementation(request: pytest.FixtureRequest) -> Any:
+    """The kernels of the fixture's parameter; None for the torch twins."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    if request.param == "torch":
+        return None
+    if not native.loaded() or not importlib.import_module("engine._native").has_isa(request.param):
+        pytest.skip(f"needs the native module and a processor with {request.param}")
+    return native.fused_kernels("cpu", request.param)
 
 
 def among_nans(x: Tensor, gap: int, device: str) -> Tensor:
@@ -184,7 +198,7 @@ def test_sanitize_a_place_out_of_range_is_refused(
 ) -> None:
     case = Rope((3, 4, 2, 16), torch.float32, False, device)
     case.to.write[2] = bad  # of 11 slots with 2 heads
-    if fused._kernels(case.parts[0]) is None:
+    if not isinstance(fused._kernels(case.parts[0]), ModuleType) and device == "cpu":
         with pytest.raises(IndexError):
             case.run()
         return

@@ -87,7 +87,7 @@ def reports() -> dict[str, str]:
     """What ptxas said of each source file of the module in use."""
     if not shutil.which("nvcc"):
         pytest.skip("needs nvcc: nothing compiled the CUDA kernels here")
-    if native.cuda_module() is None:
+    if native.fused_kernels("cuda") is None:
         pytest.skip("needs the native module with its CUDA kernels")
     from engine import _native
 

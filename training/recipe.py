@@ -96,4 +96,33 @@ TWO_CORES = (
     ),
 )
 
-PLANS = {"two-cores": TWO_CORES}
+# Once more over the reading half, at lower rates: `--start runs/tiny/checkpoint.pt --plan again`.
+AGAIN = (
+    Stage("glyphs", 11, 32, _mix(208, 8, 0.1, 8, 6, 0.0), (0.011, 0.005), vision_only=True),
+    Stage(
+        "documents",
+        12,
+        32,
+        _mix(96, 96, 0.3, 4, 8, 0.6),
+        (0.009, 0.006),
+        Weights(patch=0.6, guide=0.15, read=0.1),
+    ),
+    Stage(
+        "dense",
+        32,
+        32,
+        _mix(128, 112, 0.3, 6, 8, 0.6),
+        (0.007, 0.002),
+        Weights(patch=0.5, guide=0.1, read=0.05),
+    ),
+    Stage(
+        "pages",
+        20,
+        8,
+        _mix(576, 128, 0.35, 6, 8, 0.6),
+        (0.003, 0.0001),
+        Weights(patch=0.3, read=0.05),
+    ),
+)
+
+PLANS = {"two-cores": TWO_CORES, "again": AGAIN}

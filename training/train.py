@@ -45,9 +45,9 @@ class Run:
         self.stop = False
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists():
-            self.resume()
+            self.resume(out / "checkpoint.pt")
         elif args.start:
-            self.begin_from(Path(args.start))
+            self.begin(Path(args.start))
 
     def log(self, **record: Any) -> None:
         """One JSON line to log.jsonl and to the terminal."""
@@ -56,7 +56,7 @@ class Run:
             file.write(line + "\n")
         print(line, flush=True)
 
-    def save(self) -> None:
+    def save(self, name: str = "checkpoint.pt") -> None:
         """Write the checkpoint beside the old one, then replace it in one step."""
         state = {
             "trainee": self.trainee.state_dict(),
@@ -66,26 +66,33 @@ class Run:
         }
         part = self.out / "checkpoint.part"
         torch.save(state, part)
-        os.replace(part, self.out / "checkpoint.pt")
+        os.replace(part, self.out / name)
 
-    def resume(self) -> None:
-        """Go on from the checkpoint in the run's folder."""
-        state = torch.load(self.out / "checkpoint.pt", map_location=self.device)
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint: weights, optimisers and how far it had come."""
+        state = torch.load(checkpoint, map_location=self.device)
         self.trainee.load_state_dict(state["trainee"])
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
         self.progress = state["progress"]
 
-    def begin_from(self, folder: Path) -> None:
-        """Start at stage `--stage` from exported weights; only the label head is learnt anew."""
+    def begin(self, source: Path) -> None:
+        """Start at stage `--stage` from another run's checkpoint or from exported weights."""
+        stage = next(s for s in self.plan if s.name == self.args.stage)
+        if source.is_file():
+            self.resume(source)
+        self.progress["seconds"], self.progress["stage"] = 0.0, stage.name
+        self.progress["pages"] = max(self.progress["pages"], self.args.first_page)
+        if source.is_dir():
+            self.teach_labels(source, stage)
+
+    def teach_labels(self, folder: Path, stage: Stage) -> None:
+        """Exported weights come without the label head: it alone is learnt anew."""
         from safetensors.torch import load_file
 
         from training.export import load_tensors
 
         load_tensors(self.trainee.model, load_file(folder / "model.safetensors"))
-        self.progress["stage"] = self.args.stage
-        self.progress["pages"] = self.args.first_page
-        stage = next(s for s in self.plan if s.name == self.args.stage)
         head = torch.optim.AdamW(self.trainee.labels.parameters(), lr=1e-2)
         for _, batch in zip(range(HEAD_STEPS), self.batches(stage), strict=False):
             batch = {k: v.to(self.device) for k, v in batch.items()}
@@ -174,6 +181,7 @@ class Run:
             if not stage.vision_only:
                 self.score(stage)
                 self.snapshot(stage)
+            self.save(f"after-{stage.name}.pt")
             following = names.index(stage.name) + 1
             self.progress["seconds"] = 0.0
             self.progress["stage"] = names[following] if following < len(names) else "done"
@@ -193,7 +201,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/tiny", help="folder of checkpoint and log")
     parser.add_argument("--export", default="runs/export", help="folder of the exported model")
-    parser.add_argument("--start", default=None, help="exported weights to begin from")
+    parser.add_argument(
+        "--start", default=None, help="exported weights or a checkpoint to begin from"
+    )
     parser.add_argument("--stage", default="documents", help="the stage that --start begins with")
     parser.add_argument("--first-page", type=int, default=0, help="pages earlier runs have used")
     parser.add_argument("--plan", default="two-cores", choices=sorted(PLANS))

@@ -1,21 +1,23 @@
 // Attention of one query per row over listed slots, on the CPU, rows read where they lie.
 //
 // A task is (row, a few kv heads, a part of the list). A token's heads are one run of memory, so a
-// task walks tokens outside and heads inside; 32 tokens at a time, so that their V rows, requested
-// while K is read, are still in the cache when the weights are known. Softmax is online (Milakov
-// and Gimelshein 2018): m, l and acc are rescaled whenever a larger logit appears. Parts of a list
-// meet in `partials` and are merged at the end.
+// task walks tokens outside and heads inside; 32 tokens at a time. Their V rows are requested while
+// their K rows are read, and the next 32 tokens' K rows while V is read: memory is never idle, and
+// what was requested is still in the cache when it is needed. Softmax is online (Milakov and
+// Gimelshein 2018): m, l and acc are rescaled whenever a larger logit appears. Parts of a list meet
+// in `partials` and are merged at the end.
 #pragma once
 
+#include <type_traits>
+
+#include "kernels.h"
 #include "vec.h"
 
 namespace avl {
 namespace AVL_ISA {
 
-constexpr int BLOCK = 32;      // tokens between two updates of the running maximum
-constexpr int MAX_CHUNK = 8;   // kv heads of one task
-constexpr int MAX_HEADS = 64;  // query heads of one task
-constexpr int AHEAD = 2;       // tokens to prefetch
+constexpr int BLOCK = 32;  // tokens between two updates of the running maximum
+constexpr int AHEAD = 2;   // tokens to prefetch
 constexpr float LOWEST = -__builtin_inff();
 
 // One query head's running softmax over its part of the list, in `partials`.
@@ -57,53 +59,80 @@ static inline bool read_slots(const AttentionArgs& a, const Part& part, int begi
   return true;
 }
 
+// How many tokens the block from `begin` has.
+static inline int block_at(const Part& part, int begin) {
+  const int left = part.end - begin;
+  return left < 0 ? 0 : left < BLOCK ? left : BLOCK;
+}
+
 template <class T, int D>
 static inline void prefetch_row(const T* row) {
   for (int byte = 0; byte < int(D * sizeof(T)); byte += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
 }
 
+// Keys meet queries as they are stored where that fills whole steps, else as floats.
 template <class T, int D>
-static inline float dot(const float* q, const T* row) {
-  vf even = {}, odd = {};
-  for (int d = 0; d + W < D; d += 2 * W) {
-    even += load(q + d) * load(row + d);
-    odd += load(q + d + W) * load(row + d + W);
-  }
-  if constexpr (D / W % 2) even += load(q + D - W) * load(row + D - W);
-  return sum(even + odd);
+using KeyLane = Lane<T, std::conditional_t<D % Lane<T, T>::width == 0, T, float>>;
+template <class T, int D>
+using Query = typename KeyLane<T, D>::X;
+
+template <class T, int D>
+static inline float dot(const Query<T, D>* q, const T* row) {
+  using L = KeyLane<T, D>;
+  vf sums[2] = {};
+  for (int d = 0; d < D; d += L::width)
+    sums[d / L::width % 2] =
+        L::multiply_add(sums[d / L::width % 2], L::weight(row + d), L::input(q + d));
+  return sum(sums[0] + sums[1]);
 }
 
-// logits[head * BLOCK + t] = q . k for n tokens and the part's query heads (q already float).
+// A query as `dot` wants it.
+template <class T, int D>
+static inline void take_query(const T* from, Query<T, D>* to) {
+  if constexpr (std::is_same_v<Query<T, D>, T>)
+    __builtin_memcpy(to, from, D * sizeof(T));
+  else
+    for (int d = 0; d < D; d += W) store(to + d, load(from + d));
+}
+
+// logits[head * BLOCK + t] = q . k for n tokens and the part's query heads .
 template <class T, int D>
 static void score_block(const AttentionArgs& a, const Part& part, const int64_t* slot, int n,
-                        const float* q, float* logits) {
+                        const Query<T, D>* q, float* logits) {
   const int group = a.heads / a.kv_heads;
   const T* k = static_cast<const T*>(a.k) + part.kv_head * a.k_head;
   const T* v = static_cast<const T*>(a.v);  // null for qk
   if (v) v += part.kv_head * a.v_head;
-  for (int t = 0; t < n; ++t) {
-    const T* next = k + slot[t + AHEAD < n ? t + AHEAD : n - 1] * a.k_slot;
+  for (int t = 0; t < n; ++t)
     for (int h = 0; h < part.kv_heads; ++h) {
       const T* row = k + slot[t] * a.k_slot + h * a.k_head;
-      prefetch_row<T, D>(next + h * a.k_head);
       if (v) prefetch_row<T, D>(v + slot[t] * a.v_slot + h * a.v_head);
       for (int g = 0; g < group; ++g) {
         const int head = h * group + g;
         logits[head * BLOCK + t] = dot<T, D>(q + head * D, row);
       }
     }
-  }
 }
+
+// Rows that will be needed: `n` of them at `slot`.
+template <class T>
+struct Coming {
+  const T* rows;
+  int64_t stride;
+  const int64_t* slot;
+  int n;
+};
 
 // acc = acc * keep + sum of weight[t] * v[t] over n tokens, for one query head.
 template <class T, int D>
 static void weigh_block(const T* v, int64_t v_slot, const int64_t* slot, int n, const float* weight,
-                        float keep, float* acc) {
+                        float keep, float* acc, const Coming<T>& coming) {
   vf x[D / W];
   for (int i = 0; i < D / W; ++i) x[i] = load(acc + i * W) * keep;
   for (int t = 0; t < n; ++t) {
     const T* row = v + slot[t] * v_slot;
+    if (t < coming.n) prefetch_row<T, D>(coming.rows + coming.slot[t] * coming.stride);
     for (int i = 0; i < D / W; ++i) x[i] += load(row + i * W) * weight[t];
   }
   for (int i = 0; i < D / W; ++i) store(acc + i * W, x[i]);
@@ -130,19 +159,24 @@ static inline float soften(float* logits, int n, float& m, float& l) {
 }
 
 template <class T, int D>
-static void attend_part(const AttentionArgs& a, const Part& part, float* q, float* logits,
+static void attend_part(const AttentionArgs& a, const Part& part, Query<T, D>* q, float* logits,
                         Running<D>* run, int splits) {
   const int group = a.heads / a.kv_heads, heads = part.kv_heads * group;
   const int first = part.kv_head * group;
   const T* query = static_cast<const T*>(a.q) + part.row * a.q_row + first * a.q_head;
   for (int h = 0; h < heads; ++h) {
-    for (int d = 0; d < D; d += W) store(q + h * D + d, load(query + h * a.q_head + d));
+    take_query<T, D>(query + h * a.q_head, q + h * D);
     run[h * splits] = Running<D>{LOWEST, 0.0f, {}};
   }
-  int64_t slot[BLOCK];
-  for (int begin = part.begin; begin < part.end; begin += BLOCK) {
-    const int n = part.end - begin < BLOCK ? part.end - begin : BLOCK;
-    if (!read_slots(a, part, begin, n, slot)) return;
+  const T* k = static_cast<const T*>(a.k) + part.kv_head * a.k_head;
+  const T* v = static_cast<const T*>(a.v) + part.kv_head * a.v_head;
+  int64_t slots[2][BLOCK];  // of these tokens and of the next
+  int now = 0, n = block_at(part, part.begin);
+  if (!read_slots(a, part, part.begin, n, slots[now])) return;
+  for (int begin = part.begin; begin < part.end; begin += BLOCK, now = 1 - now) {
+    const int64_t *slot = slots[now], *next = slots[1 - now];
+    const int next_n = block_at(part, begin + BLOCK);
+    if (!read_slots(a, part, begin + BLOCK, next_n, slots[1 - now])) return;
     score_block<T, D>(a, part, slot, n, q, logits);
     for (int h = 0; h < heads; ++h) {
       float* mine = logits + h * BLOCK;
@@ -153,9 +187,10 @@ static void attend_part(const AttentionArgs& a, const Part& part, float* q, floa
       }
       Running<D>& r = run[h * splits];
       const float keep = soften(mine, n, r.m, r.l);
-      const T* v = static_cast<const T*>(a.v) + (part.kv_head + h / group) * a.v_head;
-      weigh_block<T, D>(v, a.v_slot, slot, n, mine, keep, r.acc);
+      const Coming<T> coming{k + h / group * a.k_head, a.k_slot, next, h % group ? 0 : next_n};
+      weigh_block<T, D>(v + h / group * a.v_head, a.v_slot, slot, n, mine, keep, r.acc, coming);
     }
+    n = next_n;
   }
 }
 
@@ -181,26 +216,17 @@ static void merge_head(const AttentionArgs& a, int row, int head, const Running<
   for (int t = used; t < a.width; ++t) a.logits[at * a.width + t] = LOWEST;
 }
 
-// kv heads per task: many, for long runs of memory, but at least four tasks for each thread.
-static inline int heads_per_task(const AttentionArgs& a) {
-  if (a.slots_list || a.count_list) return 1;
-  int64_t chunk = MAX_CHUNK;
-  if (a.threads > 1) chunk = int64_t(a.rows) * a.kv_heads / (4 * a.threads);
-  const int most = MAX_HEADS / (a.heads / a.kv_heads);
-  if (chunk > most) chunk = most;
-  return chunk < 1 ? 1 : chunk > MAX_CHUNK ? MAX_CHUNK : chunk;
-}
-
 template <class T, int D>
 static int attention(const AttentionArgs& a) {
   static_assert(D % W == 0);
-  const int group = a.heads / a.kv_heads, chunk = heads_per_task(a);
+  const int group = a.heads / a.kv_heads, chunk = cpu_heads_per_task(a);
   const int chunks = (a.kv_heads + chunk - 1) / chunk;
   const int64_t tasks = int64_t(a.rows) * chunks * a.splits;
   Running<D>* partials = reinterpret_cast<Running<D>*>(a.partials);
 #pragma omp parallel num_threads(a.threads)
   {
-    alignas(64) float q[MAX_HEADS * D], logits[MAX_HEADS * BLOCK];
+    alignas(64) Query<T, D> q[MAX_HEADS * D];
+    alignas(64) float logits[MAX_HEADS * BLOCK];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
       const int split = task % a.splits, first = task / a.splits % chunks * chunk;
@@ -226,10 +252,12 @@ static int qk(const AttentionArgs& a) {
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
   for (int64_t task = 0; task < int64_t(a.rows) * a.kv_heads; ++task) {
     const int row = task / a.kv_heads, kv_head = task % a.kv_heads, first = kv_head * group;
-    alignas(64) float q[MAX_HEADS * D], scores[MAX_HEADS * BLOCK];
-    for (int i = 0; i < group * D; ++i)
-      q[i] =
-          to_float(static_cast<const T*>(a.q)[row * a.q_row + (first + i / D) * a.q_head + i % D]);
+    alignas(64) Query<T, D> q[MAX_HEADS * D];
+    alignas(64) float scores[MAX_HEADS * BLOCK];
+    for (int g = 0; g < group; ++g) {
+      const T* query = static_cast<const T*>(a.q) + row * a.q_row + (first + g) * a.q_head;
+      take_query<T, D>(query, q + g * D);
+    }
     float* out = a.logits + (int64_t(row) * a.heads + first) * a.width;
     const int used = list_count(a, row, kv_head);
     const Part part{row, kv_head, 1, 0, used, list_slots(a, row, kv_head)};
@@ -264,8 +292,8 @@ static int pv(const AttentionArgs& a) {
       const int n = used - begin < BLOCK ? used - begin : BLOCK;
       if (!read_slots(a, part, begin, n, slot)) break;
       for (int g = 0; g < group; ++g)
-        weigh_block<T, D>(v, a.v_slot, slot, n, a.p + (first + g) * a.width + begin, 1,
-                          out + g * D);
+        weigh_block<T, D>(v, a.v_slot, slot, n, a.p + (first + g) * a.width + begin, 1, out + g * D,
+                          {});
     }
   }
   return ok;

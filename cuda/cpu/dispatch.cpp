@@ -1,4 +1,5 @@
 // Chooses at run time among the instruction sets the kernels were compiled for.
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -35,11 +36,17 @@ const CpuKernels* cpu_kernels(const char* name) {
   return wanted(baseline::table) ? &baseline::table : nullptr;
 }
 
+int32_t cpu_heads_per_task(const AttentionArgs& a) {
+  if (a.slots_list || a.count_list) return 1;
+  return std::clamp(MAX_HEADS / (a.heads / a.kv_heads), 1, 16);
+}
+
 int32_t cpu_splits(const AttentionArgs& a) {
-  const int64_t heads = int64_t(a.rows) * a.kv_heads;
-  if (a.threads <= 1 || heads >= 2 * a.threads) return 1;
-  const int64_t longest = a.width / 128 + 1, wanted = (2 * a.threads + heads - 1) / heads;
-  return static_cast<int32_t>(wanted < longest ? wanted : longest);
+  if (a.threads <= 1 || a.rows == 0) return 1;
+  const int32_t heads = cpu_heads_per_task(a);
+  const int64_t tasks = int64_t(a.rows) * ((a.kv_heads + heads - 1) / heads);
+  const int64_t wanted = (4 * a.threads + tasks - 1) / tasks, longest = a.width / 64 + 1;
+  return static_cast<int32_t>(std::min(wanted, longest));
 }
 
 }  // namespace avl

@@ -10,34 +10,11 @@
 namespace avl {
 namespace AVL_ISA {
 
+// Rows of W side by side: as many as leave all sums in registers; more than 8 gain nothing.
 template <int R>
-constexpr int OUTS = R <= 4 ? 4 : 3;  // rows of W side by side: all sums stay in registers
-
-// What one step along the inner dimension loads and how it multiplies: W floats, or 2 W bf16 pairs.
-// T is the weight's type, Y that of x and y: the same, or float.
-template <class T, class Y>
-struct Lane {
-  static constexpr int width = W;
-  using X = float;
-  vf value;
-  static Lane weight(const T* p) { return {load(p)}; }
-  static Lane input(const float* p) { return {load(p)}; }
-  static vf multiply_add(vf acc, Lane w, Lane x) { return acc + w.value * x.value; }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Lane<bf16, bf16> {
-  static constexpr int width = 2 * W;
-  using X = bf16;
-  __m512bh value;
-  static Lane weight(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
-  static Lane input(const bf16* p) { return weight(p); }
-  static vf multiply_add(vf acc, Lane w, Lane x) {
-    return (vf)_mm512_dpbf16_ps((__m512)acc, w.value, x.value);
-  }
-};
-#endif
+constexpr int OUTS = R == 1   ? 8
+                     : R <= 4 ? 4
+                              : 3;
 
 template <class T, class Y>
 static inline const typename Lane<T, Y>::X* input_row(const GemvArgs& a, int row) {
@@ -49,13 +26,13 @@ static inline const typename Lane<T, Y>::X* input_row(const GemvArgs& a, int row
 
 // OUTS<R> outputs from `first` for R rows of x.
 template <class T, class Y, int R>
-static void gemv_block(const GemvArgs& a, int64_t first) {
+static void gemv_block(const GemvArgs& a, const GemvPart& part, int64_t first) {
   using L = Lane<T, Y>;
   constexpr int outs = OUTS<R>;
   const T* w[outs];
   for (int o = 0; o < outs; ++o) {  // past the end: repeat the last row, drop its result below
-    const int64_t out = first + o < a.out ? first + o : a.out - 1;
-    w[o] = static_cast<const T*>(a.weight) + out * a.in;
+    const int64_t out = first + o < part.out ? first + o : part.out - 1;
+    w[o] = static_cast<const T*>(part.weight) + out * a.in;
   }
   const typename L::X* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = input_row<T, Y>(a, r);
@@ -73,22 +50,27 @@ static void gemv_block(const GemvArgs& a, int64_t first) {
       for (int o = 0; o < outs; ++o) acc[o][r] = L::multiply_add(acc[o][r], weight[o], x);
     }
   }
-  for (int o = 0; o < outs && first + o < a.out; ++o)
+  for (int o = 0; o < outs && first + o < part.out; ++o)
     for (int r = 0; r < R; ++r) {
       float y = sum(acc[o][r]);
       for (int64_t j = i; j < a.in; ++j) y += to_float(w[o][j]) * to_float(rows[r][j]);
-      if (a.bias) y += to_float(static_cast<const Y*>(a.bias)[first + o]);
-      static_cast<Y*>(a.y)[r * a.out + first + o] = from_float<Y>(y);
+      if (part.bias) y += to_float(static_cast<const Y*>(part.bias)[first + o]);
+      static_cast<Y*>(part.y)[r * part.out + first + o] = from_float<Y>(y);
     }
 }
 
+// All parts in one parallel run: who is done with one goes on with the next.
 template <class T, class Y, int R>
 static void gemv_rows(const GemvArgs& a) {
   constexpr int outs = OUTS<R>;
-  const int64_t blocks = (a.out + outs - 1) / outs;
-  int64_t run = (1 << 18) / (a.in * outs * int64_t(sizeof(T))) + 1;  // about 256 KB for each grab
-#pragma omp parallel for schedule(dynamic, run) num_threads(a.threads)
-  for (int64_t b = 0; b < blocks; ++b) gemv_block<T, Y, R>(a, b * outs);
+  const int64_t run = (1 << 18) / (a.in * outs * int64_t(sizeof(T))) + 1;  // 256 KB for each grab
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  for (int p = 0; p < a.part_count; ++p) {
+    const GemvPart& part = a.parts[p];
+    const int64_t blocks = (part.out + outs - 1) / outs;
+#pragma omp for schedule(dynamic, run) nowait
+    for (int64_t b = 0; b < blocks; ++b) gemv_block<T, Y, R>(a, part, b * outs);
+  }
 }
 
 template <class T, class Y = T>

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "fused.h"
 #include "gemv.h"
 
 namespace avl {
@@ -45,10 +46,40 @@ static int run_gemv(const GemvArgs& a) {
   return unsupported;
 }
 
+// Calls op<T>(a) for the T that the arguments name.
+#define AVL_BY_TYPE(op)                   \
+  switch (a.dtype) {                      \
+    case DType::f32: return op<float>(a); \
+    case DType::f16: return op<fp16>(a);  \
+    case DType::bf16: return op<bf16>(a); \
+  }                                       \
+  return unsupported;
+
+static int run_add_norm(const AddNormArgs& a, void*) {
+  AVL_BY_TYPE(add_norm)
+}
+template <class T>
+static int rope_write_by_table(const RopeWriteArgs& a) {
+  return a.wide ? rope_write<T, float>(a) : rope_write<T, T>(a);
+}
+static int run_rope_write(const RopeWriteArgs& a, void*) {
+  AVL_BY_TYPE(rope_write_by_table)
+}
+static int run_silu_mul(const SiluMulArgs& a, void*) {
+  AVL_BY_TYPE(silu_mul)
+}
+static int run_argmax(const ArgmaxArgs& a, void*){AVL_BY_TYPE(argmax)}
+
 #define AVL_TEXT(x) AVL_TEXT_(x)
 #define AVL_TEXT_(x) #x
 extern const CpuKernels table;
-const CpuKernels table = {AVL_TEXT(AVL_ISA), run_attention, run_qk, run_pv, run_gemv, read};
+const CpuKernels table = {AVL_TEXT(AVL_ISA),
+                          run_attention,
+                          run_qk,
+                          run_pv,
+                          run_gemv,
+                          {run_add_norm, run_rope_write, run_silu_mul, run_argmax},
+                          read};
 
 }  // namespace AVL_ISA
 }  // namespace avl

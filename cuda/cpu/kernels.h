@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../args.h"
+#include "../fused.h"
 
 namespace avl {
 
@@ -11,13 +12,20 @@ struct CpuKernels {
   int (*qk)(const AttentionArgs&);         // writes logits, unscaled
   int (*pv)(const AttentionArgs&);         // reads p, writes out as float; partials as above
   int (*gemv)(const GemvArgs&);
+  FusedKernels fused;
   double (*read)(const float* data, int64_t count, int32_t threads);  // sum, to time reading
 };
 
 // The best table for the processor this runs on, or the named one (tests); null if not available.
 const CpuKernels* cpu_kernels(const char* name = nullptr);
 
-// Lists cut into this many parts so that every thread has work.
+constexpr int MAX_HEADS = 64;  // query heads of one task of attention
+
+// kv heads that one task reads: many, since a token's heads are one run of memory; one where every
+// head has a list of its own.
+int32_t cpu_heads_per_task(const AttentionArgs& a);
+
+// Lists are cut into this many parts, so that every thread has a few tasks.
 int32_t cpu_splits(const AttentionArgs& a);
 
 }  // namespace avl

@@ -56,6 +56,40 @@ static inline void store(float* p, vf x) {
   __builtin_memcpy(p, &x, sizeof x);
 }
 
+// Round to nearest, ties to even, as assign() of numeric.h does for one number.
+static inline void store(bf16* p, vf x) {
+  const vu bits = (vu)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const vh half = __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, vh);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+static inline void store(fp16* p, vf x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) assign(p[i], x[i]);
+#endif
+}
+
+// The same for the first n lanes, n <= W: the other lanes are zero, and their places not touched.
+template <class T>
+static inline vf load(const T* p, int64_t n) {
+  if (n == W) return load(p);
+  T some[W] = {};
+  __builtin_memcpy(some, p, n * sizeof(T));
+  return load(some);
+}
+
+template <class T>
+static inline void store(T* p, vf x, int64_t n) {
+  if (n == W) return store(p, x);
+  T some[W];
+  store(some, x);
+  __builtin_memcpy(p, some, n * sizeof(T));
+}
+
 static inline float sum(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
@@ -72,6 +106,33 @@ static inline float sum(vf x) {
 static inline vf larger(vf a, vf b) {
   return a > b ? a : b;
 }
+
+// What one step of a dot product loads of its two sides and how it multiplies: W floats, or W pairs
+// of bf16 where the processor multiplies those. T is the stored side's type (a weight's, a key's),
+// Y the other's: the same, or float.
+template <class T, class Y>
+struct Lane {
+  static constexpr int width = W;
+  using X = float;
+  vf value;
+  static Lane weight(const T* p) { return {load(p)}; }
+  static Lane input(const float* p) { return {load(p)}; }
+  static vf multiply_add(vf acc, Lane w, Lane x) { return acc + w.value * x.value; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Lane<bf16, bf16> {
+  static constexpr int width = 2 * W;
+  using X = bf16;
+  __m512bh value;
+  static Lane weight(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+  static Lane input(const bf16* p) { return weight(p); }
+  static vf multiply_add(vf acc, Lane w, Lane x) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, w.value, x.value);
+  }
+};
+#endif
 
 // e^x for x <= 0, relative error below 2e-7: 2^n by its exponent bits times a polynomial on
 // |r| <= ln(2)/2. Below -87 the result stays at e^-87 = 1.6e-38.

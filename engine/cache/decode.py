@@ -118,6 +118,11 @@ class Decoding:
         return self._lists.shared
 
     @property
+    def kind(self) -> tuple[int, bool]:
+        """Which lists the coming step attends, and whether it leaves scores behind."""
+        return self._plan.kind, self._plan.scores
+
+    @property
     def tiered(self) -> bool:
         """Whether some row has a core tier."""
         return bool(self._runs[0])

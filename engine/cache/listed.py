@@ -37,17 +37,20 @@ class ListedAttention:
         if wanted not in self._plans:
             if not native.usable(q, self._pool.k):
                 return self._in_torch(q, scores)
-            self._plans[wanted] = self._planned(q, scores)
-        plan, queries = self._plans[wanted]
-        queries.copy_(q)
+            self._plans[wanted] = self._planned(q.clone(), scores)
+        if native.recording():  # a copy would not be recorded, but q stays where it is
+            plan, _ = native.kept(self._planned(q, scores))
+        else:
+            plan, queries = self._plans[wanted]
+            queries.copy_(q)
         plan.run()
         assert plan.out is not None
         return plan.out
 
     def _planned(
-        self, q: Tensor, scores: tuple[Tensor, Tensor] | None
+        self, queries: Tensor, scores: tuple[Tensor, Tensor] | None
     ) -> tuple[AttentionPlan, Tensor]:
-        pool, queries = self._pool, q.contiguous().clone()
+        pool = self._pool
         logits, lse = scores or (None, None)
         plan = AttentionPlan(
             queries,

@@ -232,7 +232,7 @@ class DecoderLayer(nn.Module):
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         shape = (len(normed), -1, self.config.head_dim)
         q, k, v = (part.view(shape) for part in self.qkv(normed))
-        to = view.destination() if fused.switched_on() else None
+        to = view.destination() if fused.serves(normed) else None
         if to is not None:
             out = view.attend_stored(rope_write(q, k, v, *tables, to))
         else:
@@ -286,7 +286,10 @@ class Decoder(nn.Module):
         A policy may narrow the sequence after a layer; the result then has fewer rows, the last
         token always among them.
         """
-        tables = self.rotation.tables(step, hidden.dtype)
+        return self.through(hidden, self.rotation.tables(step, hidden.dtype), step)
+
+    def through(self, hidden: Tensor, tables: Tables, step: Step) -> Tensor:
+        """All layers and the final norm; see ``forward``."""
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             hidden, delta = layer(hidden, delta, tables, step.view(index))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.fused import add_norm
-from engine.native import linear, narrowed
+from engine.native import kept, linear, linears, narrowed
 
 
 class RMSNorm(nn.Module):
@@ -21,14 +21,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        weight = self.weight
-        return torch.rms_norm(hidden, weight.shape, weight, self.eps)
+        """Normalise the last dimension of ``[tokens, size]``."""
+        return self.after(hidden, None)[1]
 
     def after(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """``hidden + delta``, and that normalised; without ``delta`` nothing is added."""
         if delta is None:
-            return hidden, self(hidden)
+            delta = kept(torch.zeros_like(hidden))
         return add_norm(hidden, delta, self.weight, self.eps)
 
 
@@ -102,6 +101,6 @@ class SideBySide:
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """Every layer's ``[tokens, out]`` from ``[tokens, in]``."""
         if self.weight is None:
-            return [layer(x) for layer in self.layers]
+            return linears(x, [(layer.weight, layer.bias) for layer in self.layers])
         joined = linear(x, self.weight, self.bias, self.narrow)
         return joined.split_with_sizes(self._sizes, -1)

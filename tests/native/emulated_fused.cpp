@@ -13,4 +13,6 @@ PYBIND11_MODULE(emulated_fused, m) {
   m.attr("with_cuda") = true;
   m.def("set_order", [](int order) { emulator::order = order; });
   avl::bind_fused(m);
+  for (const char* op : {"add_norm", "rope_write", "silu_mul", "argmax"})
+    m.attr(op) = m.attr("cuda_fused").attr(op);
 }

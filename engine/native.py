@@ -270,8 +270,9 @@ class Tape:
     """Native calls of one thread on a CPU, recorded while they are made, to be made again at once.
 
     ``run`` repeats them on the same addresses; what they read must be put where they read it, and
-    be kept alive: the tape holds only what recorded calls have allocated. Only what passes through this module is
-    recorded: whoever records must know how many calls there ought to be, and compare ``len``.
+    be kept alive: the tape holds only what recorded calls have allocated. Only what passes through
+    this module is recorded: whoever records must know how many calls there ought to be, and compare
+    ``len``.
     """
 
     def __init__(self) -> None:

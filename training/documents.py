@@ -14,11 +14,19 @@ from training.fields import Field, choose_fields
 from training.fonts import HELD_OUT_FACES, TRAINING_FACES, face
 from training.page import SIZE, Box, Glyph, Page, Question, Span
 
-LAYOUTS = ("form", "columns", "receipt", "scatter")
+LAYOUTS = ("form", "columns", "receipt", "scatter", "sign")
 HELD_OUT_LAYOUT = "table"  # never trained on
 MARGIN = 10
 
 Placed = tuple[float, float, str]  # left, top, text
+# A sign's board and its ink, as on roads and doors.
+BOARDS = (
+    ((0, 70, 150), (250, 250, 250)),
+    ((0, 100, 60), (250, 250, 250)),
+    ((250, 205, 20), (20, 20, 20)),
+    ((250, 250, 250), (150, 20, 24)),
+    ((40, 40, 44), (250, 205, 20)),
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,21 @@ def _rows(n: int, size: int, rng: random.Random) -> list[float]:
     return [MARGIN + cut + line * i for i, cut in enumerate(cuts)]
 
 
+def _sign_rows(n: int, size: int, rng: random.Random) -> list[float]:
+    """Top edges of `n` lines that follow one another closely, the whole anywhere on the page."""
+    line = size * rng.uniform(1.3, 1.6)
+    spare = SIZE - 2 * MARGIN - n * line
+    first = MARGIN + rng.uniform(0, max(0.0, spare))
+    return [first + (line if spare > 0 else size * 1.3) * i for i in range(n)]
+
+
 def _lay_out(
     fields: list[Field], layout: str, font: ImageFont.FreeTypeFont, rng: random.Random
 ) -> list[tuple[Placed, Placed]]:
     """Where the key and the value of every field stand."""
     size, n = int(font.size), len(fields)
     space = _width(font, " ")
-    tops = _rows(n, size, rng)
+    tops = (_sign_rows if layout == "sign" else _rows)(n, size, rng)
     keys = [_width(font, f.key) for f in fields]
     values = [_width(font, f.value) for f in fields]
     widest = max(k + v for k, v in zip(keys, values, strict=True)) + space
@@ -77,6 +93,9 @@ def _lay_out(
             at = right - value
         elif layout == "scatter":
             x = rng.uniform(MARGIN, max(MARGIN, SIZE - MARGIN - key - value - space))
+            at = x + key + space
+        elif layout == "sign":
+            x = max(MARGIN, (SIZE - key - value - space) / 2)
             at = x + key + space
         out.append(((x, top, f.key), (max(at, x + key + 0.6 * space), top, f.value)))
     return out
@@ -105,6 +124,19 @@ def _rules(draw: ImageDraw.ImageDraw, layout: str, tops: list[float], s: float, 
     if layout == "table" or (layout == "form" and height > 40):
         for top in tops:
             draw.line((6 * s, (top - 3) * s, (SIZE - 6) * s, (top - 3) * s), fill=ink, width=1)
+
+
+def _board(
+    draw: ImageDraw.ImageDraw, places: list[tuple[Placed, Placed]], size: float, s: float
+) -> tuple[int, ...]:
+    """A sign's board behind its lines; returns the ink that stands out on it."""
+    left = min(key[0] for key, _ in places)
+    top, bottom = places[0][0][1], places[-1][0][1] + 1.3 * size
+    edges = (left - 8, top - 6, SIZE - left + 8, bottom + 6)
+    paint, ink = BOARDS[int(left + top) % len(BOARDS)]
+    box = [min(max(edge, 1), SIZE - 2) * s for edge in edges]
+    draw.rounded_rectangle(box, radius=6 * s, fill=paint, outline=ink, width=int(2 * s))
+    return ink
 
 
 def _turn(image: Image.Image, glyphs: list[Glyph], angle: float) -> tuple[Image.Image, list[Glyph]]:
@@ -149,6 +181,8 @@ def draw_fields(
     draw = ImageDraw.Draw(image)
     big = face(font_name, size * scale)
     places = _lay_out(fields, layout, font, rng)
+    if layout == "sign":
+        ink = _board(draw, places, font.size, scale)
     _rules(draw, layout, [key[1] for key, _ in places], scale, ink)
     glyphs = []
     for pair in places:

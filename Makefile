@@ -82,7 +82,7 @@ $(STAMPS)/run: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
 
 $(STAMPS)/test: export AVL_REQUIRE_NATIVE = 1
 $(STAMPS)/test: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
-	$(INSTALL) -e ".[test]"
+	$(INSTALL) -e ".[test,train]"
 	touch $@ $(STAMPS)/run
 
 # Debian's browser for the tests of the attention page. Tried once: where apt is not to be had (no

@@ -121,10 +121,10 @@ def test_packed_questions_do_not_see_each_other() -> None:
     batch = build_batch([7, 8], mix, load())
     for block in trainee.model.decoder.blocks:
         torch.nn.init.normal_(block.out.weight, std=0.1)
-    features = trainee.model.vision(batch["pixels"], batch["index"])
-    _, before, _ = trainee.states(features, batch)
+    projected = trainee.model.project(trainee.model.vision(batch["pixels"], batch["index"]))
+    before, _ = trainee.states(projected, batch)
     changed = dict(batch, ids=torch.where(batch["segment"] > 0, 5, batch["ids"]))
-    _, after, _ = trainee.states(features, changed)
+    after, _ = trainee.states(projected, changed)
     first = batch["segment"] == batch["segment"][:, :1]
     torch.testing.assert_close(after[first], before[first])
     assert not torch.allclose(after[~first], before[~first])
@@ -186,7 +186,8 @@ def test_export_equals_transformers(tmp_path: Path) -> None:
         torch.from_numpy(page_pixels(page, index))[None], torch.arange(576)[None]
     )
     text = {k: torch.from_numpy(v[keep])[None] for k, v in vars(row).items()}
-    _, states, _ = trainee.states(features, {"index": torch.arange(576)[None], **text})
+    projected = trainee.model.project(features)
+    states, _ = trainee.states(projected, {"index": torch.arange(576)[None], **text})
     ours = trainee.model.head(states)[0]
 
     reference = transformers.LlavaForConditionalGeneration.from_pretrained(

@@ -32,6 +32,7 @@ from bench import common
 from bench.common import ROOT, write_report
 from engine import Engine, Result
 from engine.cache.specs import parse
+from engine.pictures import EncodedImage
 from training.evaluate import FIRST_SEED, SCENE_TASKS, objects_right, questions_of, similarity
 from training.page import Page, Question
 
@@ -91,6 +92,29 @@ SWEEP_TASKS = ("read", "field")
 Record = dict[str, Any]
 
 
+class Item:
+    """A held-out picture with its question; what every policy needs of it is computed once."""
+
+    def __init__(self, loaded: Engine, page: Page, question: Question) -> None:
+        self.question, self._page, self._loaded = question, page, loaded.with_cache("full")
+        self._full: torch.Tensor | None = None
+
+    @functools.cached_property
+    def picture(self) -> EncodedImage:
+        """The picture as image tokens."""
+        return self._loaded.encode(self._page.image)
+
+    def along(self, engine: Engine, ids: list[int]) -> torch.Tensor:
+        """Log-probabilities ``[len(ids), vocab]`` of every next token while ``ids`` are forced."""
+        return engine.logits(self.question.text, [self.picture], ids).log_softmax(-1)
+
+    def full_along(self, ids: list[int]) -> torch.Tensor:
+        """The same with the full cache, along its own answer ``ids``."""
+        if self._full is None:
+            self._full = self.along(self._loaded, ids)
+        return self._full
+
+
 def main() -> None:
     """Answer, score, compare, and write the table."""
     args = parse_arguments()
@@ -98,7 +122,7 @@ def main() -> None:
     loaded = Engine.load(args.model, device=args.device, dtype=args.dtype, offline=True)
     rows = []
     for task in args.tasks:
-        items = list(questions_of(task, args.pages, args.style))
+        items = [Item(loaded, *drawn) for drawn in questions_of(task, args.pages, args.style)]
         exact = None
         for spec in args.cache:
             engine = loaded.with_cache(spec)
@@ -153,7 +177,7 @@ def specs_of(sweep: str) -> list[str]:
 def answer_all(
     engine: Engine,
     task: str,
-    items: Sequence[tuple[Page, Question]],
+    items: Sequence[Item],
     args: argparse.Namespace,
     exact: Sequence[Record] | None,
 ) -> list[Record]:
@@ -166,10 +190,10 @@ def answer_all(
         todo = items[len(records) :]
         answers = in_order(engine, todo, args.rows)
         for result, seconds in common.progress(answers, f"{task}, {spec[:40]}", len(todo)):
-            page, question = items[len(records)]
-            record = make_record(question, result, seconds)
+            item = items[len(records)]
+            record = make_record(item.question, result, seconds)
             if exact is not None:
-                compare(engine, page, question, record, exact[len(records)], len(records))
+                compare(engine, item, record, exact[len(records)], len(records))
             file.write(json.dumps(record) + "\n")
             file.flush()
             records.append(record)
@@ -200,13 +224,11 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def in_order(
-    engine: Engine, items: Sequence[tuple[Page, Question]], rows: int
-) -> Iterator[tuple[Result, float]]:
+def in_order(engine: Engine, items: Sequence[Item], rows: int) -> Iterator[tuple[Result, float]]:
     """Results in the order of ``items``, each with the seconds since the one before."""
     requests = (
-        {"prompt": question.text, "images": [page.image], "max_new_tokens": LIMIT}
-        for page, question in items
+        {"prompt": item.question.text, "images": [item.picture], "max_new_tokens": LIMIT}
+        for item in items
     )
     waiting: dict[int, Result] = {}
     next_index, began = 0, time.perf_counter()
@@ -238,9 +260,7 @@ def make_record(question: Question, result: Result, seconds: float) -> Record:
     }
 
 
-def compare(
-    engine: Engine, page: Page, question: Question, record: Record, exact: Record, index: int
-) -> None:
+def compare(engine: Engine, item: Item, record: Record, exact: Record, index: int) -> None:
     """Add how the answer departs from the full cache's."""
     ours, theirs = record["token_ids"], exact["token_ids"]
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
@@ -248,14 +268,11 @@ def compare(
         same = min(len(ours), len(theirs))
     record["first_difference"] = same
     if index < KL_PAGES and theirs:
-        record["kl"] = divergence(engine, page, question, theirs)
+        record["kl"] = divergence(item.full_along(theirs), item.along(engine, theirs))
 
 
-def divergence(engine: Engine, page: Page, question: Question, ids: list[int]) -> float:
-    """Mean KL(full || policy) of the next-token distributions along ``ids``, in nats."""
-    images = [engine.encode(page.image)]
-    ours = engine.logits(question.text, images, ids).log_softmax(-1)
-    full = engine.with_cache("full").logits(question.text, images, ids).log_softmax(-1)
+def divergence(full: torch.Tensor, ours: torch.Tensor) -> float:
+    """Mean KL(full || ours) of next-token log-probabilities ``[tokens, vocab]``, in nats."""
     return float((full.exp() * (full - ours)).sum(-1).mean())
 
 

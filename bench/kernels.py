@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
-from engine import native
+from engine import native, products
 from engine.attention import AttentionPlan
 
 HEADS, HEAD_DIM = 32, 128  # LLaVA-1.5/1.6 7B
@@ -152,7 +152,7 @@ def measure_gemv(peak: float, quick: bool) -> list[Row]:
             x = torch.randn(rows, size).bfloat16()
             calls: dict[str, Callable[[int], object]] = {
                 "torch linear": lambda t, x=x, w=weights: F.linear(x, w[t % len(w)]),
-                "ours": lambda t, x=x, w=weights: native.gemv(x, (w[t % len(w)], None)),
+                "ours": lambda t, x=x, w=weights: products.gemv(x, (w[t % len(w)], None)),
             }
             seconds = interleaved(calls, 5 if quick else 31, "cpu")
             for name, spent in seconds.items():

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import native
-from engine.native import DTYPES, describe
+from engine.native import DTYPES, address, describe
+from engine.tape import kept
 
 
 class Destination(NamedTuple):
@@ -101,8 +102,8 @@ def rope_write(
     out = _result((tokens, heads, head_dim), q)
     if tokens:
         sizes = (DTYPES[q.dtype], cos.dtype is torch.float32, tokens, heads, to.k.shape[1])
-        places = (to.k.shape[0] * to.k.shape[1], to.write.data_ptr(), _address(to.error))
-        tables = (cos.data_ptr(), sin.data_ptr(), _address(scale))
+        places = (to.k.shape[0] * to.k.shape[1], to.write.data_ptr(), address(to.error))
+        tables = (cos.data_ptr(), sin.data_ptr(), address(scale))
         pools = (out.data_ptr(), to.k.data_ptr(), to.v.data_ptr())
         rows = (*_at(q), *_at(k), *_at(v))
         kernels.rope_write(*sizes, head_dim, *rows, *tables, *pools, *places, *_where(q))
@@ -248,7 +249,7 @@ def _check_rope(
 
 def _result(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What a kernel writes in full: memory with anything in it."""
-    return native.kept(like.new_empty(shape, dtype=dtype))
+    return kept(like.new_empty(shape, dtype=dtype))
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -258,10 +259,6 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 def _at(x: Tensor) -> tuple[int, int]:
     """Address and stride of the rows; a single row may claim any stride."""
     return x.data_ptr(), x.stride(0) if len(x) > 1 else x.shape[1]
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _where(x: Tensor) -> tuple[int, int]:

@@ -12,22 +12,15 @@ import functools
 import importlib
 import math
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-Kept = TypeVar("Kept")
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 _MAX_GROUP = 64  # query heads that may share a kv head
-_GEMV_ROWS = 8
 
 
 class Backend(NamedTuple):
@@ -46,7 +39,8 @@ class AttentionResult(NamedTuple):
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str]:
+def load() -> tuple[ModuleType | None, str]:
+    """Give the module, or None and why there is none."""
     if os.environ.get("AVL_NATIVE") == "0":
         return None, "AVL_NATIVE=0 in the environment"
     try:
@@ -57,7 +51,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def backend() -> Backend:
     """Say which kernels are active on this machine and why."""
-    module, problem = _load()
+    module, problem = load()
     if module is None:
         return Backend("torch", f"{problem}; plain torch computes attention")
     cpu = f"CPU kernels for {module.cpu_isa()}"
@@ -70,13 +64,13 @@ def backend() -> Backend:
 
 def loaded() -> bool:
     """Whether the native module is there and not switched off."""
-    return _load()[0] is not None
+    return load()[0] is not None
 
 
 @functools.cache
 def fused_kernels(kind: str, isa: str = "") -> Any:
     """The native kernels of ``engine.fused`` for a ``cpu`` or ``cuda``; None where they are not."""
-    module, _ = _load()
+    module, _ = load()
     if module is None or (kind == "cuda" and not module.with_cuda):
         return None
     return module.cuda_fused if kind == "cuda" else module.cpu_fused(isa)
@@ -84,7 +78,7 @@ def fused_kernels(kind: str, isa: str = "") -> Any:
 
 def usable(q: Tensor, pool: Tensor) -> bool:
     """Whether a native attention kernel exists for these tensors' device, dtype and sizes."""
-    module, _ = _load()
+    module, _ = load()
     if module is None or (q.requires_grad and torch.is_grad_enabled()):
         return False
     if q.device.type == "cuda" and not module.with_cuda:
@@ -122,7 +116,7 @@ class AttentionPlan:
         isa: str = "",
         level: int = 4,
     ) -> None:
-        module, problem = _load()
+        module, problem = load()
         if module is None:
             raise RuntimeError(problem)
         lead = q if q is not None else p
@@ -154,7 +148,7 @@ class AttentionPlan:
         tensors |= {"tickets": None, **scratch}
         self._error = tensors["error"]
         self._alive = tensors  # the addresses below stay valid as long as this plan lives
-        fields: dict[str, Any] = {name: _address(t) for name, t in tensors.items()}
+        fields: dict[str, Any] = {name: address(t) for name, t in tensors.items()}
         fields |= _sizes(q, k, v, slots, count, pool)
         fields |= {"rows": rows, "heads": heads, "width": width, "splits": splits}
         fields |= {"device": lead.device.index or 0, "level": level}
@@ -178,148 +172,6 @@ class AttentionPlan:
         return AttentionResult(self.out, self.logits, self.lse)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: Tensor | None = None
-) -> Tensor:
-    """``x @ weight.T + bias`` like torch's, through ``gemv`` where that is faster.
-
-    That is: on a CPU, with weights in bfloat16, for at most 8 rows of x ``[..., in]``; else torch
-    computes it. ``narrow`` is the same weight in bfloat16 beside a float32 one, see ``narrowed``.
-    """
-    if not _gemv_serves(x, weight if narrow is None else narrow):
-        return F.linear(x, weight, bias)
-    (y,) = gemv(x.reshape(-1, x.shape[-1]), (weight if narrow is None else narrow, bias))
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    """``linear`` of several layers' (weight, bias) and one x ``[rows, in]``, started at once."""
-    if _gemv_serves(x, layers[0][0]):
-        return gemv(x, *layers)
-    return [F.linear(x, weight, bias) for weight, bias in layers]
-
-
-def _gemv_serves(x: Tensor, weight: Tensor) -> bool:
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if weight.dtype is not torch.bfloat16 or weight.is_cuda or not 1 <= rows <= _GEMV_ROWS:
-        return False
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not training and _gemv_pays()
-
-
-def narrowed(weight: Tensor) -> Tensor | None:
-    """A float32 weight in bfloat16 where that loses nothing and halves what decoding reads.
-
-    Checkpoints are stored in 16 bits: run in float32 their products are the same numbers.
-    """
-    if weight.dtype is not torch.float32 or weight.is_cuda or not _gemv_pays():
-        return None
-    narrow = weight.bfloat16()
-    return narrow if torch.equal(narrow.float(), weight) else None
-
-
-@functools.cache
-def _gemv_pays() -> bool:
-    """Whether this processor multiplies bfloat16 itself; elsewhere torch is as fast."""
-    module, _ = _load()
-    return module is not None and module.cpu_isa() == "avx512"
-
-
-def gemv(x: Tensor, *layers: tuple[Tensor, Tensor | None], isa: str = "") -> list[Tensor]:
-    """``x @ weight.T + bias`` on the CPU for 1 to 8 rows, sums in fp32: ``[rows, out]`` each.
-
-    x ``[rows, in]`` (rows may be strided), every layer's weight ``[out, in]`` contiguous and bias
-    ``[out]`` or None; one dtype of float32, float16, bfloat16, or x and bias in float32 whatever
-    the weights are. Reads the weights once, at the speed of memory. Raises ValueError for other
-    arguments.
-    """
-    module, problem = _load()
-    if module is None:
-        raise RuntimeError(problem)
-    if x.ndim != 2 or not 1 <= x.shape[0] <= _GEMV_ROWS or x.is_cuda:
-        raise ValueError(f"x must have 1 to {_GEMV_ROWS} rows on the CPU, got {describe(x)}")
-    dtype, rows = layers[0][0].dtype, len(x)
-    for weight, bias in layers:
-        _check_layer(x, dtype, weight, bias)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    out = [kept(x.new_empty(rows, len(weight))) for weight, _ in layers]
-    parts = [
-        (len(weight), weight.data_ptr(), _address(bias), y.data_ptr())
-        for (weight, bias), y in zip(layers, out, strict=True)
-    ]
-    sizes = (DTYPES[dtype], x.dtype is torch.float32, rows, x.shape[1], x.data_ptr(), x.stride(0))
-    module.gemv(*sizes, parts, torch.get_num_threads(), isa)
-    return out
-
-
-def _check_layer(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError unless ``gemv`` can multiply x with this weight of this dtype."""
-    known = dtype in DTYPES and (x.dtype in (torch.float32, dtype))
-    if not known or weight.dtype != dtype or weight.is_cuda:
-        raise ValueError(f"x is {describe(x)} but weight is {describe(weight)}")
-    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"x is {describe(x)}, which does not fit weight {describe(weight)}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(f"bias is {describe(bias)} but weight is {describe(weight)}")
-    if not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
-        raise ValueError("weight and bias must be contiguous")
-
-
-class Tape:
-    """Native calls of one thread on a CPU, recorded while they are made, to be made again at once.
-
-    ``run`` repeats them on the same addresses; what they read must be put where they read it, and
-    be kept alive: the tape holds only what recorded calls have allocated. Only what passes through
-    this module is recorded: whoever records must know how many calls there ought to be, and compare
-    ``len``.
-    """
-
-    def __init__(self) -> None:
-        module, problem = _load()
-        if module is None:
-            raise RuntimeError(problem)
-        self._tape = module.Tape()
-        self._alive: list[object] = []
-
-    def __len__(self) -> int:
-        return len(self._tape)
-
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        """A block whose native calls are recorded while they are made."""
-        _recording.alive = self._alive
-        self._tape.start()
-        try:
-            yield
-        finally:
-            self._tape.stop()
-            _recording.alive = None
-
-    def run(self) -> None:
-        """Make the calls again."""
-        self._tape.run()
-
-
-class _Recording(threading.local):
-    alive: list[object] | None = None
-
-
-_recording = _Recording()
-
-
-def recording() -> bool:
-    """Whether this thread's native calls are being recorded."""
-    return _recording.alive is not None
-
-
-def kept(thing: Kept) -> Kept:
-    """``thing``, which the tape that is being recorded, if any, keeps alive."""
-    if _recording.alive is not None:
-        _recording.alive.append(thing)
-    return thing
-
-
 def run_policy(
     op: str,
     lead: Tensor,
@@ -332,7 +184,7 @@ def run_policy(
 
     Without ``error`` a flag is made and read here, which on a GPU waits for the operator.
     """
-    module, problem = _load()
+    module, problem = load()
     if module is None:
         raise RuntimeError(problem)
     if lead.is_cuda and not module.with_cuda:
@@ -350,7 +202,7 @@ def run_policy(
 
 def read_all(data: Tensor) -> float:
     """Sum a contiguous float32 CPU tensor: times what reading memory costs and nothing else."""
-    module, problem = _load()
+    module, problem = load()
     if module is None:
         raise RuntimeError(problem)
     if data.dtype != torch.float32 or data.is_cuda or not data.is_contiguous():
@@ -431,7 +283,8 @@ def _output(
     return given
 
 
-def _address(t: Tensor | None) -> int:
+def address(t: Tensor | None) -> int:
+    """Where a tensor's numbers lie; 0 for None."""
     return 0 if t is None else t.data_ptr()
 
 

@@ -14,8 +14,8 @@ from engine.cache.pool import Pool
 from engine.cache.row import Row
 from engine.graphs import CapturedStep, obstacle
 from engine.models.vision_language import VisionLanguageModel
+from engine.recorded import RecordedLayers, recordable
 from engine.streams import check_form, side_for
-from engine.tapes import RecordedLayers, recordable
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import native
+from engine import native, products
 from engine.attention import (
     selective_attention,
     selective_attention_torch,
@@ -486,7 +486,7 @@ def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
     for bias in (None, torch.randn(size_out, generator=g).to(dtype)):
         wide = None if bias is None else bias.double()
         want = F.linear(x.double(), w.double(), wide)
-        (got,) = native.gemv(x, (w, bias), isa=isa)
+        (got,) = products.gemv(x, (w, bias), isa=isa)
         theirs = (F.linear(x, w, bias).double() - want).abs().max()
         floor = torch.finfo(dtype).eps * want.abs().max() / 2 + 1e-6 * size_in**0.5
         assert got.dtype == dtype
@@ -501,7 +501,7 @@ def test_gemv_of_narrow_weights_is_float32s(isa, dtype, rows, size_in, size_out)
     x = torch.randn(rows, 2 * size_in, generator=g)[:, :size_in]
     w = torch.randn(size_out, size_in, generator=g).to(dtype)
     bias = torch.randn(size_out, generator=g)
-    (got,) = native.gemv(x, (w, bias), isa=isa)
+    (got,) = products.gemv(x, (w, bias), isa=isa)
     want = F.linear(x.double(), w.double(), bias.double())
     theirs = (F.linear(x, w.float(), bias).double() - want).abs().max()
     assert got.dtype == torch.float32
@@ -511,12 +511,12 @@ def test_gemv_of_narrow_weights_is_float32s(isa, dtype, rows, size_in, size_out)
 @needs_native
 def test_a_weight_is_narrowed_only_where_nothing_is_lost():
     exact = torch.randn(7, 48).bfloat16().float()
-    narrow = native.narrowed(exact)
+    narrow = products.narrowed(exact)
     assert narrow is None or torch.equal(narrow.float(), exact)
-    assert native.narrowed(exact + 1e-3) is None
-    assert native.narrowed(exact.bfloat16()) is None
+    assert products.narrowed(exact + 1e-3) is None
+    assert products.narrowed(exact.bfloat16()) is None
     x = torch.randn(3, 48)
-    torch.testing.assert_close(native.linear(x, exact, None, narrow), F.linear(x, exact))
+    torch.testing.assert_close(products.linear(x, exact, None, narrow), F.linear(x, exact))
 
 
 @needs_native
@@ -533,7 +533,7 @@ def test_gemv_refuses_what_does_not_fit():
         (x, (w, None), (w[:, :4], None)),
     ):
         with pytest.raises(ValueError, match=r"x|weight|bias"):
-            native.gemv(x_given, *layers)
+            products.gemv(x_given, *layers)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -544,9 +544,9 @@ def test_several_layers_in_one_call_are_each_alone(isa, rows):
         (torch.randn(n, 67, generator=g).bfloat16(), torch.ones(n).bfloat16() if n % 2 else None)
         for n in (1, 130, 7, 64)
     ]
-    together = native.gemv(x, *layers, isa=isa)
+    together = products.gemv(x, *layers, isa=isa)
     for layer, got in zip(layers, together, strict=True):
-        assert torch.equal(got, native.gemv(x, layer, isa=isa)[0])
+        assert torch.equal(got, products.gemv(x, layer, isa=isa)[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 48), (2, 1, 48), (4, 48), (8, 48), (9, 48), (0, 48)])
@@ -557,4 +557,4 @@ def test_linear_is_torchs_linear(shape, dtype):
         torch.randn(7, 48).to(dtype),
         torch.ones(7, dtype=dtype),
     )
-    torch.testing.assert_close(native.linear(x, w, b), F.linear(x, w, b))
+    torch.testing.assert_close(products.linear(x, w, b), F.linear(x, w, b))

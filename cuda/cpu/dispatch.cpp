@@ -36,11 +36,6 @@ const CpuKernels* cpu_kernels(const char* name) {
   return wanted(baseline::table) ? &baseline::table : nullptr;
 }
 
-int32_t cpu_heads_per_task(const AttentionArgs& a) {
-  if (a.slots_list || a.count_list) return 1;
-  return std::clamp(MAX_HEADS / (a.heads / a.kv_heads), 1, 16);
-}
-
 int32_t cpu_splits(const AttentionArgs& a) {
   if (a.threads <= 1 || a.rows == 0) return 1;
   const int32_t heads = cpu_heads_per_task(a);

@@ -23,7 +23,11 @@ constexpr int MAX_HEADS = 64;  // query heads of one task of attention
 
 // kv heads that one task reads: many, since a token's heads are one run of memory; one where every
 // head has a list of its own.
-int32_t cpu_heads_per_task(const AttentionArgs& a);
+static inline int32_t cpu_heads_per_task(const AttentionArgs& a) {
+  if (a.slots_list || a.count_list) return 1;
+  const int32_t most = MAX_HEADS / (a.heads / a.kv_heads);
+  return most < 1 ? 1 : most < 16 ? most : 16;
+}
 
 // Lists are cut into this many parts, so that every thread has a few tasks.
 int32_t cpu_splits(const AttentionArgs& a);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine import native
+from engine import native, tape
 from engine.attention import selective_attention
 from engine.cache.pool import Pool
 from engine.native import AttentionPlan
@@ -38,8 +38,8 @@ class ListedAttention:
             if not native.usable(q, self._pool.k):
                 return self._in_torch(q, scores)
             self._plans[wanted] = self._planned(q.clone(), scores)
-        if native.recording():  # a copy would not be recorded, but q stays where it is
-            plan, _ = native.kept(self._planned(q, scores))
+        if tape.recording():  # a copy would not be recorded, but q stays where it is
+            plan, _ = tape.kept(self._planned(q, scores))
         else:
             plan, queries = self._plans[wanted]
             queries.copy_(q)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.fused import add_norm
-from engine.native import kept, linear, linears, narrowed
+from engine.products import linear, linears, narrowed
+from engine.tape import kept
 
 
 class RMSNorm(nn.Module):

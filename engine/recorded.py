@@ -15,6 +15,7 @@ from torch import Tensor
 from engine import fused, native
 from engine.cache.decode import Decoding
 from engine.models.decoder import Decoder, Tables
+from engine.tape import Tape
 
 # In a layer: two norms; the products for q, k, v, for the output, for gate and up, for down;
 # rotation, attention, and the gate times up.
@@ -34,7 +35,7 @@ class RecordedLayers:
         self._decoder, self._decoding = decoder, decoding
         self._stream: Tensor | None = None
         # For each kind of step its tape and where it leaves its result; None: not all was native.
-        self._tapes: dict[object, tuple[native.Tape, Tensor] | None] = {}
+        self._tapes: dict[object, tuple[Tape, Tensor] | None] = {}
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Final normed states ``[rows, hidden]`` of the rows' embeddings, as ``Decoder`` gives."""
@@ -55,7 +56,7 @@ class RecordedLayers:
 
     def _record(self, kind: object, hidden: Tensor, tables: Tables) -> Tensor:
         """Make a step through the layers and keep its calls, if they are all there is to it."""
-        decoder, tape = self._decoder, native.Tape()
+        decoder, tape = self._decoder, Tape()
         self._take(hidden, tables)
         assert self._stream is not None
         with tape.record():

@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine import fused, native, stepping
+from engine import fused, native, products, stepping
 from engine.engine import Engine
+from engine.products import gemv
+from engine.recorded import CALLS_PER_LAYER, RecordedLayers
 from engine.result import Timings
 from engine.session import Session
-from engine.tapes import CALLS_PER_LAYER, RecordedLayers
+from engine.tape import Tape, recording
 from tests.checkpoints import Shape
 from tests.qwen_checkpoint import QwenShape, write_qwen
 
@@ -31,7 +33,7 @@ AVL = "avl:secondary=0.5,core=0.25,every=3,text=0.7,floor=3"
 @pytest.fixture(autouse=True)
 def few_rows_are_multiplied_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor on which torch would be as fast."""
-    monkeypatch.setattr(native, "_gemv_pays", lambda: True)
+    monkeypatch.setattr(products, "_gemv_pays", lambda: True)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def logits_of(engine: Engine) -> tuple[Tensor, Session]:
     return torch.stack([session.decode(11 + n % 7).clone() for n in range(STEPS)]), session
 
 
-def tapes(session: Session) -> list[tuple[native.Tape, Tensor] | None]:
+def tapes(session: Session) -> list[tuple[Tape, Tensor] | None]:
     layers = session.stepper._layers
     assert isinstance(layers, RecordedLayers)
     return list(layers._tapes.values())
@@ -125,7 +127,7 @@ def test_chat_goes_on_behind_recorded_steps(
 def test_more_rows_than_the_product_takes_are_not_recorded(
     engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_GEMV_ROWS", 0)
+    monkeypatch.setattr(products, "_GEMV_ROWS", 0)
     engine = engine_of("llama", "full")
     made, session = logits_of(engine)
     assert tapes(session) == [None]
@@ -135,12 +137,12 @@ def test_more_rows_than_the_product_takes_are_not_recorded(
 
 def test_a_tape_keeps_what_its_calls_need() -> None:
     weight, ones, x = torch.randn(5, 48), torch.ones(5), torch.randn(2, 48)
-    tape = native.Tape()
+    tape = Tape()
     with tape.record():
-        (y,) = native.gemv(x, (weight, None))
+        (y,) = gemv(x, (weight, None))
         total, normed = fused.add_norm(y, y, ones, 1e-5)
     assert len(tape) == 2
-    assert not native.recording()
+    assert not recording()
     for made in (y, total, normed):
         made.fill_(float("nan"))
     x.copy_(torch.randn(2, 48))
@@ -150,9 +152,9 @@ def test_a_tape_keeps_what_its_calls_need() -> None:
 
 
 def test_an_error_ends_the_recording() -> None:
-    tape = native.Tape()
+    tape = Tape()
     with pytest.raises(ValueError, match="weight"), tape.record():
-        native.gemv(torch.randn(1, 3), (torch.randn(5, 4), None))
-    assert not native.recording()
-    native.gemv(torch.randn(1, 4), (torch.randn(5, 4), None))
+        gemv(torch.randn(1, 3), (torch.randn(5, 4), None))
+    assert not recording()
+    gemv(torch.randn(1, 4), (torch.randn(5, 4), None))
     assert len(tape) == 0

@@ -1,0 +1,105 @@
+"""A decoder's linear layers for few rows: the native matrix-vector product beside torch's.
+
+A decode step reads every weight once and computes little with it. Torch's product for a matrix
+reaches half of the memory's speed there; ``gemv`` reads at the speed of memory.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.native import DTYPES, address, describe, load
+from engine.tape import kept
+
+_GEMV_ROWS = 8
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: Tensor | None = None
+) -> Tensor:
+    """``x @ weight.T + bias`` like torch's, through ``gemv`` where that is faster.
+
+    That is: on a CPU, with weights in bfloat16, for at most 8 rows of x ``[..., in]``; else torch
+    computes it. ``narrow`` is the same weight in bfloat16 beside a float32 one, see ``narrowed``.
+    """
+    if not _gemv_serves(x, weight if narrow is None else narrow):
+        return F.linear(x, weight, bias)
+    (y,) = gemv(x.reshape(-1, x.shape[-1]), (weight if narrow is None else narrow, bias))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """``linear`` of several layers' (weight, bias) and one x ``[rows, in]``, started at once."""
+    if _gemv_serves(x, layers[0][0]):
+        return gemv(x, *layers)
+    return [F.linear(x, weight, bias) for weight, bias in layers]
+
+
+def _gemv_serves(x: Tensor, weight: Tensor) -> bool:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if weight.dtype is not torch.bfloat16 or weight.is_cuda or not 1 <= rows <= _GEMV_ROWS:
+        return False
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not training and _gemv_pays()
+
+
+def narrowed(weight: Tensor) -> Tensor | None:
+    """A float32 weight in bfloat16 where that loses nothing and halves what decoding reads.
+
+    Checkpoints are stored in 16 bits: run in float32 their products are the same numbers.
+    """
+    if weight.dtype is not torch.float32 or weight.is_cuda or not _gemv_pays():
+        return None
+    narrow = weight.bfloat16()
+    return narrow if torch.equal(narrow.float(), weight) else None
+
+
+@functools.cache
+def _gemv_pays() -> bool:
+    """Whether this processor multiplies bfloat16 itself; elsewhere torch is as fast."""
+    module, _ = load()
+    return module is not None and module.cpu_isa() == "avx512"
+
+
+def gemv(x: Tensor, *layers: tuple[Tensor, Tensor | None], isa: str = "") -> list[Tensor]:
+    """``x @ weight.T + bias`` on the CPU for 1 to 8 rows, sums in fp32: ``[rows, out]`` each.
+
+    x ``[rows, in]`` (rows may be strided), every layer's weight ``[out, in]`` contiguous and bias
+    ``[out]`` or None; one dtype of float32, float16, bfloat16, or x and bias in float32 whatever
+    the weights are. Reads the weights once, at the speed of memory. Raises ValueError for other
+    arguments.
+    """
+    module, problem = load()
+    if module is None:
+        raise RuntimeError(problem)
+    if x.ndim != 2 or not 1 <= x.shape[0] <= _GEMV_ROWS or x.is_cuda:
+        raise ValueError(f"x must have 1 to {_GEMV_ROWS} rows on the CPU, got {describe(x)}")
+    dtype, rows = layers[0][0].dtype, len(x)
+    for weight, bias in layers:
+        _check_layer(x, dtype, weight, bias)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = [kept(x.new_empty(rows, len(weight))) for weight, _ in layers]
+    parts = [
+        (len(weight), weight.data_ptr(), address(bias), y.data_ptr())
+        for (weight, bias), y in zip(layers, out, strict=True)
+    ]
+    sizes = (DTYPES[dtype], x.dtype is torch.float32, rows, x.shape[1], x.data_ptr(), x.stride(0))
+    module.gemv(*sizes, parts, torch.get_num_threads(), isa)
+    return out
+
+
+def _check_layer(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless ``gemv`` can multiply x with this weight of this dtype."""
+    known = dtype in DTYPES and (x.dtype in (torch.float32, dtype))
+    if not known or weight.dtype != dtype or weight.is_cuda:
+        raise ValueError(f"x is {describe(x)} but weight is {describe(weight)}")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"x is {describe(x)}, which does not fit weight {describe(weight)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        raise ValueError(f"bias is {describe(bias)} but weight is {describe(weight)}")
+    if not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        raise ValueError("weight and bias must be contiguous")

@@ -24,7 +24,7 @@ from training.tokenizer import load
 
 FIRST_SEED = 900_000
 TRIES = 60
-WORDING = {"describe": "Describe the picture in detail."}
+WORDING = {"describe": "Describe the picture in detail.", "read": "Read all the text."}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ EXAMPLES = (
         _varied,
         ("colour", "where", "shape", "describe"),
     ),
-    Example("receipt.png", _document("receipt", 4, 5), _has("total"), ("field",)),
+    Example("receipt.png", _document("receipt", 4, 5), _has("total"), ("field", "read")),
     Example("form.png", _document("form", 3, 4), _has("name"), ("field",)),
 )
 

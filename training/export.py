@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +214,23 @@ def export(model: TinyLlava, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     os.replace(folder / "model.part", folder / "model.safetensors")
 
 
+def mean_weights(checkpoints: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """The model's weights, averaged over checkpoints of one plan's last stage (Wortsman 2022)."""
+    states = [torch.load(path, map_location="cpu")["trainee"] for path in checkpoints]
+    names = [name for name in states[0] if name.startswith("model.")]
+    return {
+        name.removeprefix("model."): torch.stack([s[name].float() for s in states]).mean(0)
+        for name in names
+    }
+
+
 def main() -> None:
     """`python -m training.export runs/tiny/checkpoint.pt weights/tiny`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="+", help="several are averaged")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    state = torch.load(args.checkpoint, map_location="cpu")["trainee"]
-    weights = {k[len("model.") :]: v for k, v in state.items() if k.startswith("model.")}
+    weights = mean_weights(args.checkpoint)
     model = TinyLlava(ModelConfig(vocab=weights["head.weight"].shape[0]))
     model.load_state_dict(weights)
     export(model, args.folder)

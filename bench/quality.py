@@ -39,7 +39,7 @@ from training.page import Page, Question
 TASKS = ("read", "field", "describe")
 POLICIES = (
     "full",
-    # The paper's settings: 40 % without a core; S 45 % and C 30 %; with the filter, less text, both.
+    # The paper's: 40 % without a core; S 45 % and C 30 %; with the filter, less text, both.
     "avl:secondary=0.4,core=none,prefill=1,text=1",
     "avl:secondary=0.45,core=0.3,prefill=1,text=1",
     "avl:secondary=0.45,core=0.3,prefill=0.9,text=1",

@@ -316,11 +316,26 @@ def summarise(task: str, spec: str, records: list[Record], exact: list[Record]) 
         "same answer as full": round(1 - len(different) / len(records), 4),
         "first difference": statistics.median(different) if different else None,
         "KL": round(statistics.fmean(divergences), 5) if divergences else None,
+        "by line": by_line(records) if task == "read" else None,
         "stored %": round(100 * mean(records, "stored"), 1),
         "used %": round(100 * mean(records, "used"), 1),
         "MB": round(mean(records, "bytes") / 1e6, 3),
         "seconds": round(sum(r["seconds"] for r in records), 1),
     }
+
+
+def by_line(records: list[Record]) -> str:
+    """Which share of a page's first, second, ... line is read right.
+
+    >>> by_line([{"truth": "a\\nb", "answer": "a\\nc"}, {"truth": "d", "answer": "d"}])
+    '1.00 0.00'
+    """
+    found: dict[int, list[bool]] = {}
+    for record in records:
+        said = record["answer"].splitlines()
+        for number, line in enumerate(record["truth"].splitlines()):
+            found.setdefault(number, []).append(said[number : number + 1] == [line])
+    return " ".join(f"{statistics.fmean(found[number]):.2f}" for number in sorted(found))
 
 
 def mean(records: list[Record], key: str) -> float:

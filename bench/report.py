@@ -136,7 +136,7 @@ def short(spec: str) -> str:
 
 
 QUALITY_COLUMNS = ("task", "policy", "n", "exact", "right", "right - full", "same answer as full")
-QUALITY_COLUMNS += ("first difference", "KL", "stored %", "used %", "MB")
+QUALITY_COLUMNS += ("first difference", "KL", "by line", "stored %", "used %", "MB")
 
 
 def quality(record: Record) -> list[Row]:

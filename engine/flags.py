@@ -19,9 +19,10 @@ EXAMPLES = """examples:
   python main.py --check --model ./llava-1.5-7b-hf
 """
 
-NOTES = """The default cache, avl, is an approximation: it frees and skips image tokens that are
-attended little. --cache full is the exact model. Without --model the embedded tiny model answers;
-it knows drawings and printed text only. Greedy by default: the same command gives the same text.
+NOTES = """The default cache, a mild avl, is an approximation: it skips image tokens that are
+attended little and frees a tenth. --cache full is the exact model; --cache avl has the paper's
+settings and frees half. Without --model the embedded tiny model answers; it knows drawings and
+printed text only. Greedy by default: the same command gives the same text.
 
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
 context too long, 130 interrupted"""
@@ -124,8 +125,8 @@ def build_parser() -> Parser:
     add(
         "--cache",
         metavar="SPEC",
-        help="full (exact), avl (default), h2o, fastv, streaming, snapkv, random; with parameters: "
-        "avl:secondary=0.45,core=0.30,every=3,prefill=0.9,text=0.7",
+        help="full (exact), avl, h2o, fastv, streaming, snapkv, random, with parameters; default: "
+        "avl:secondary=0.9,core=0.6,prefill=1,text=1",
     )
     add(
         "--sync-selection",

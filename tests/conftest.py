@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,10 @@ from tests.asking import Ask, asking
 from tests.checkpoints import DEFAULT, Shape, write_llava
 from tests.emulated import build
 from tests.toy_tokenizer import write_toy_tokenizer
+
+# Started in the background by a shell, a process ignores interrupts: the tests send some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

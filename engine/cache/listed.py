@@ -34,13 +34,13 @@ class ListedAttention:
         be the same tensors in every call.
         """
         wanted = scores is not None
-        if wanted not in self._plans:
-            if not native.usable(q, self._pool.k):
-                return self._in_torch(q, scores)
-            self._plans[wanted] = self._planned(q.clone(), scores)
+        if wanted not in self._plans and not native.usable(q, self._pool.k):
+            return self._in_torch(q, scores)
         if tape.recording():  # a copy would not be recorded, but q stays where it is
             plan, _ = tape.kept(self._planned(q, scores))
         else:
+            if wanted not in self._plans:
+                self._plans[wanted] = self._planned(q.clone(), scores)
             plan, queries = self._plans[wanted]
             queries.copy_(q)
         plan.run()

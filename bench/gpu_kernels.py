@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from bench import kernels, predict
 from bench.gpu_cells import Contestant, Device, KernelCell
 from bench.gpu_timing import Call
+from bench.policy_calls import Stored, policy_calls
 from bench.predict import SEVEN, Shape
-from engine import ranking
 from engine.attention import AttentionPlan
 
 # Inputs are rotated over this many bytes, so that the L2 cache (60 MB on an H200) does not help.
@@ -89,34 +87,9 @@ def policy_cell(rows: int, image: int, text: int, shape: Shape, quick: bool = Fa
     turns = 2 if quick else rotation(4 * problems * shape.heads * width)
 
     def make(on: Device) -> dict[str, Call]:
-        sets = [_policy_calls(on, shape, problems, stored, text, image) for _ in range(turns)]
+        cached = Stored(problems, shape.heads, shape.kv_heads, 0, stored, text)
+        core = int(predict.CORE * image)
+        sets = [policy_calls(cached, core, on.device) for _ in range(turns)]
         return {name: (lambda turn, n=name: sets[turn][n]()) for name in contestants}
 
     return KernelCell(f"policy launch, {rows} rows", contestants, make, turns, 3 if quick else 21)
-
-
-def _policy_calls(
-    on: Device, shape: Shape, problems: int, stored: int, text: int, image: int
-) -> dict[str, Callable[[], None]]:
-    """``rank`` and ``age`` on random weights of ``problems`` layers x rows."""
-    width, device = stored + text, on.device
-
-    def same(value: int) -> Tensor:
-        return torch.full((problems,), value, dtype=torch.int32, device=device)
-
-    logits = torch.randn(problems, shape.heads, width, device=device)
-    lse = logits.logsumexp(-1)
-    core = int(predict.CORE * image)
-    error = torch.zeros(1, dtype=torch.int32, device=device)
-    slots = torch.arange(width, dtype=torch.int32, device=device).repeat(problems, 1)
-    chosen = torch.empty(problems, core, dtype=torch.int32, device=device)
-    ranked = (same(0), same(stored), same(core), slots, chosen, same(0))
-    places = (problems, shape.kv_heads, text)
-    scores = torch.rand(places, device=device)
-    positions = torch.arange(text, dtype=torch.int32, device=device).expand(places).contiguous()
-    victim = torch.empty(places[:2], dtype=torch.int32, device=device)
-    aged = (same(stored), same(text), same(text - 1), same(text // 3), scores, positions, victim)
-    return {
-        "rank": lambda: ranking.rank(logits, lse, *ranked, error=error),
-        "age": lambda: ranking.age(logits, lse, *aged, error=error),
-    }

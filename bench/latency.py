@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench import common
 from bench.kernels import CORE, EVERY, HEAD_DIM, HEADS, SECONDARY, interleaved, read_bandwidth
-from engine import ranking
+from bench.policy_calls import Stored, policy_calls
 from engine.attention import AttentionPlan
 from engine.native import backend
 
@@ -201,26 +201,14 @@ def attention_calls(case: Case, tokens: int, stored: int, sparse: int) -> dict[s
 
 def policy_call(case: Case, stored: int, secondary: int, core: int, text: int) -> Call:
     """The policy's work of a cycle for all layers: text ages at every step, one of them ranks."""
-    problems, device = LAYERS * case.batch, case.device
-    logits = torch.randn(problems, HEADS, stored, device=device)
-    lse = logits.logsumexp(-1)
-
-    def column(value: int) -> Tensor:
-        return torch.full((problems,), value, dtype=torch.int32, device=device)
-
     before = stored - secondary - text
-    slots = torch.arange(stored, dtype=torch.int32, device=device).repeat(problems, 1)
-    out, out_count = torch.empty(problems, core, dtype=torch.int32, device=device), column(0)
-    bounds = column(before), column(before + secondary), column(core)
-    ages = column(before + secondary), column(text), column(text - 1), column(text // 3)
-    scores = torch.zeros(problems, HEADS, text, device=device)
-    positions = torch.arange(text, dtype=torch.int32, device=device).expand_as(scores).contiguous()
-    victim = torch.empty(problems, HEADS, dtype=torch.int32, device=device)
+    of_rows = Stored(LAYERS * case.batch, HEADS, HEADS, before, secondary, text)
+    calls = policy_calls(of_rows, core, case.device)
 
     def run(turn: int) -> None:
         for _ in range(EVERY):
-            ranking.age(logits, lse, *ages, scores, positions, victim)
-        ranking.rank(logits, lse, *bounds, slots, out, out_count)
+            calls["age"]()
+        calls["rank"]()
 
     return run
 

@@ -185,13 +185,13 @@ def level(number: int, rows: int, head_dim: int, read: float) -> float:
 
 
 def rank(problems: int, read: float) -> float:
-    """Seconds of ``ranking.rank`` over that many layers x rows, reading ``read`` logit bytes."""
+    """Seconds to rank in that many layers x rows, reading ``read`` bytes of logits."""
     waves = math.ceil(problems / RANK_FIT)
     return SMALL_FIXED + max(waves * RANK_WAVE, read / (STREAM * READ_PEAK))
 
 
 def age(blocks: int) -> float:
-    """Seconds of ``ranking.age`` over that many layers x rows x kv heads."""
+    """Seconds to age text in that many layers x rows x kv heads."""
     return SMALL_FIXED + math.ceil(blocks / AGE_FIT) * AGE_WAVE
 
 

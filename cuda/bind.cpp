@@ -9,10 +9,10 @@
 #include <pybind11/stl.h>
 
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "policy.h"
 
 namespace py = pybind11;
 
@@ -166,10 +166,10 @@ class AttentionPlan {
   std::vector<float> partials_;
 };
 
-// Numbers one by one, not in a dict: this is called for every linear layer of every step.
 // out, weight, bias, y of one linear layer.
 using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
 
+// Numbers one by one, not in a dict: this is called for every linear layer of a step.
 void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, uintptr_t x,
           int64_t x_row, const std::vector<Part>& given, int threads) {
   require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 8, "gemv: wrong dtype or rows");
@@ -204,80 +204,91 @@ void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, u
 }
 
 RankArgs rank_args(const py::dict& f) {
-  constexpr int64_t most = INT32_MAX;
   RankArgs a{};
-  a.problems = size(f, "problems", 0, most);
-  a.heads = size(f, "heads", 1, 1 << 16);
-  a.width = size(f, "width", 0, 1 << 28);
-  a.most = size(f, "most", 0, 1 << 28);
   a.logits = address<float>(f, "logits");
   a.lse = address<float>(f, "lse");
+  a.slots = address<int32_t>(f, "slots");
+  a.out = address<int32_t>(f, "out");
   a.first = address<int32_t>(f, "first");
   a.last = address<int32_t>(f, "last");
   a.keep = address<int32_t>(f, "keep");
-  a.slots = address<int32_t>(f, "slots");
-  a.out = address<int32_t>(f, "out");
-  a.out_count = address<int32_t>(f, "out_count");
-  a.error = address<int32_t>(f, "error");
-  a.threads = size(f, "threads", 1, 1024);
-  a.device = size(f, "device", 0, 1024);
-  require(!a.problems || (a.first && a.last && a.keep && a.out_count && a.error && a.lse),
-          "rank: an address is null");
+  a.at = address<int32_t>(f, "at");
+  a.wanted = address<int32_t>(f, "wanted");
+  require(a.first && a.last && a.keep && a.at && a.wanted && a.lse, "rank: an address is null");
   return a;
 }
 
 AgeArgs age_args(const py::dict& f) {
-  constexpr int64_t most = INT32_MAX;
   AgeArgs a{};
-  a.problems = size(f, "problems", 0, 65535);
-  a.heads = size(f, "heads", 1, 1 << 16);
-  a.kv_heads = size(f, "kv_heads", 1, a.heads);
-  require(a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
-  a.width = size(f, "width", 0, 1 << 28);
-  a.text = size(f, "text", 0, most);
+  a.kv_heads = size(f, "kv_heads", 1, 1 << 16);
+  a.places = size(f, "places", 1, INT32_MAX);
   a.logits = address<float>(f, "logits");
   a.lse = address<float>(f, "lse");
   a.first = address<int32_t>(f, "first");
+  a.start = address<int64_t>(f, "start");
   a.used = address<int32_t>(f, "used");
   a.budget = address<int32_t>(f, "budget");
   a.recent = address<int32_t>(f, "recent");
+  a.position = address<int32_t>(f, "position");
   a.scores = address<float>(f, "scores");
   a.positions = address<int32_t>(f, "positions");
-  a.victim = address<int32_t>(f, "victim");
-  a.error = address<int32_t>(f, "error");
-  a.threads = size(f, "threads", 1, 1024);
-  a.device = size(f, "device", 0, 1024);
-  require(!a.problems || (a.first && a.used && a.budget && a.recent && a.victim && a.error),
-          "age: an address is null");
+  a.write = address<int64_t>(f, "write");
+  require(a.first && a.start && a.used && a.budget && a.recent && a.position, "age: null address");
+  require(a.lse && a.scores && a.positions && a.write, "age: an address is null");
   return a;
 }
 
-// Start a policy operator: on a stream of the GPU, or here and now on the CPU.
-template <class Args>
-void run_policy(const char* op, const Args& a, bool cuda, uintptr_t stream,
-                int (*on_cpu)(const Args&), int (*on_cuda)(const Args&, void*)) {
-  int status = cuda_error;
-  {
-    py::gil_scoped_release unlocked;
-    if (!cuda) status = on_cpu(a);
-    if (cuda && on_cuda) status = on_cuda(a, reinterpret_cast<void*>(stream));
-  }
-  raise_for(status, op);
-}
-
 #if AVL_WITH_CUDA
-#define AVL_CUDA_OR_NULL(f) f
+constexpr PolicyKernels cuda_policy{cuda_rank, cuda_age};
 #else
-#define AVL_CUDA_OR_NULL(f) nullptr
+constexpr PolicyKernels cuda_policy{};
 #endif
 
-void rank(bool cuda, uintptr_t stream, const py::dict& f) {
-  run_policy<RankArgs>("rank", rank_args(f), cuda, stream, cpu_rank, AVL_CUDA_OR_NULL(cuda_rank));
-}
+// One call of the policy launch, checked once and run many times. Python keeps the tensors alive.
+class PolicyPlan {
+ public:
+  PolicyPlan(const std::string& op, bool cuda, const std::string& isa, const py::dict& f)
+      : op_(op) {
+    require(op == "rank" || op == "age", "no such operator: " + op);
+    require(!cuda || cuda_policy.rank, op + ": built without CUDA");
+    const PolicyKernels& table = cuda ? cuda_policy : kernels(isa).policy;
+    if (op == "rank")
+      call_ = bound(rank_args(f), f, table.rank);
+    else
+      call_ = bound(age_args(f), f, table.age);
+  }
 
-void age(bool cuda, uintptr_t stream, const py::dict& f) {
-  run_policy<AgeArgs>("age", age_args(f), cuda, stream, cpu_age, AVL_CUDA_OR_NULL(cuda_age));
-}
+  // Never on a tape: which steps select what is decided in Python.
+  void run(uintptr_t stream) {
+    int status;
+    {
+      py::gil_scoped_release unlocked;
+      status = call_(reinterpret_cast<void*>(stream));
+    }
+    raise_for(status, op_);
+  }
+
+ private:
+  // The kernel with its arguments, those filled in that both operators have.
+  template <class Args>
+  static std::function<int(void*)> bound(Args a, const py::dict& f,
+                                         int (*kernel)(const Args&, void*)) {
+    a.problems = size(f, "problems", 1, 65535);
+    a.rows = size(f, "rows", 1, a.problems);
+    a.heads = size(f, "heads", 1, 1 << 16);
+    a.width = size(f, "width", 0, 1 << 28);
+    require(a.problems % a.rows == 0, "problems must be a multiple of rows");
+    if constexpr (std::is_same_v<Args, AgeArgs>)
+      require(a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
+    a.error = address<int32_t>(f, "error");
+    a.threads = size(f, "threads", 1, 1024);
+    a.device = size(f, "device", 0, 1024);
+    return [a, kernel](void* stream) { return kernel(a, stream); };
+  }
+
+  std::string op_;
+  std::function<int(void*)> call_;
+};
 
 double read(uintptr_t data, int64_t count, int32_t threads) {
   py::gil_scoped_release unlocked;
@@ -296,6 +307,10 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<const std::string&, bool, const std::string&, const py::dict&>(), py::arg("op"),
            py::arg("cuda"), py::arg("isa"), py::arg("fields"))
       .def("run", &avl::AttentionPlan::run, py::arg("stream"));
+  py::class_<avl::PolicyPlan>(m, "PolicyPlan")
+      .def(py::init<const std::string&, bool, const std::string&, const py::dict&>(), py::arg("op"),
+           py::arg("cuda"), py::arg("isa"), py::arg("fields"))
+      .def("run", &avl::PolicyPlan::run, py::arg("stream"));
   m.def("gemv", [](int dtype, bool wide, int rows, int64_t in, uintptr_t x, int64_t x_row,
                    const std::vector<avl::Part>& parts, int threads, const std::string& isa) {
     static const avl::CpuKernels* best = avl::cpu_kernels();
@@ -308,8 +323,6 @@ PYBIND11_MODULE(_native, m) {
       .def("stop", [](avl::Tape&) { avl::recording = nullptr; })
       .def("run", &avl::Tape::run)
       .def("__len__", &avl::Tape::size);
-  m.def("rank", &avl::rank, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
-  m.def("age", &avl::age, py::arg("cuda"), py::arg("stream"), py::arg("fields"));
   avl::bind_fused(m);
   m.def("cpu_fused", [](const std::string& isa) { return avl::kernels(isa).fused; });
   m.def("read", &avl::read, py::arg("data"), py::arg("count"), py::arg("threads"));

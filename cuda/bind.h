@@ -38,14 +38,13 @@ class Tape {
   }
   size_t size() const { return calls_.size(); }
   void run() const {
-    for (const auto& [op, call] : calls_) {
-      int status;
-      {
-        pybind11::gil_scoped_release unlocked;
-        status = call();
-      }
-      raise_for(status, op);
+    int status = ok;
+    auto next = calls_.begin();
+    {
+      pybind11::gil_scoped_release unlocked;
+      while (next != calls_.end() && (status = next->second()) == ok) ++next;
     }
+    if (status != ok) raise_for(status, next->first);
   }
 
  private:

@@ -48,14 +48,13 @@ __global__ void __launch_bounds__(THREADS) rank_kernel(const RankArgs a) {
   __shared__ float mean[MAX_RANKED];
   __shared__ int above[THREADS], equal[THREADS];
   const int64_t p = blockIdx.x;
-  const int first = a.first[p], n = a.last[p] - first, keep = min(a.keep[p], n);
-  if (first < 0 || a.last[p] > a.width || keep < 0 || keep > a.most || n > MAX_RANKED) {
-    *a.error = 1;
-    a.out_count[p] = 0;
-    return;
-  }
-  if (threadIdx.x == 0) a.out_count[p] = keep;
-  if (keep == 0) return;
+  const int row = p % a.rows, first = a.first[row], n = a.last[row] - first;
+  const int keep = a.keep[row], at = a.at[row];
+  if (!a.wanted[row]) return;
+  const bool fits = first >= 0 && n >= 0 && n <= a.width - first && n <= MAX_RANKED && keep >= 0 &&
+                    keep <= n && at >= 0 && at <= a.width - keep;
+  if (!fits) *a.error = 1;
+  if (!fits || keep == 0) return;
   const float *logits = a.logits + p * a.heads * a.width, *lse = a.lse + p * a.heads;
   for (int i = threadIdx.x; i < n; i += THREADS) {
     float sum = 0;
@@ -80,46 +79,45 @@ __global__ void __launch_bounds__(THREADS) rank_kernel(const RankArgs a) {
     taken += above[t];
     tied += equal[t];
   }
+  const int32_t* slots = a.slots + p * a.width + first;
+  int32_t* out = a.out + p * a.width + at;
   for (int i = begin; i < end; ++i) {
     const bool is_more = bits_of(mean[i]) > lowest, is_same = bits_of(mean[i]) == lowest;
-    if (is_more || (is_same && tied < ties))
-      a.out[p * a.most + taken + min(tied, ties)] = a.slots[p * a.width + first + i];
+    if (is_more || (is_same && tied < ties)) out[taken + min(tied, ties)] = slots[i];
     taken += is_more;
     tied += is_same;
   }
 }
 
-// grid (kv_heads, problems): accumulate, then find the lightest old token.
+// grid (kv_heads, problems): accumulate, find the lightest old token, give its place to the next.
 __global__ void __launch_bounds__(THREADS) age_kernel(const AgeArgs a) {
   __shared__ float best_score[THREADS];
   __shared__ int best[THREADS];
   const int64_t p = blockIdx.y, at = p * a.kv_heads + blockIdx.x;
-  const int first = a.first[p], used = a.used[p], group = a.heads / a.kv_heads;
-  if (first < 0 || used < 0 || used > a.text || first > a.width - used) {
+  const int row = p % a.rows, first = a.first[p], used = a.used[row], group = a.heads / a.kv_heads;
+  const int position = a.position[row], oldest = position - a.recent[row];
+  if (first < 0 || used < 0 || used >= a.places || first > a.width - used) {
     *a.error = 1;
-    a.victim[at] = -1;
     return;
   }
   const float *logits = a.logits + p * a.heads * a.width, *lse = a.lse + p * a.heads;
-  float* scores = a.scores + at * a.text;
-  int32_t* positions = a.positions + at * a.text;
-  const bool full = a.budget[p] >= 0 && used > a.budget[p];
+  float* scores = a.scores + at * a.places;
+  int32_t* positions = a.positions + at * a.places;
+  const bool full = a.budget[row] >= 0 && used > a.budget[row];
   int mine = -1;
   for (int i = threadIdx.x; i < used; i += THREADS) {
     float sum = 0;
     for (int g = 0; g < group; ++g)
       sum += step_weight(logits, lse, a.width, blockIdx.x * group + g, first + i);
     scores[i] += sum;
-    int later = 0;
-    for (int j = 0; full && j < used; ++j) later += positions[j] > positions[i];
-    if (!full || later < a.recent[p] || positions[i] < 0) continue;
+    if (!full || positions[i] > oldest) continue;
     if (mine < 0 || scores[i] < scores[mine] ||
         (scores[i] == scores[mine] && positions[i] > positions[mine]))
       mine = i;
   }
   best[threadIdx.x] = mine;
   best_score[threadIdx.x] = mine < 0 ? 0 : scores[mine];
-  __syncthreads();  // all scores are written, no position has changed yet
+  __syncthreads();  // all scores are written
   if (threadIdx.x > 0) return;
   for (int t = 1; t < THREADS; ++t) {
     if (best[t] < 0) continue;
@@ -127,10 +125,10 @@ __global__ void __launch_bounds__(THREADS) age_kernel(const AgeArgs a) {
     if (lighter || (best_score[t] == scores[mine] && positions[best[t]] > positions[mine]))
       mine = best[t];
   }
-  a.victim[at] = mine;
-  if (mine < 0) return;
-  scores[mine] = INFINITY;
-  positions[mine] = -1;
+  const int place = mine < 0 ? used : mine;
+  scores[place] = 0;
+  positions[place] = position + 1;
+  a.write[at] = (a.start[p] + place) * a.kv_heads + blockIdx.x;
 }
 
 }  // namespace avl

@@ -172,32 +172,37 @@ class AttentionPlan:
         return AttentionResult(self.out, self.logits, self.lse)
 
 
-def run_policy(
-    op: str,
-    lead: Tensor,
-    tensors: dict[str, Tensor],
-    sizes: dict[str, int],
-    error: Tensor | None,
-    stream: int | None,
-) -> None:
-    """Run ``rank`` or ``age`` of ``engine.ranking``, which has checked the tensors.
+class PolicyPlan:
+    """One call of ``rank`` or ``age`` of ``engine.ranking``, which has checked the tensors.
 
-    Without ``error`` a flag is made and read here, which on a GPU waits for the operator.
+    ``run`` may be repeated as the tensors change. An entry that does not fit raises ValueError on a
+    CPU; on a GPU it sets ``error`` (int32 [1]) to 1.
     """
-    module, problem = load()
-    if module is None:
-        raise RuntimeError(problem)
-    if lead.is_cuda and not module.with_cuda:
-        raise RuntimeError(f"{op}: the native module was built without CUDA")
-    flag = torch.zeros(1, dtype=torch.int32, device=lead.device) if error is None else error
-    fields = {name: t.data_ptr() for name, t in tensors.items()} | sizes
-    fields |= {"error": flag.data_ptr(), "threads": torch.get_num_threads()}
-    fields["device"] = lead.device.index or 0
-    if stream is None:
-        stream = torch.cuda.current_stream(lead.device).cuda_stream if lead.is_cuda else 0
-    getattr(module, op)(lead.is_cuda, stream, fields)
-    if (error is None or not lead.is_cuda) and int(flag.item()):
-        raise ValueError(f"{op}: an entry or a count is out of range")
+
+    def __init__(
+        self,
+        op: str,
+        tensors: dict[str, Tensor],
+        sizes: dict[str, int],
+        error: Tensor | None = None,
+        isa: str = "",
+    ) -> None:
+        module, problem = load()
+        if module is None:
+            raise RuntimeError(problem)
+        self._device = tensors["logits"].device
+        self._cuda = self._device.type == "cuda"
+        self._alive = tensors, error  # the addresses stay valid as long as this plan lives
+        fields = {name: t.data_ptr() for name, t in tensors.items()} | sizes
+        fields |= {"error": address(error), "threads": torch.get_num_threads()}
+        fields["device"] = self._device.index or 0
+        self._plan = module.PolicyPlan(op, self._cuda, isa, fields)
+
+    def run(self, stream: int | None = None) -> None:
+        """See ``AttentionPlan.run``."""
+        if stream is None:
+            stream = torch.cuda.current_stream(self._device).cuda_stream if self._cuda else 0
+        self._plan.run(stream)
 
 
 def read_all(data: Tensor) -> float:

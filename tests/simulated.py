@@ -128,6 +128,7 @@ def points_in(side: Simulated) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ListedAttention, "__call__", pointed(ListedAttention.__call__))
-        patch.setattr(ranking, "rank", pointed(ranking.rank))
-        patch.setattr(ranking, "age", pointed(ranking.age))
+        for name in ("plan_rank", "plan_age"):
+            plan = getattr(ranking, name)
+            patch.setattr(ranking, name, lambda *a, plan=plan, **k: pointed(plan(*a, **k)))
         yield

@@ -147,7 +147,7 @@ def check_lists(decoding):
             assert core <= full
             assert full == set(range(stored.start, stored.start + len(full)))
             first = stored.start + stored.layout.text_start
-            for slot in decoding.text.write[layer, r].tolist():
+            for slot in decoding.text.slots(r)[layer].tolist():
                 assert first <= slot <= first + decoding.text.kept[r]
 
 

@@ -103,8 +103,9 @@ def delays(seed: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ListedAttention, "__call__", delayed(ListedAttention.__call__))
-        patch.setattr(ranking, "rank", delayed(ranking.rank))
-        patch.setattr(ranking, "age", delayed(ranking.age))
+        for name in ("plan_rank", "plan_age"):
+            plan = getattr(ranking, name)
+            patch.setattr(ranking, name, lambda *a, plan=plan, **k: delayed(plan(*a, **k)))
         yield
 
 

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "fused.h"
 #include "gemv.h"
+#include "policy.h"
 
 namespace avl {
 namespace AVL_ISA {
@@ -79,6 +80,7 @@ const CpuKernels table = {AVL_TEXT(AVL_ISA),
                           run_pv,
                           run_gemv,
                           {run_add_norm, run_rope_write, run_silu_mul, run_argmax},
+                          {rank, age},
                           read};
 
 }  // namespace AVL_ISA

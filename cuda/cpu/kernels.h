@@ -3,6 +3,7 @@
 
 #include "../args.h"
 #include "../fused.h"
+#include "../policy.h"
 
 namespace avl {
 
@@ -13,6 +14,7 @@ struct CpuKernels {
   int (*pv)(const AttentionArgs&);         // reads p, writes out as float; partials as above
   int (*gemv)(const GemvArgs&);
   FusedKernels fused;
+  PolicyKernels policy;
   double (*read)(const float* data, int64_t count, int32_t threads);  // sum, to time reading
 };
 

@@ -2,82 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from engine import ranking
-from engine.cache.lengths import RERANKS
 from engine.cache.policy import Policy
 from engine.cache.row import Row
 
 
 class CoreRuns:
-    """The ``number``-th picture of every row, in the full and in the core lists of some layers.
+    """The ``number``-th picture of every row, in the full and in the core lists of all layers.
 
     A picture's stored tokens are one run of the full list, its core tokens one run of the core
-    list; both are as long in every layer, so that a new core is written over the old one. The
-    latest core of every row is remembered: rows that are not ranked in a step keep it.
+    list; both are as long in every layer, so that a new core is written over the old one.
     """
 
     def __init__(
-        self, rows: Sequence[Row], policy: Policy, number: int, core: Tensor, most: int | None
+        self, rows: Sequence[Row], policy: Policy, number: int, device: torch.device
     ) -> None:
-        """``core [layers, rows, max]`` int32 holds the first core; ``most`` is at least the longest
-        run, None exactly that.
-        """
-        layers, _, width = core.shape
         runs = [_run(row, policy, number) for row in rows]
-        most = most or max(1, *(size for *_, size in runs))
-        columns = torch.tensor(runs, dtype=torch.int32, device=core.device).T
-        self._first, self._last, _, self._keep = (column.repeat(layers) for column in columns)
-        at, size = columns[2, :, None], columns[3, :, None]
-        place = torch.arange(width, device=core.device) - at
-        self._inside = (place >= 0) & (place < size)
-        self._place = place.clamp(0, most - 1)
-        entries = (at + torch.arange(most, device=core.device)).clamp(max=width - 1)
-        self._best = core.gather(2, entries.expand(layers, -1, -1)).flatten(0, 1)
-        self._count = torch.empty_like(self._keep)
+        self._runs = torch.tensor(runs, dtype=torch.int32).T.contiguous().to(device)
 
-    def choose(
+    def plan(
         self,
         logits: Tensor,
         lse: Tensor,
-        words: Tensor,
         full: Tensor,
         core: Tensor,
-        out: Tensor,
+        wanted: Tensor,
         error: Tensor,
-    ) -> None:
-        """Write ``out``: ``core`` with new runs, from the weights that the full lists were given.
+    ) -> Callable[[], None]:
+        """The call that chooses by the weights of a step over the full lists.
 
-        ``logits [layers * rows, heads, max]`` and ``lse``; ``words [WORDS, layers * rows]``, of
-        which RERANKS says whose runs change; ``full``, ``core`` and ``out`` int32
-        ``[layers, rows, max]``, the last two may be one.
+        ``logits [layers * rows, heads, max]`` and ``lse``; ``full`` and ``core`` int32
+        ``[layers, rows, max]``, of which ``core`` is written; ``wanted [rows]`` int32 says whose
+        runs change.
         """
-        ranking.rank(
-            logits,
-            lse,
-            self._first,
-            self._last,
-            self._keep * words[RERANKS],
-            full.flatten(0, 1),
-            self._best,
-            self._count,
-            error=error,
-        )
-        best = self._best.unflatten(0, full.shape[:2])
-        chosen = best.gather(2, self._place.expand(len(full), -1, -1))
-        torch.where(self._inside, chosen, core, out=out)
+        first, last, keep, at = self._runs
+        lists = full.flatten(0, 1), core.flatten(0, 1)
+        return ranking.plan_rank(logits, lse, *lists, first, last, keep, at, wanted, error=error)
 
     def tensors(self) -> list[Tensor]:
         """What differs from rows to rows."""
-        return [self._first, self._last, self._keep, self._inside, self._place, self._best]
+        return [self._runs]
 
 
 def _run(row: Row, policy: Policy, number: int) -> tuple[int, int, int, int]:
-    """A picture's first slot, the one after its last, where its core run begins, its length."""
+    """A picture's first slot, the one after its last, how long its core run is, where it begins."""
     stored = row.layers[0]
     layout = stored.layout
     if stored.core is None or number >= len(layout.image_sizes):
@@ -88,4 +61,4 @@ def _run(row: Row, policy: Policy, number: int) -> tuple[int, int, int, int]:
     first, last = int(slots[0]), int(slots[-1]) + 1
     size = min(policy.core_size(layout.image_sizes[number]), len(slots))
     before = int((layout.fixed() < first).sum()) + int((stored.core < first).sum())
-    return first, last, before, size
+    return first, last, size, before

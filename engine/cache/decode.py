@@ -9,7 +9,7 @@ layers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from engine.cache.core_lists import CoreRuns
-from engine.cache.lengths import ATTENDS_CORE, POSITION, RERANKS, Lengths
+from engine.cache.lengths import ATTENDS_CORE, POSITION, RERANKS, WORDS, Lengths
 from engine.cache.observe import attended_positions, show_step
 from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.row import Row, Stored
 from engine.cache.slot_lists import CORE, FULL, MIXED, SPARE, SlotLists, rounded
-from engine.cache.text_slots import Aging, TextSlots
+from engine.cache.text_slots import TextSlots
 from engine.cache.views import DecodeView, EdgeView
 from engine.errors import CapacityError
 from engine.fused import Destination
@@ -34,9 +34,7 @@ from engine.streams import InOrder, Side
 class StepPlan(NamedTuple):
     """What a step's launches are given, fixed before its first layer."""
 
-    words: Tensor  # [WORDS, rows] int32, see Lengths
-    part_words: Tensor  # [WORDS, layers of a part * rows]
-    first: Tensor  # [layers, rows] int32: how many entries of a list come before the text
+    buffer: int  # which of two holds the words
     kind: int  # which lists are attended
     reranks: bool  # whether some row's core is ranked again
     scores: bool  # whether logits are wanted
@@ -86,19 +84,19 @@ class Decoding:
         places = max(self.lengths.room) + 1
         places = rounded(places) if static else places
         self.text = TextSlots(rows, self.lengths, self.kv_heads, places, self.device)
-        self._head = torch.arange(self.kv_heads, device=self.device)
-        self._write = torch.empty_like(self.text.write).flatten(1)
         self._lists = SlotLists(pools, rows, spare=self.side.per_layer, static=static)
         self.lists = self._lists.slots
-        self._runs = [self._core_runs(layers) for layers in self.parts]
-        self._aging = [Aging(self.text, part) for part in self.parts] if self.text.evicts else []
+        self._runs = self._core_runs()
+        # In turns: the last step's selection may still be reading its words.
+        self._words = torch.zeros(2, WORDS, len(rows), dtype=torch.int32, device=self.device)
+        self._selections: dict[tuple[int, StepPlan], list[Callable[[], object]]] = {}
         self._error = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.views = [self._view(layer) for layer in range(len(pools))]
         self.logits: list[Tensor | None] = [None] * len(pools)
         self.lse: list[Tensor | None] = [None] * len(pools)
         self._scores: list[tuple[Tensor, Tensor]] = []
         self._part_scores: list[tuple[Tensor, Tensor]] = []
-        self._core = CORE
+        self._core, self._buffer = CORE, 0
         self._watched: dict[int, list[Tensor]] = {}
         self._prepare()
 
@@ -125,7 +123,7 @@ class Decoding:
     @property
     def tiered(self) -> bool:
         """Whether some row has a core tier."""
-        return bool(self._runs[0])
+        return bool(self._runs)
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -138,21 +136,18 @@ class Decoding:
         return None
 
     def arrive(self, part: int) -> None:
-        """Before a part's first layer: its last selection must be done; say where to write."""
+        """Before a part's first layer: its last selection must be done; complete its lists."""
         if self._overfull:
             raise no_slot(self._overfull[0])
         layers, plan = self.parts[part], self._plan
         wanted = plan.reranks or self.text.evicts
         self.side.begin(part, partial(self._select, part, plan) if wanted else None)
-        if plan.kind == MIXED:
-            self._lists.mix(layers, plan.core, plan.words)
-        write, places = self.text.write[layers], self._write[layers]
-        torch.add(self._head, write, alpha=self.kv_heads, out=places.view_as(write))
+        self._lists.complete(plan.kind, layers, plan.core, self._words[plan.buffer])
 
     def destination(self, layer: int) -> Destination:
         """Where the rows' new token goes, in every step."""
         pool = self.pools[layer]
-        return Destination(pool.k, pool.v, self._write[layer], self._error)
+        return Destination(pool.k, pool.v, self.text.write[layer].flatten(), self._error)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attend the step's lists, the rows' new token among them."""
@@ -166,7 +161,7 @@ class Decoding:
     def leave(self, part: int) -> None:
         """Behind a part's last attention: start its selection."""
         if not self.text.evicts:
-            self.text.write[self.parts[part]] += 1
+            self.text.grow(self.parts[part])
         self._watched = {
             r: attended_positions(self, r) for r, row in enumerate(self.rows) if row.observer
         }
@@ -174,15 +169,23 @@ class Decoding:
 
     def _select(self, part: int, plan: StepPlan) -> None:
         """Rank the images and age the text of a part's layers by the weights of a step."""
-        layers, (logits, lse) = self.parts[part], self._part_scores[part]
-        core, out = self.lists[plan.core, layers], self.lists[plan.next_core, layers]
-        for run in self._runs[part] if plan.reranks else ():
-            full = self.lists[FULL, layers]
-            run.choose(logits, lse, plan.part_words, full, core, out, self._error)
-            core = out
-        if self._aging:
-            first = plan.first[layers].flatten()
-            self._aging[part].evict_or_grow(logits, lse, first, plan.part_words, self._error)
+        if (part, plan) not in self._selections:
+            self._selections[part, plan] = list(self._plan_selection(part, plan))
+        for work in self._selections[part, plan]:
+            work()
+
+    def _plan_selection(self, part: int, plan: StepPlan) -> Iterator[Callable[[], object]]:
+        """The calls of ``_select``: all that a plan names stays where it is."""
+        layers, scores, error = self.parts[part], self._part_scores[part], self._error
+        words, lists = self._words[plan.buffer], self.lists[:, layers]
+        following = lists[plan.next_core]
+        if plan.core != plan.next_core:
+            yield partial(following.copy_, lists[plan.core])
+        for run in self._runs if plan.reranks else ():
+            yield run.plan(*scores, lists[FULL], following, words[RERANKS], error)
+        if self.text.evicts:
+            first = self._lists.first[plan.kind, layers]
+            yield self.text.plan(layers, *scores, first, words, error)
 
     def advance(self) -> None:
         """Close the step and set up the next one."""
@@ -208,22 +211,22 @@ class Decoding:
         self._overfull = self.lengths.overfull()
         kind = self.kinds[0] if len(set(self.kinds)) == 1 else MIXED
         values = torch.tensor(words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        self.plan(values.to(self.device, non_blocking=True), kind, any(words[RERANKS]))
+        self.plan(values, kind, any(words[RERANKS]))
 
     def plan(self, words: Tensor, kind: int, reranks: bool) -> None:
         """Plan the coming step from its ``words [WORDS, rows]``; nothing is read by the host.
 
         ``kind``: the list that all rows attend, or MIXED, which is right for any.
         """
-        self.positions = words[POSITION].long()
+        self._buffer = 1 - self._buffer
+        mine = self._words[self._buffer].copy_(words, non_blocking=True)
+        self.positions = mine[POSITION].long()
         reranks = reranks and self.tiered
         core = self._core
         following = CORE + SPARE - core if reranks and self.side.per_layer else core
-        wide = words.repeat(1, self.parts[0].stop)
         scores = reranks or self.text.evicts or any(row.observer is not None for row in self.rows)
         kind = core if kind == CORE else kind
-        first = self._lists.count(kind, words)
-        self._plan = StepPlan(words, wide, first, kind, reranks, scores, core, following)
+        self._plan = StepPlan(self._buffer, kind, reranks, scores, core, following)
 
     # -- packing rows into tensors ----------------------------------------------------------------
 
@@ -246,12 +249,11 @@ class Decoding:
         self._part_scores = [(logits[p].flatten(0, 1), lse[p].flatten(0, 1)) for p in self.parts]
         self.logits, self.lse = list(logits), list(lse)
 
-    def _core_runs(self, layers: slice) -> list[CoreRuns]:
+    def _core_runs(self) -> list[CoreRuns]:
         """What re-ranking rewrites, picture by picture; nothing where no row has a core tier."""
         tiered = [row for row in self.rows if any(s.core is not None for s in row.layers)]
         pictures = max((len(row.image_spans) for row in tiered), default=0)
-        core, most = self.lists[CORE, layers], self.lists.shape[-1] if self.static else None
-        return [CoreRuns(self.rows, self.policy, n, core, most) for n in range(pictures)]
+        return [CoreRuns(self.rows, self.policy, n, self.device) for n in range(pictures)]
 
     def adopt(self, other: Decoding) -> None:
         """Take over the rows of ``other``, see ``fits``; every tensor stays where it is."""
@@ -273,7 +275,7 @@ class Decoding:
 
     def _tensors(self) -> list[Tensor]:
         """All on the device that differs from rows to rows."""
-        runs = [tensor for part in self._runs for run in part for tensor in run.tensors()]
+        runs = [tensor for run in self._runs for tensor in run.tensors()]
         return [self.opening, self.lists, self._lists.first, *self.text.tensors(), *runs]
 
     # -- what lies where --------------------------------------------------------------------------
@@ -328,7 +330,7 @@ class Decoding:
         for tensor in (self.text.scores, self.text.positions):
             state = tensor[:, r]
             state.scatter_(-1, free[..., None], state[..., last : last + 1].clone())
-        heads = torch.arange(self.kv_heads, device=self.device)
+        slots, heads = self.text.slots(r), torch.arange(self.kv_heads, device=self.device)
         for layer, pool in enumerate(self.pools):
             end = (
                 self.rows[r].layers[layer].layout.text_start
@@ -336,7 +338,7 @@ class Decoding:
                 + last
             )
             for store in (pool.k, pool.v):
-                store[self.text.write[layer, r], heads] = store[end].clone()
+                store[slots[layer], heads] = store[end].clone()
 
     def _settle_layer(self, r: int, layer: int, stored: Stored) -> None:
         old, n = stored.layout, self.text.kept[r]

@@ -61,19 +61,18 @@ class SlotLists:
             self._rows[0].layers[layer].start if kind == FULL and self._alone else None,
         )
 
-    def count(self, kind: int, words: Tensor) -> Tensor:
-        """Say how long the step's lists are; returns ``[layers, rows]`` where text begins."""
-        first = self.first[kind]
-        if kind == MIXED:
-            first = torch.where(words[ATTENDS_CORE] > 0, self.first[CORE], self.first[FULL])
-        torch.add(first, words[USED], out=self._count[kind])
-        return first
+    def complete(self, kind: int, layers: slice, core: int, words: Tensor) -> None:
+        """Say how long some layers' lists of a step are; put them together where they are MIXED.
 
-    def mix(self, layers: slice, core: int, words: Tensor) -> None:
-        """Put together the MIXED lists of some layers; ``core`` is the kind that serves as core."""
-        attends_core = words[ATTENDS_CORE, :, None] > 0
-        one, other = self.slots[core, layers], self.slots[FULL, layers]
-        torch.where(attends_core, one, other, out=self.slots[MIXED, layers])
+        ``core`` is the kind that serves as core.
+        """
+        if kind == MIXED:
+            attends_core = words[ATTENDS_CORE] > 0
+            for lists, which in ((self.slots, attends_core[:, None]), (self.first, attends_core)):
+                torch.where(
+                    which, lists[core, layers], lists[FULL, layers], out=lists[MIXED, layers]
+                )
+        torch.add(self.first[kind, layers], words[USED], out=self._count[kind, layers])
 
     def follow(self, other: SlotLists) -> None:
         """Count as ``other`` does on the host."""

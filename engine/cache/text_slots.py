@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class TextSlots:
     Attributes:
         kept, room: those of ``Lengths``.
         start: ``[layers, rows]`` pool slots where text begins.
-        write: ``[layers, rows, kv_heads]`` pool slots of the next token.
+        write: ``[layers, rows, kv_heads]`` where the next token goes, ``slot * kv_heads + head``.
         scores: ``[layers, rows, kv_heads, places]`` fp32 attention received so far.
         positions: the same shape, int32; -1 where nothing lies.
     """
@@ -40,8 +40,8 @@ class TextSlots:
         self.follow(lengths)
         start = [[s.start + s.layout.text_start for s in row.layers] for row in rows]
         self.start = torch.tensor(start, device=device).T.contiguous()
-        place = torch.tensor(self.kept, device=device)[:, None].expand(-1, kv_heads)
-        self.write = self.start[..., None] + place
+        slot = self.start + torch.tensor(self.kept, device=device)
+        self.write = slot[..., None] * kv_heads + torch.arange(kv_heads, device=device)
         if self.evicts:
             self._pack(rows, (*self.write.shape, places), device)
 
@@ -67,36 +67,41 @@ class TextSlots:
 
     def free_places(self, r: int) -> Tensor:
         """``[layers, kv_heads]``: row ``r``'s places of the next token."""
-        return self.write[:, r] - self.start[:, r, None]
+        return self.slots(r) - self.start[:, r, None]
 
+    def slots(self, r: int) -> Tensor:
+        """``[layers, kv_heads]``: pool slots of row ``r``'s next token."""
+        return self.write[:, r] // self.write.shape[-1]
 
-class Aging:
-    """What happens after a step to the evictable text of some layers."""
+    def grow(self, layers: slice) -> None:
+        """The next tokens go behind the last; for rows that never evict."""
+        self.write[layers] += self.write.shape[-1]
 
-    def __init__(self, text: TextSlots, layers: slice) -> None:
-        self._start, self._write = text.start[layers, :, None], text.write[layers]
-        self._scores, self._positions = text.scores[layers], text.positions[layers]
-        self._victim = torch.empty_like(self._write, dtype=torch.int32)
-        state = self._scores, self._positions, self._victim
-        self._problems = [tensor.flatten(0, 1) for tensor in state]
-
-    def evict_or_grow(
-        self, logits: Tensor, lse: Tensor, first: Tensor, words: Tensor, error: Tensor
-    ) -> None:
-        """Credit the step's attention, then find every row and head a place for the next token.
+    def plan(
+        self,
+        layers: slice,
+        logits: Tensor,
+        lse: Tensor,
+        first: Tensor,
+        words: Tensor,
+        error: Tensor,
+    ) -> Callable[[], None]:
+        """The call that credits a step's attention and finds places for the next tokens.
 
         Args:
+            layers: whose text it is.
             logits: ``[layers * rows, heads, max]`` of the step over its lists; ``lse`` beside it.
-            first: ``[layers * rows]`` int32, where text begins in the lists.
-            words: ``[WORDS, layers * rows]`` int32, see ``Lengths``.
+            first: ``[layers, rows]`` int32, where text begins in the lists.
+            words: ``[WORDS, rows]`` int32, see ``Lengths``.
             error: see ``ranking``.
         """
-        used, limits = words[USED], (words[TOTAL], words[RECENT])
-        ranking.age(logits, lse, first, used, *limits, *self._problems, error=error)
-        behind = used.view(*self._victim.shape[:2], 1)
-        place = torch.where(self._victim < 0, behind, self._victim).long()
-        torch.add(self._start, place, out=self._write)
-        entry = place[..., None]
-        self._scores.scatter_(-1, entry, 0.0)
-        following = (words[POSITION] + 1).view(*self._victim.shape[:2], 1, 1)
-        self._positions.scatter_(-1, entry, following.expand_as(entry))
+        state = self.scores[layers], self.positions[layers], self.write[layers]
+        return ranking.plan_age(
+            logits,
+            lse,
+            first.flatten(),
+            self.start[layers].flatten(),
+            *(words[word] for word in (USED, TOTAL, RECENT, POSITION)),
+            *(tensor.flatten(0, 1) for tensor in state),
+            error=error,
+        )

@@ -32,6 +32,8 @@ int avl::cuda_pv(const AttentionArgs&, void*) {
 #define AVL_EMULATED
 #include "../../cuda/launch.cu"
 #endif
+#define AVL_ISA plain
+#include "../../cuda/cpu/policy.h"
 
 namespace {
 
@@ -268,10 +270,9 @@ void check_gemv(const char* isa) {
       std::unique_ptr<float[]> x32(new float[rows * in]);
       // The outputs in two parts, as two layers of one input.
       const int first = 4, number = dtype == DType::f32 ? 4 : 2;
-      const GemvPart parts[] = {
-          {first, w.bytes.get(), bias.bytes.get(), y.bytes.get()},
-          {out - first, w.bytes.get() + first * in * number, bias.bytes.get(),
-           y.bytes.get() + rows * first * number}};
+      const GemvPart parts[] = {{first, w.bytes.get(), bias.bytes.get(), y.bytes.get()},
+                                {out - first, w.bytes.get() + first * in * number, bias.bytes.get(),
+                                 y.bytes.get() + rows * first * number}};
       cpu->gemv({dtype, rows, in, x.bytes.get(), in, parts, 2, x32.get(), 2});
       for (int r = 0; r < rows; ++r)
         for (int o = 0; o < out; ++o) {
@@ -284,91 +285,83 @@ void check_gemv(const char* isa) {
     }
 }
 
-#ifndef AVL_CPU_ONLY
-// The policy kernels in the emulator against their CPU counterparts, on weights that are 0 or 1 or
-// multiples of 1/64, so that sums are exact in any order.
-void check_rank(int width, int levels) {
-  const int problems = 4, heads = 3, first[] = {0, 0, width / 3, 1}, most = width;
-  const int last[] = {width, width, width, width - width / 4}, keep[] = {width / 2, 0, width, 1};
-  std::mt19937 random(width + levels);
+// The policy kernels, in the emulator or of an instruction set, against the CPU's as compiled here;
+// weights are 0 or 1, so that sums are exact in any order.
+void check_rank(const PolicyKernels& kernels, int width, int heads) {
+  const int problems = 8, rows = 4, first[] = {0, 0, width / 3, 1};
+  const int last[] = {width, width, width, width - width / 4},
+            keep[] = {width / 2, 0, width / 2, 1};
+  const int at[] = {width / 4, width, 0, width - 1}, wanted[] = {1, 1, width % 2, width > 1};
+  std::mt19937 random(width + heads);
   auto logits = filled<float>(size_t(problems) * heads * width, 0);
   auto lse = filled<float>(problems * heads, 0);
   auto slots = filled<int32_t>(size_t(problems) * width, 0);
-  for (int i = 0; i < problems * heads * width; ++i)
-    logits[i] = std::log(float(random() % (levels + 1)) / levels);
+  for (int i = 0; i < problems * heads * width; ++i) logits[i] = random() % 2 ? -INFINITY : 0;
   for (int i = 0; i < problems * width; ++i) slots[i] = i * 5 + 3;
-  auto want = filled<int32_t>(size_t(problems) * most, -7),
-       got = filled<int32_t>(problems * most, -7);
-  auto counts = filled<int32_t>(problems, -7), other = filled<int32_t>(problems, -7);
+  std::unique_ptr<int32_t[]> out[2];
   int32_t error = 0;
-  RankArgs a{problems, heads,       width,      most,         logits.get(), lse.get(), first, last,
-             keep,     slots.get(), want.get(), counts.get(), &error,       1,         0};
-  cpu_rank(a);
-  a.out = got.get(), a.out_count = other.get();
-  cuda_rank(a, nullptr);
+  for (int side = 0; side < 2; ++side) {
+    out[side] = filled<int32_t>(size_t(problems) * width, -7);
+    RankArgs a{};
+    a.problems = problems, a.rows = rows, a.heads = heads, a.width = width;
+    a.logits = logits.get(), a.lse = lse.get(), a.slots = slots.get(), a.out = out[side].get();
+    a.first = first, a.last = last, a.keep = keep, a.at = at, a.wanted = wanted;
+    a.error = &error, a.threads = 1;
+    const int status = side ? kernels.rank(a, nullptr) : plain::rank(a, nullptr);
+    if (status != ok) mistake({}, "rank", "status", status, ok);
+  }
   Case c{};
   c.n = width;
-  for (int p = 0; p < problems; ++p)
-    if (counts[p] != other[p]) mistake(c, "rank", "count", other[p], counts[p]);
-  for (int i = 0; i < problems * most; ++i)
-    if (want[i] != got[i]) mistake(c, "rank", "slot", got[i], want[i]);
+  for (int i = 0; i < problems * width; ++i)
+    if (out[0][i] != out[1][i]) mistake(c, "rank", "slot", out[1][i], out[0][i]);
   if (error) mistake(c, "rank", "error flag", error, 0);
 }
 
-void check_age(int text, int recent_tokens) {
-  const int problems = 2, heads = 4, kv_heads = 2, width = text + 9, rows = problems * kv_heads;
-  const int first[] = {0, 9}, used[] = {text, text - 1}, budget[] = {text - 1, -1};
-  const int recent[] = {recent_tokens, 0};
-  std::mt19937 random(text);
+void check_age(const PolicyKernels& kernels, int places, int recent_tokens) {
+  const int problems = 4, heads = 4, kv_heads = 2, width = places + 9, lines = problems * kv_heads;
+  const int first[] = {0, 9, 3, 1}, used[] = {places - 1, places - 2}, budget[] = {places - 2, -1};
+  const int recent[] = {recent_tokens, 0}, position[] = {places, places};
+  const int64_t start[] = {100, 300, 500, 700};
+  std::mt19937 random(places);
   auto logits = filled<float>(size_t(problems) * heads * width, 0);
   auto lse = filled<float>(problems * heads, 0);
   for (int i = 0; i < problems * heads * width; ++i) logits[i] = random() % 3 ? -INFINITY : 0;
   std::unique_ptr<float[]> scores[2];
-  std::unique_ptr<int32_t[]> positions[2], victim[2];
+  std::unique_ptr<int32_t[]> positions[2];
+  std::unique_ptr<int64_t[]> write[2];
   int32_t error = 0;
   for (int side = 0; side < 2; ++side) {
-    scores[side] = filled<float>(size_t(rows) * text, 0.5f);
-    positions[side] = filled<int32_t>(size_t(rows) * text, 0);
-    victim[side] = filled<int32_t>(rows, -7);
-    for (int i = 0; i < rows * text; ++i) positions[side][i] = i % text * 7 % text;
-    const AgeArgs a{problems,
-                    heads,
-                    kv_heads,
-                    width,
-                    text,
-                    logits.get(),
-                    lse.get(),
-                    first,
-                    used,
-                    budget,
-                    recent,
-                    scores[side].get(),
-                    positions[side].get(),
-                    victim[side].get(),
-                    &error,
-                    1,
-                    0};
-    side ? cuda_age(a, nullptr) : cpu_age(a);
+    scores[side] = filled<float>(size_t(lines) * places, 0.5f);
+    positions[side] = filled<int32_t>(size_t(lines) * places, 0);
+    write[side] = filled<int64_t>(lines, -7);
+    for (int i = 0; i < lines * places; ++i) positions[side][i] = i % places * 7 % places;
+    AgeArgs a{};
+    a.problems = problems, a.rows = 2, a.heads = heads, a.kv_heads = kv_heads, a.width = width;
+    a.places = places, a.logits = logits.get(), a.lse = lse.get(), a.first = first;
+    a.start = start, a.used = used, a.budget = budget, a.recent = recent, a.position = position;
+    a.scores = scores[side].get(), a.positions = positions[side].get();
+    a.write = write[side].get(), a.error = &error, a.threads = 1;
+    const int status = side ? kernels.age(a, nullptr) : plain::age(a, nullptr);
+    if (status != ok) mistake({}, "age", "status", status, ok);
   }
   Case c{};
-  c.n = text;
-  for (int i = 0; i < rows; ++i)
-    if (victim[0][i] != victim[1][i]) mistake(c, "age", "victim", victim[1][i], victim[0][i]);
-  for (int i = 0; i < rows * text; ++i) {
+  c.n = places;
+  for (int i = 0; i < lines; ++i)
+    if (write[0][i] != write[1][i]) mistake(c, "age", "write", write[1][i], write[0][i]);
+  for (int i = 0; i < lines * places; ++i) {
     expect(c, "age", "score", scores[1][i], scores[0][i], 0);
     expect(c, "age", "position", positions[1][i], positions[0][i], 0);
   }
   if (error) mistake(c, "age", "error flag", error, 0);
 }
 
-void check_policy() {
+void check_policy(const PolicyKernels& kernels) {
   for (int width : {1, 5, 256, 300, 1296})
-    for (int levels : {1, 64}) check_rank(width, levels);
-  check_age(20, 5);
-  check_age(300, 0);
-  check_age(30, 30);
+    for (int heads : {1, 9}) check_rank(kernels, width, heads);
+  check_age(kernels, 20, 5);
+  check_age(kernels, 300, 0);
+  check_age(kernels, 30, 30);
 }
-#endif
 
 }  // namespace
 
@@ -396,10 +389,12 @@ int main(int argc, char** argv) {
     }
   }
   if (which == "cpu")
-    for (const char* isa : {"baseline", "avx2", "avx512"}) check_gemv(isa);
+    for (const char* isa : {"baseline", "avx2", "avx512"})
+      if (const CpuKernels* kernels = cpu_kernels(isa))
+        check_gemv(isa), check_policy(kernels->policy);
 #ifndef AVL_CPU_ONLY
   for (emulator::order = 0; which != "cpu" && emulator::order < 3; ++emulator::order)
-    check_policy();
+    check_policy({cuda_rank, cuda_age});
 #endif
   std::printf("%s: %d mistakes\n", which.c_str(), mistakes);
   return mistakes > 0;

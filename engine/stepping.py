@@ -14,7 +14,7 @@ from engine.cache.pool import Pool
 from engine.cache.row import Row
 from engine.graphs import CapturedStep, obstacle
 from engine.models.vision_language import VisionLanguageModel
-from engine.recorded import RecordedLayers, recordable
+from engine.recorded import RecordedDecoder, recordable
 from engine.streams import check_form, side_for
 
 
@@ -57,7 +57,7 @@ class Stepper:
         self._by_rows: dict[int, CapturedStep] = {}
         self._captured: CapturedStep | None = None
         self._decoding: Decoding | None = None
-        self._layers: RecordedLayers | None = None
+        self._recorded: RecordedDecoder | None = None
 
     @property
     def decoding(self) -> bool:
@@ -85,13 +85,16 @@ class Stepper:
         if self._captured is not None:
             return self._captured.step(tokens).clone()
         assert self._decoding is not None, "begin comes first"
-        decoder = self.model.decoder
+        decoder, decoding = self.model.decoder, self._decoding
         hidden = decoder.embed(tokens)
-        if self._layers is None and recordable(hidden, self._decoding):
-            self._layers = RecordedLayers(decoder, self._decoding)
-        hidden = self._layers(hidden) if self._layers else decoder(hidden, self._decoding)
-        self._decoding.advance()
-        return decoder.logits(hidden)
+        if self._recorded is None and recordable(hidden, decoding):
+            self._recorded = RecordedDecoder(decoder, decoding)
+        if self._recorded:
+            logits = self._recorded(hidden)
+        else:
+            logits = decoder.logits(decoder(hidden, decoding))
+        decoding.advance()
+        return logits
 
     @torch.inference_mode()
     def settle(self) -> list[Row]:
@@ -100,7 +103,7 @@ class Stepper:
         if self._captured is not None:
             self._captured.finish()
         rows = [self._decoding.settle(r) for r in range(len(self._decoding.rows))]
-        self._decoding = self._captured = self._layers = None
+        self._decoding = self._captured = self._recorded = None
         return rows
 
     def _pack(self, rows: list[Row]) -> Decoding:

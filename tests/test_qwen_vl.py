@@ -227,14 +227,10 @@ def test_logits_equal_the_slow_reference(
 def test_rotary_base_follows_the_prompt(tokens: int, alpha: int, tmp_path: Path) -> None:
     shape = QwenShape(trained=2048, layers=1, vision_layers=1)
     rotation = Engine.load(write_qwen(tmp_path / "m", shape), device="cpu").model.decoder.rotation
-
-    class Step:
-        positions = torch.tensor([1, 2047, 2048, 5000])
-        opening = torch.tensor([tokens])
-
-    tables = rotation.tables(Step(), torch.float32)
+    positions = torch.tensor([1, 2047, 2048, 5000])
+    tables = rotation.tables(positions, torch.tensor([tokens]), torch.float32)
     base = 10000 * alpha ** (64 / 62)
-    angles = torch.tensor([1, 2047, 2048, 5000])[:, None] * base ** -(torch.arange(32) / 32)
+    angles = positions[:, None] * base ** -(torch.arange(32) / 32)
     torch.testing.assert_close(tables.cos[:, 0, :32], angles.cos(), rtol=0, atol=2e-3)
     factors = [1, 1, math.log(2049, 2048), math.log(5001, 2048)]
     assert tables.scale.flatten().tolist() == pytest.approx(factors, abs=1e-6)

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine import fused, native, products, stepping
+from engine import fused, native, products, recorded, stepping
 from engine.engine import Engine
 from engine.products import gemv
-from engine.recorded import CALLS_PER_LAYER, RecordedLayers
+from engine.recorded import CALLS_BEHIND, CALLS_PER_LAYER, RecordedDecoder
 from engine.result import Timings
 from engine.session import Session
 from engine.tape import Tape, recording
@@ -34,6 +34,7 @@ AVL = "avl:secondary=0.5,core=0.25,every=3,text=0.7,floor=3"
 def few_rows_are_multiplied_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor on which torch would be as fast."""
     monkeypatch.setattr(products, "_gemv_pays", lambda: True)
+    monkeypatch.setattr(recorded, "AHEAD", 16)  # so that tests come to the end of it
 
 
 @pytest.fixture
@@ -63,9 +64,9 @@ def logits_of(engine: Engine) -> tuple[Tensor, Session]:
 
 
 def tapes(session: Session) -> list[tuple[Tape, Tensor] | None]:
-    layers = session.stepper._layers
-    assert isinstance(layers, RecordedLayers)
-    return list(layers._tapes.values())
+    made = session.stepper._recorded
+    assert isinstance(made, RecordedDecoder)
+    return list(made._tapes.values())
 
 
 CASES = [("llama", cache) for cache in ("full", AVL, "avl:core=none", "h2o:heavy=0.125", "fastv")]
@@ -80,16 +81,16 @@ def test_a_tape_repeats_what_python_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = engine_of(name, cache)
-    recorded, session = logits_of(engine)
+    repeated, session = logits_of(engine)
     layers = engine.model.decoder.config.layers
     found = tapes(session)
     assert found
     for made in found:
         assert made is not None, "a step was not made of native calls alone"
-        assert len(made[0]) == CALLS_PER_LAYER * layers + 1
+        assert len(made[0]) == CALLS_PER_LAYER * layers + CALLS_BEHIND
     eager(monkeypatch)
     made_anew, _ = logits_of(engine)
-    assert torch.equal(recorded, made_anew)
+    assert torch.equal(repeated, made_anew)
 
 
 def test_rows_that_come_and_go_are_recorded_anew(
@@ -104,9 +105,9 @@ def test_rows_that_come_and_go_are_recorded_anew(
         done = engine.generate_batch(requests, rows=3)
         return {result.index: result.token_ids for result in done}
 
-    recorded = answers()
+    repeated = answers()
     eager(monkeypatch)
-    assert answers() == recorded
+    assert answers() == repeated
 
 
 def test_chat_goes_on_behind_recorded_steps(
@@ -119,9 +120,9 @@ def test_chat_goes_on_behind_recorded_steps(
         first = chat.send(QUESTION, images=[picture()], max_new_tokens=9)
         return [first.token_ids, chat.send("And now?", max_new_tokens=9).token_ids]
 
-    recorded = turns()
+    repeated = turns()
     eager(monkeypatch)
-    assert turns() == recorded
+    assert turns() == repeated
 
 
 def test_more_rows_than_the_product_takes_are_not_recorded(

@@ -75,9 +75,9 @@ class Decoding:
         """``static``: shapes leave room, so that other rows may take these rows' place."""
         self.pools, self.policy, self.rows, self.static = pools, policy, rows, static
         self.device, self.kv_heads = pools[0].k.device, pools[0].k.shape[1]
-        watched = any(row.observer is not None for row in rows)
+        self._observed = [r for r, row in enumerate(rows) if row.observer is not None]
         # An observer reads every step before it is closed: nothing may still be running then.
-        self.side: Side = InOrder() if watched or side is None else side
+        self.side: Side = InOrder() if self._observed or side is None else side
         self.lengths = Lengths(policy, rows)
         self.opening = torch.tensor([row.opening for row in rows], device=self.device)
         self.parts = self._divide(len(pools))
@@ -162,9 +162,7 @@ class Decoding:
         """Behind a part's last attention: start its selection."""
         if not self.text.evicts:
             self.text.grow(self.parts[part])
-        self._watched = {
-            r: attended_positions(self, r) for r, row in enumerate(self.rows) if row.observer
-        }
+        self._watched = {r: attended_positions(self, r) for r in self._observed}
         self.side.start(part)
 
     def _select(self, part: int, plan: StepPlan) -> None:
@@ -224,7 +222,7 @@ class Decoding:
         reranks = reranks and self.tiered
         core = self._core
         following = CORE + SPARE - core if reranks and self.side.per_layer else core
-        scores = reranks or self.text.evicts or any(row.observer is not None for row in self.rows)
+        scores = reranks or self.text.evicts or bool(self._observed)
         kind = core if kind == CORE else kind
         self._plan = StepPlan(self._buffer, kind, reranks, scores, core, following)
 

@@ -75,7 +75,7 @@ class TextSlots:
 
     def grow(self, layers: slice) -> None:
         """The next tokens go behind the last; for rows that never evict."""
-        self.write[layers] += self.write.shape[-1]
+        self.write[layers].add_(self.write.shape[-1])
 
     def plan(
         self,

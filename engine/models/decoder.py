@@ -163,7 +163,7 @@ class Tables(NamedTuple):
     sin: Tensor
     scale: Tensor | None = None
 
-    def narrowed(self, kept: Tensor) -> Tables:
+    def narrowed(self, kept: Tensor | slice) -> Tables:
         """The tables of some of the tokens."""
         scale = None if self.scale is None else self.scale[kept]
         return Tables(self.cos[kept], self.sin[kept], scale)
@@ -180,9 +180,9 @@ class Rotation:
         exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
         self.frequencies = theta**-exponent
 
-    def tables(self, step: Step, dtype: torch.dtype) -> Tables:
-        """Cosine and signed sine of the step's positions, for a model in ``dtype``."""
-        return turned(step.positions[:, None].float() * self.frequencies, dtype)
+    def tables(self, positions: Tensor, opening: Tensor, dtype: torch.dtype) -> Tables:
+        """Cosine and signed sine at a step's positions, for a model in ``dtype``; see ``Step``."""
+        return turned(positions[:, None].float() * self.frequencies, dtype)
 
 
 def turned(angles: Tensor, dtype: torch.dtype) -> Tables:
@@ -286,7 +286,8 @@ class Decoder(nn.Module):
         A policy may narrow the sequence after a layer; the result then has fewer rows, the last
         token always among them.
         """
-        return self.through(hidden, self.rotation.tables(step, hidden.dtype), step)
+        tables = self.rotation.tables(step.positions, step.opening, hidden.dtype)
+        return self.through(hidden, tables, step)
 
     def through(self, hidden: Tensor, tables: Tables, step: Step) -> Tensor:
         """All layers and the final norm; see ``forward``."""

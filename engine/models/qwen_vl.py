@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ConfigReader
-from engine.models.decoder import Decoder, DecoderConfig, Rotation, Step, Tables, turned
+from engine.models.decoder import Decoder, DecoderConfig, Rotation, Tables, turned
 from engine.models.qwen_vision import QwenVision, QwenVisionConfig
 from engine.models.vision_language import VisionLanguageModel
 from engine.preprocess import Pixels
@@ -111,13 +111,13 @@ class QwenRotation(Rotation):
         super().__init__(decoder.head_dim, decoder.rope_theta, device)
         self.config = config
 
-    def tables(self, step: Step, dtype: torch.dtype) -> Tables:
+    def tables(self, positions: Tensor, opening: Tensor, dtype: torch.dtype) -> Tables:
         """See ``Rotation.tables``: in fp32 whatever the model is in, as published."""
-        angles = step.positions[:, None].float() * self._frequencies(step.opening)
+        angles = positions[:, None].float() * self._frequencies(opening)
         tables = turned(angles, torch.float32)
         if not self.config.logn:
             return tables
-        length = (step.positions + 1).clamp(min=self.config.trained).double()
+        length = (positions + 1).clamp(min=self.config.trained).double()
         scale = length.log() / math.log(self.config.trained)
         return tables._replace(scale=scale.to(dtype)[:, None, None])
 

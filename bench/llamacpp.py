@@ -1,8 +1,9 @@
 """Decoding beside llama.cpp, on the same weights and the same prompt: `python -m bench.llamacpp`.
 
 The decoder of the seeded 1e9-parameter checkpoint is written once more as a GGUF file in bf16, the
-format of llama.cpp. Both go on greedily from the same text with the same number of threads, one
-block each in turn. Only steps after the first token are timed.
+format of llama.cpp. Both read the same prompt once and then go on greedily with the same number of
+threads, a few tokens each in turn, since the speed of this kind of machine's memory drifts within
+seconds.
 
 Needs what is no dependency of the project: `pip install llama-cpp-python gguf`, the former built
 from its source for this machine's instructions.
@@ -41,7 +42,7 @@ NAMES = {  # in a layer: published name -> name in GGUF
 }
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
-Run = Callable[[], tuple[float, list[int]]]  # seconds per step, and the ids
+Run = Callable[[int], list[int]]  # makes so many more tokens; all ids so far
 
 
 def main() -> None:
@@ -57,8 +58,12 @@ def main() -> None:
     engine = Engine.load(folder, dtype="bfloat16", device="cpu", cache="full", offline=True)
     prompt_ids = engine.render(PROMPT).token_ids
     path = write_gguf(folder, folder / "decoder.gguf")
-    sides = {OURS: ours(engine, options.tokens), THEIRS: theirs(path, prompt_ids, options)}
-    write(options, *measure(sides, options.blocks), len(prompt_ids))
+    tokens = options.tokens * (options.turns + 1)
+    sides = {
+        OURS: ours(engine, prompt_ids, tokens),
+        THEIRS: theirs(path, prompt_ids, options, tokens),
+    }
+    write(options, *measure(sides, options), len(prompt_ids))
 
 
 def read_options() -> argparse.Namespace:
@@ -66,57 +71,66 @@ def read_options() -> argparse.Namespace:
     subject.add_arguments(parser)
     parser.set_defaults(preset="1b")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=6, help="of a turn")
+    parser.add_argument("--turns", type=int, default=60)
     return common.read_options(parser)
 
 
-def ours(engine: Engine, tokens: int) -> Run:
-    """Our engine with the exact cache."""
+def ours(engine: Engine, prompt_ids: list[int], tokens: int) -> Run:
+    """Our engine with the exact cache, behind the prompt."""
+    from engine.batch import Batch
 
-    def run() -> tuple[float, list[int]]:
-        result = engine.generate(PROMPT, max_new_tokens=tokens, ignore_eos=True)
-        return 1 / result.timings.tokens_per_second, result.token_ids
+    batch = Batch(engine)
+    request = {"prompt": PROMPT, "max_new_tokens": tokens + 2, "ignore_eos": True}
+    failed = batch.admit(0, request)
+    if failed:
+        raise failed.error
+    [row] = batch.running
+    assert row.turn.token_ids == prompt_ids
+
+    def run(count: int) -> list[int]:
+        for _ in range(count):
+            batch.step()
+        return row.answer.token_ids
 
     return run
 
 
-def theirs(path: Path, prompt_ids: list[int], options: argparse.Namespace) -> Run:
-    """llama.cpp with the same prompt ids."""
+def theirs(path: Path, prompt_ids: list[int], options: argparse.Namespace, tokens: int) -> Run:
+    """llama.cpp behind the same prompt ids."""
     from llama_cpp import Llama
 
     model = Llama(
         str(path),
-        n_ctx=len(prompt_ids) + options.tokens,
+        n_ctx=len(prompt_ids) + tokens + 2,
         n_threads=options.threads,
         n_threads_batch=options.threads,
         verbose=False,
     )
+    model.eval(prompt_ids)
+    ids = [model.sample(temp=0.0)]
 
-    def run() -> tuple[float, list[int]]:
-        model.reset()
-        model.eval(prompt_ids)
-        ids = [model.sample(temp=0.0)]
-        began = perf_counter()
-        while len(ids) < options.tokens:
+    def run(count: int) -> list[int]:
+        for _ in range(count):
             model.eval(ids[-1:])
             ids.append(model.sample(temp=0.0))
-        return (perf_counter() - began) / (options.tokens - 1), ids
+        return ids
 
     return run
 
 
 def measure(
-    sides: dict[str, Run], blocks: int
+    sides: dict[str, Run], options: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """Seconds per step in every block after the first, and the last answers."""
+    """Seconds per token in every turn after the first, and the answers so far."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     answers: dict[str, list[int]] = {}
-    for block in progress(range(-1, blocks), "blocks"):
-        for name in list(sides) if block % 2 else reversed(sides):
-            spent, answers[name] = sides[name]()
-            if block >= 0:
-                seconds[name].append(spent)
+    for turn in progress(range(-1, options.turns), "turns"):
+        for name in list(sides) if turn % 2 else reversed(sides):
+            began = perf_counter()
+            answers[name] = sides[name](options.tokens)
+            if turn >= 0:
+                seconds[name].append((perf_counter() - began) / options.tokens)
     return seconds, answers
 
 
@@ -146,11 +160,11 @@ def write(
         "dtype": "bfloat16",
         "threads": options.threads,
         "prompt tokens": prompt,
-        "new_tokens": options.tokens,
-        "blocks": options.blocks,
+        "tokens of a turn": options.tokens,
+        "turns": options.turns,
         "llama-cpp-python": version("llama-cpp-python"),
     }
-    pairs = list(zip(answers[OURS], answers[THEIRS], strict=True))
+    pairs = list(zip(answers[OURS], answers[THEIRS], strict=False))
     same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
     notes = [f"Ids equal from the start: {same} of {len(pairs)} (near ties in bf16 part them)."]
     path = write_report(options.name, settings, rows, notes, options.out)

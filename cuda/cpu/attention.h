@@ -77,17 +77,18 @@ using KeyLane = Lane<T, std::conditional_t<D % Lane<T, T>::width == 0, T, float>
 template <class T, int D>
 using Query = typename KeyLane<T, D>::X;
 
+// Vectors whose lanes add up to q . row.
 template <class T, int D>
-static inline float dot(const Query<T, D>* q, const T* row) {
+static inline vf products(const Query<T, D>* q, const T* row) {
   using L = KeyLane<T, D>;
   vf sums[2] = {};
   for (int d = 0; d < D; d += L::width)
     sums[d / L::width % 2] =
         L::multiply_add(sums[d / L::width % 2], L::weight(row + d), L::input(q + d));
-  return sum(sums[0] + sums[1]);
+  return sums[0] + sums[1];
 }
 
-// A query as `dot` wants it.
+// A query as `products` wants it.
 template <class T, int D>
 static inline void take_query(const T* from, Query<T, D>* to) {
   if constexpr (std::is_same_v<Query<T, D>, T>)
@@ -96,23 +97,39 @@ static inline void take_query(const T* from, Query<T, D>* to) {
     for (int d = 0; d < D; d += W) store(to + d, load(from + d));
 }
 
-// logits[head * BLOCK + t] = q . k for n tokens and the part's query heads .
-template <class T, int D>
-static void score_block(const AttentionArgs& a, const Part& part, const int64_t* slot, int n,
-                        const Query<T, D>* q, float* logits) {
-  const int group = a.heads / a.kv_heads;
-  const T* k = static_cast<const T*>(a.k) + part.kv_head * a.k_head;
-  const T* v = static_cast<const T*>(a.v);  // null for qk
-  if (v) v += part.kv_head * a.v_head;
-  for (int t = 0; t < n; ++t)
-    for (int h = 0; h < part.kv_heads; ++h) {
-      const T* row = k + slot[t] * a.k_slot + h * a.k_head;
-      if (v) prefetch_row<T, D>(v + slot[t] * a.v_slot + h * a.v_head);
-      for (int g = 0; g < group; ++g) {
-        const int head = h * group + g;
-        logits[head * BLOCK + t] = dot<T, D>(q + head * D, row);
-      }
+// Where in a token's slot the key and the value of each of a part's query heads begin.
+struct Rows {
+  int heads;
+  int64_t k[MAX_HEADS], v[MAX_HEADS];
+  Rows(const AttentionArgs& a, const Part& part) : heads(part.kv_heads * (a.heads / a.kv_heads)) {
+    for (int h = 0; h < heads; ++h) {
+      const int64_t kv_head = part.kv_head + h / (a.heads / a.kv_heads);
+      k[h] = kv_head * a.k_head, v[h] = kv_head * a.v_head;
     }
+  }
+};
+
+// logits[head * BLOCK + t] = q . k for n tokens and the part's query heads, four at a time.
+template <class T, int D>
+static void score_block(const AttentionArgs& a, const Rows& rows, const int64_t* slot, int n,
+                        const Query<T, D>* q, float* logits) {
+  for (int t = 0; t < n; ++t) {
+    const T* k = static_cast<const T*>(a.k) + slot[t] * a.k_slot;
+    const T* v = static_cast<const T*>(a.v) + slot[t] * a.v_slot;
+    for (int first = 0; first < rows.heads; first += 4) {
+      vf dots[4] = {};
+      for (int j = 0; j < 4; ++j) {
+        const int head = first + j < rows.heads ? first + j : rows.heads - 1;
+        if (a.v && (head == 0 || rows.v[head] != rows.v[head - 1]))
+          prefetch_row<T, D>(v + rows.v[head]);
+        dots[j] = products<T, D>(q + head * D, k + rows.k[head]);
+      }
+      float four[4];
+      four_sums(dots[0], dots[1], dots[2], dots[3], four);
+      for (int j = 0; j < 4 && first + j < rows.heads; ++j)
+        logits[(first + j) * BLOCK + t] = four[j];
+    }
+  }
 }
 
 // Rows that will be needed: `n` of them at `slot`.
@@ -124,6 +141,10 @@ struct Coming {
   int n;
 };
 
+// Whether values are loaded two vectors at a time, and accumulated in the order of load_two.
+template <class T, int D>
+constexpr bool BY_TWO = D % (2 * W) == 0;
+
 // acc = acc * keep + sum of weight[t] * v[t] over n tokens, for one query head.
 template <class T, int D>
 static void weigh_block(const T* v, int64_t v_slot, const int64_t* slot, int n, const float* weight,
@@ -133,9 +154,23 @@ static void weigh_block(const T* v, int64_t v_slot, const int64_t* slot, int n, 
   for (int t = 0; t < n; ++t) {
     const T* row = v + slot[t] * v_slot;
     if (t < coming.n) prefetch_row<T, D>(coming.rows + coming.slot[t] * coming.stride);
-    for (int i = 0; i < D / W; ++i) x[i] += load(row + i * W) * weight[t];
+    if constexpr (BY_TWO<T, D>)
+      for (int i = 0; i < D / W; i += 2) {
+        vf first, second;
+        load_two(row + i * W, first, second);
+        x[i] += first * weight[t];
+        x[i + 1] += second * weight[t];
+      }
+    else
+      for (int i = 0; i < D / W; ++i) x[i] += load(row + i * W) * weight[t];
   }
   for (int i = 0; i < D / W; ++i) store(acc + i * W, x[i]);
+}
+
+// Where number d of a head lies in what weigh_block accumulates.
+template <class T, int D>
+static inline int place(int d) {
+  return BY_TWO<T, D> ? place_of<T>(d) : d;
 }
 
 // Turn n logits into weights exp(logit - m) with a new running maximum; gives the factor for what
@@ -144,8 +179,7 @@ static inline float soften(float* logits, int n, float& m, float& l) {
   for (int t = n; t < BLOCK; ++t) logits[t] = LOWEST;
   vf top = load(logits);
   for (int t = W; t < BLOCK; t += W) top = larger(top, load(logits + t));
-  float now = m;
-  for (int i = 0; i < W; ++i) now = top[i] > now ? top[i] : now;
+  const float now = largest(larger(top, vf{} + m));
   vf total = {};
   for (int t = 0; t < BLOCK; t += W) {
     vf weight = exp(load(logits + t) - now);
@@ -161,15 +195,14 @@ static inline float soften(float* logits, int n, float& m, float& l) {
 template <class T, int D>
 static void attend_part(const AttentionArgs& a, const Part& part, Query<T, D>* q, float* logits,
                         Running<D>* run, int splits) {
-  const int group = a.heads / a.kv_heads, heads = part.kv_heads * group;
-  const int first = part.kv_head * group;
+  const int group = a.heads / a.kv_heads, first = part.kv_head * group;
+  const Rows rows(a, part);
   const T* query = static_cast<const T*>(a.q) + part.row * a.q_row + first * a.q_head;
-  for (int h = 0; h < heads; ++h) {
+  for (int h = 0; h < rows.heads; ++h) {
     take_query<T, D>(query + h * a.q_head, q + h * D);
     run[h * splits] = Running<D>{LOWEST, 0.0f, {}};
   }
-  const T* k = static_cast<const T*>(a.k) + part.kv_head * a.k_head;
-  const T* v = static_cast<const T*>(a.v) + part.kv_head * a.v_head;
+  const T *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
   int64_t slots[2][BLOCK];  // of these tokens and of the next
   int now = 0, n = block_at(part, part.begin);
   if (!read_slots(a, part, part.begin, n, slots[now])) return;
@@ -177,8 +210,8 @@ static void attend_part(const AttentionArgs& a, const Part& part, Query<T, D>* q
     const int64_t *slot = slots[now], *next = slots[1 - now];
     const int next_n = block_at(part, begin + BLOCK);
     if (!read_slots(a, part, begin + BLOCK, next_n, slots[1 - now])) return;
-    score_block<T, D>(a, part, slot, n, q, logits);
-    for (int h = 0; h < heads; ++h) {
+    score_block<T, D>(a, rows, slot, n, q, logits);
+    for (int h = 0; h < rows.heads; ++h) {
       float* mine = logits + h * BLOCK;
       for (int t = 0; t < n; ++t) mine[t] *= a.scale;
       if (a.logits) {
@@ -187,8 +220,8 @@ static void attend_part(const AttentionArgs& a, const Part& part, Query<T, D>* q
       }
       Running<D>& r = run[h * splits];
       const float keep = soften(mine, n, r.m, r.l);
-      const Coming<T> coming{k + h / group * a.k_head, a.k_slot, next, h % group ? 0 : next_n};
-      weigh_block<T, D>(v + h / group * a.v_head, a.v_slot, slot, n, mine, keep, r.acc, coming);
+      const Coming<T> coming{k + rows.k[h], a.k_slot, next, h % group ? 0 : next_n};
+      weigh_block<T, D>(v + rows.v[h], a.v_slot, slot, n, mine, keep, r.acc, coming);
     }
     n = next_n;
   }
@@ -209,7 +242,9 @@ static void merge_head(const AttentionArgs& a, int row, int head, const Running<
   const int64_t at = int64_t(row) * a.heads + head;
   T* out = static_cast<T*>(a.out) + at * D;
   const float inverse = l == 0 ? 0 : 1 / l;
-  for (int d = 0; d < D; ++d) out[d] = from_float<T>(acc[d / W][d % W] * inverse);
+  float numbers[D];
+  for (int i = 0; i < D / W; ++i) store(numbers + i * W, acc[i] * inverse);
+  for (int d = 0; d < D; ++d) out[d] = from_float<T>(numbers[place<T, D>(d)]);
   if (a.lse) a.lse[at] = l == 0 ? LOWEST : m + __builtin_logf(l);
   if (!a.logits) return;
   const int used = list_count(a, row, head / (a.heads / a.kv_heads));
@@ -261,11 +296,12 @@ static int qk(const AttentionArgs& a) {
     float* out = a.logits + (int64_t(row) * a.heads + first) * a.width;
     const int used = list_count(a, row, kv_head);
     const Part part{row, kv_head, 1, 0, used, list_slots(a, row, kv_head)};
+    const Rows rows(a, part);
     int64_t slot[BLOCK];
     for (int begin = 0; begin < used; begin += BLOCK) {
       const int n = used - begin < BLOCK ? used - begin : BLOCK;
       if (!read_slots(a, part, begin, n, slot)) break;
-      score_block<T, D>(a, part, slot, n, q, scores);
+      score_block<T, D>(a, rows, slot, n, q, scores);
       for (int g = 0; g < group; ++g)
         __builtin_memcpy(out + int64_t(g) * a.width + begin, scores + g * BLOCK, n * sizeof(float));
     }
@@ -283,8 +319,8 @@ static int pv(const AttentionArgs& a) {
     const int row = task / a.kv_heads, kv_head = task % a.kv_heads;
     const T* v = static_cast<const T*>(a.v) + kv_head * a.v_head;
     const int64_t first = int64_t(row) * a.heads + kv_head * group;
-    float* out = static_cast<float*>(a.out) + first * D;
-    for (int i = 0; i < group * D; ++i) out[i] = 0;
+    alignas(64) float sums[MAX_HEADS * D];
+    for (int i = 0; i < group * D; ++i) sums[i] = 0;
     const int used = list_count(a, row, kv_head);
     const Part part{row, kv_head, 1, 0, used, list_slots(a, row, kv_head)};
     int64_t slot[BLOCK];
@@ -292,9 +328,11 @@ static int pv(const AttentionArgs& a) {
       const int n = used - begin < BLOCK ? used - begin : BLOCK;
       if (!read_slots(a, part, begin, n, slot)) break;
       for (int g = 0; g < group; ++g)
-        weigh_block<T, D>(v, a.v_slot, slot, n, a.p + (first + g) * a.width + begin, 1, out + g * D,
-                          {});
+        weigh_block<T, D>(v, a.v_slot, slot, n, a.p + (first + g) * a.width + begin, 1,
+                          sums + g * D, {});
     }
+    float* out = static_cast<float*>(a.out) + first * D;
+    for (int i = 0; i < group * D; ++i) out[i] = sums[i / D * D + place<T, D>(i % D)];
   }
   return ok;
 }

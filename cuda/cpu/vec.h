@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
+
 #include "../numeric.h"
 
 namespace avl {
@@ -73,6 +75,29 @@ static inline void store(fp16* p, vf x) {
 #endif
 }
 
+// 2 W numbers as two vectors: in order, but of bf16 those at even and at odd places, which takes a
+// shift and a mask and no shuffle.
+template <class T>
+static inline void load_two(const T* p, vf& first, vf& second) {
+  first = load(p);
+  second = load(p + W);
+}
+
+static inline void load_two(const bf16* p, vf& even, vf& odd) {
+  vu both;
+  __builtin_memcpy(&both, p, sizeof both);
+  even = (vf)(both << 16);
+  odd = (vf)(both & 0xffff0000u);
+}
+
+// Where number i of a row that was loaded by load_two lies in the vectors.
+template <class T>
+static inline int place_of(int i) {
+  if (!std::is_same_v<T, bf16>) return i;
+  const int within = i % (2 * W);
+  return i - within + within % 2 * W + within / 2;
+}
+
 // The same for the first n lanes, n <= W: the other lanes are zero, and their places not touched.
 template <class T>
 static inline vf load(const T* p, int64_t n) {
@@ -102,9 +127,37 @@ static inline float sum(vf x) {
 #endif
 }
 
+// The sums of four vectors' lanes, in about half the instructions of four sums.
+static inline void four_sums(vf a, vf b, vf c, vf d, float* to) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  auto half = [](vf x) {
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  };
+#else
+  auto half = [](vf x) { return (__m256)x; };
+#endif
+  const __m256 ab = _mm256_hadd_ps(half(a), half(b)), cd = _mm256_hadd_ps(half(c), half(d));
+  const __m256 all = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+#endif
+}
+
 // Where either is NaN: b.
 static inline vf larger(vf a, vf b) {
   return a > b ? a : b;
+}
+
+static inline float largest(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float top = x[0];
+  for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+#endif
 }
 
 // What one step of a dot product loads of its two sides and how it multiplies: W floats, or W pairs

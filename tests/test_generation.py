@@ -38,7 +38,7 @@ def scripted(engine: Engine, monkeypatch: pytest.MonkeyPatch, ids: list[int]) ->
         scores[next(left)] = 5.0
         return scores
 
-    monkeypatch.setattr(decoder, "logits", logits)
+    monkeypatch.setattr(decoder.head, "forward", logits)
 
 
 def ids_of(engine: Engine, text: str) -> list[int]:

@@ -549,7 +549,11 @@ def test_several_layers_in_one_call_are_each_alone(isa, rows):
         assert torch.equal(got, products.gemv(x, layer, isa=isa)[0])
 
 
-@pytest.mark.parametrize("shape", [(1, 48), (2, 1, 48), (4, 48), (8, 48), (9, 48), (0, 48)])
+SHAPES = [(1, 48), (2, 1, 48), (4, 48), (8, 48), (9, 48), (0, 48)]
+SHAPES += [(255, 48), (256, 48), (577, 48), (2, 289, 48), (1, 259, 48)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_is_torchs_linear(shape, dtype):
     x, w, b = (
@@ -557,4 +561,7 @@ def test_linear_is_torchs_linear(shape, dtype):
         torch.randn(7, 48).to(dtype),
         torch.ones(7, dtype=dtype),
     )
-    torch.testing.assert_close(products.linear(x, w, b), F.linear(x, w, b))
+    for bias in (b, None):
+        got = products.linear(x, w, bias)
+        torch.testing.assert_close(got, F.linear(x, w, bias))
+        assert got.is_contiguous()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.config import ConfigReader
-from engine.models.layers import Embedding
+from engine.models.layers import Embedding, Linear
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class ClipLayer(nn.Module):
         self.heads = config.heads
         self.norm1 = nn.LayerNorm(hidden, config.norm_eps)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(hidden, hidden) for _ in range(4)
+            Linear(hidden, hidden) for _ in range(4)
         )
         self.norm2 = nn.LayerNorm(hidden, config.norm_eps)
-        self.fc1 = nn.Linear(hidden, config.mlp)
-        self.fc2 = nn.Linear(config.mlp, hidden)
+        self.fc1 = Linear(hidden, config.mlp)
+        self.fc2 = Linear(config.mlp, hidden)
         self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -251,6 +251,7 @@ class PolicyPlan {
       : op_(op) {
     require(op == "rank" || op == "age", "no such operator: " + op);
     require(!cuda || cuda_policy.rank, op + ": built without CUDA");
+    require(!cuda || number(f, "error"), op + ": error must not be null");
     const PolicyKernels& table = cuda ? cuda_policy : kernels(isa).policy;
     if (op == "rank")
       call_ = bound(rank_args(f), f, table.rank);

@@ -227,3 +227,29 @@ def test_wrong_tensors_are_named():
     for name, wrong in bad:
         with pytest.raises(ValueError, match=name):
             ranking.plan_age(**(y | {name: wrong.contiguous()}))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("op", "wrong", "said"),
+    [
+        ("rank", {"first": 0}, "null"),
+        ("rank", {"lse": 0}, "null"),
+        ("age", {"write": 0}, "null"),
+        ("age", {"start": 0}, "null"),
+        ("age", {"kv_heads": 3}, "multiple of kv_heads"),
+        ("rank", {"rows": 3}, "multiple of rows"),
+        ("rank", {"problems": 0}, "problems"),
+        ("age", {"places": 0}, "places"),
+        ("sort", {}, "no such operator"),
+    ],
+)
+def test_the_module_checks_numbers_again(op, wrong, said):
+    module, _ = native.load()
+    assert module is not None
+    names = ["logits", "lse", "slots", "out", "first", "last", "keep", "at", "wanted", "start"]
+    names += ["used", "budget", "recent", "position", "scores", "positions", "write", "error"]
+    sizes = {"problems": 4, "rows": 2, "heads": 4, "width": 8, "kv_heads": 2, "places": 5}
+    right = dict.fromkeys(names, 64) | sizes | {"threads": 1, "device": 0}
+    with pytest.raises(ValueError, match=said):
+        module.PolicyPlan(op, False, "", right | wrong)

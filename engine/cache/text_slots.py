@@ -99,8 +99,8 @@ class TextSlots:
         return ranking.plan_age(
             logits,
             lse,
-            first.flatten(),
-            self.start[layers].flatten(),
+            first.view(-1),
+            self.start[layers].view(-1),
             *(words[word] for word in (USED, TOTAL, RECENT, POSITION)),
             *(tensor.flatten(0, 1) for tensor in state),
             error=error,

@@ -107,6 +107,22 @@ PLANTED = [
         "rank: slot",
     ),
     (
+        "the run of another row",
+        "policy.cuh",
+        "row = p % a.rows, first = a.first[row], n",
+        "row = p / 2 % a.rows, first = a.first[row], n",
+        [],
+        "rank: slot",
+    ),
+    (
+        "a token written over one that stays",
+        "policy.cuh",
+        "mine < 0 ? used : mine",
+        "mine < 0 ? used - 1 : mine",
+        [],
+        "age: write",
+    ),
+    (
         "the sum not rescaled when the maximum grows",
         "attention.cuh",
         "  r.l *= keep;\n",

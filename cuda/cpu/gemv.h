@@ -10,11 +10,12 @@
 namespace avl {
 namespace AVL_ISA {
 
-// Rows of W side by side: as many as leave all sums in registers; more than 8 gain nothing.
+// Rows of W side by side: eight runs keep memory busiest, so long as their sums fit 32 registers,
+// or nearly: a few that are spilled cost less than fewer runs do.
 template <int R>
-constexpr int OUTS = R == 1   ? 8
-                     : R <= 4 ? 4
-                              : 3;
+constexpr int OUTS = R <= 4   ? 8
+                     : R <= 6 ? 6
+                              : 4;
 
 template <class T, class Y>
 static inline const typename Lane<T, Y>::X* input_row(const GemvArgs& a, int row) {

@@ -27,6 +27,7 @@ from engine.batch import Batch
 from engine.cache.report import allocated_bytes
 from engine.engine import Engine
 from engine.pictures import EncodedImage
+from engine.products import GEMV_ROWS
 
 Key = tuple[str, int]  # policy and batch size
 
@@ -144,7 +145,7 @@ def decode_weights(engine: Engine, rows: int) -> int:
     """Bytes of weights that a step over ``rows`` reads; a few rows of the embedding aside."""
     decoder = engine.model.decoder
     weights = [*decoder.layers.parameters(), *decoder.head.parameters()]
-    narrow = decoder.head.narrow is not None and rows <= 4  # see engine/native.py:narrowed
+    narrow = decoder.head.narrow is not None and rows <= GEMV_ROWS
     return sum(w.numel() * (2 if narrow else w.element_size()) for w in weights)
 
 

@@ -148,7 +148,7 @@ def measure_gemv(peak: float, quick: bool) -> list[Row]:
     for out, size in ((4096, 4096), (11008, 4096)):
         copies = 2 if quick else 12
         weights = [torch.randn(out, size).bfloat16() for _ in range(copies)]
-        for rows in (1, 4, 8):
+        for rows in (1, 4, 8, 16):
             x = torch.randn(rows, size).bfloat16()
             calls: dict[str, Callable[[int], object]] = {
                 "torch linear": lambda t, x=x, w=weights: F.linear(x, w[t % len(w)]),

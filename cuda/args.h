@@ -49,7 +49,7 @@ struct GemvPart {
 // y = x * weight^T + bias for a few rows, for one linear layer or several of one input.
 struct GemvArgs {
   DType dtype;   // of the weights, and of x, bias and y unless they are wide
-  int32_t rows;  // 1 to 8
+  int32_t rows;  // 1 to 32
   int64_t in;
   const void* x;  // [rows, in]
   int64_t x_row;

@@ -172,7 +172,7 @@ using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
 // Numbers one by one, not in a dict: this is called for every linear layer of a step.
 void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, uintptr_t x,
           int64_t x_row, const std::vector<Part>& given, int threads) {
-  require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 8, "gemv: wrong dtype or rows");
+  require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 32, "gemv: wrong dtype or rows");
   require(in >= 1 && x && x_row >= 0 && threads >= 1, "gemv: wrong sizes");
   std::vector<GemvPart> parts;
   int64_t outs = 0;

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.native import DTYPES, address, describe, load
 from engine.tape import kept
 
-_GEMV_ROWS = 8
+GEMV_ROWS = 32  # rows that the native product takes
 _UNEVEN_ROWS = 256  # from here on up to three rows more cost nothing
 
 
@@ -23,7 +23,7 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` like torch's, through ``gemv`` where that is faster.
 
-    That is: on a CPU, with weights in bfloat16, for at most 8 rows of x ``[..., in]``; else torch
+    That is: on a CPU, with weights in bfloat16, for at most 32 rows of x ``[..., in]``; else torch
     computes it. ``narrow`` is the same weight in bfloat16 beside a float32 one, see ``narrowed``.
     """
     if not _gemv_serves(x, weight if narrow is None else narrow):
@@ -54,7 +54,7 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _gemv_serves(x: Tensor, weight: Tensor) -> bool:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if weight.dtype is not torch.bfloat16 or weight.is_cuda or not 1 <= rows <= _GEMV_ROWS:
+    if weight.dtype is not torch.bfloat16 or weight.is_cuda or not 1 <= rows <= GEMV_ROWS:
         return False
     training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return not training and _gemv_pays()
@@ -79,7 +79,7 @@ def _gemv_pays() -> bool:
 
 
 def gemv(x: Tensor, *layers: tuple[Tensor, Tensor | None], isa: str = "") -> list[Tensor]:
-    """``x @ weight.T + bias`` on the CPU for 1 to 8 rows, sums in fp32: ``[rows, out]`` each.
+    """``x @ weight.T + bias`` on the CPU for 1 to 32 rows, sums in fp32: ``[rows, out]`` each.
 
     x ``[rows, in]`` (rows may be strided), every layer's weight ``[out, in]`` contiguous and bias
     ``[out]`` or None; one dtype of float32, float16, bfloat16, or x and bias in float32 whatever
@@ -89,8 +89,8 @@ def gemv(x: Tensor, *layers: tuple[Tensor, Tensor | None], isa: str = "") -> lis
     module, problem = load()
     if module is None:
         raise RuntimeError(problem)
-    if x.ndim != 2 or not 1 <= x.shape[0] <= _GEMV_ROWS or x.is_cuda:
-        raise ValueError(f"x must have 1 to {_GEMV_ROWS} rows on the CPU, got {describe(x)}")
+    if x.ndim != 2 or not 1 <= x.shape[0] <= GEMV_ROWS or x.is_cuda:
+        raise ValueError(f"x must have 1 to {GEMV_ROWS} rows on the CPU, got {describe(x)}")
     dtype, rows = layers[0][0].dtype, len(x)
     for weight, bias in layers:
         _check_layer(x, dtype, weight, bias)

@@ -475,7 +475,7 @@ def test_the_merge_of_many_small_splits_never_varies():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 31, 32])
 @pytest.mark.parametrize(
     ("size_in", "size_out"), [(1, 1), (31, 5), (64, 4), (257, 130), (4096, 6), (1024, 300)]
 )
@@ -494,7 +494,7 @@ def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("rows", [1, 4, 7, 18])
 @pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (31, 5), (257, 130), (1024, 300)])
 def test_gemv_of_narrow_weights_is_float32s(isa, dtype, rows, size_in, size_out):
     g = torch.Generator().manual_seed(size_in)
@@ -524,7 +524,7 @@ def test_gemv_refuses_what_does_not_fit():
     x, w = torch.randn(2, 8), torch.randn(3, 8)
     for x_given, *layers in (
         (x[:, :4], (w, None)),
-        (torch.randn(9, 8), (w, None)),
+        (torch.randn(33, 8), (w, None)),
         (x.bfloat16(), (w, None)),
         (x, (w.T.contiguous().T, None)),
         (x, (w, torch.randn(4))),
@@ -536,7 +536,7 @@ def test_gemv_refuses_what_does_not_fit():
             products.gemv(x_given, *layers)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 11])
 def test_several_layers_in_one_call_are_each_alone(isa, rows):
     g = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, 67, generator=g).bfloat16()
@@ -549,7 +549,7 @@ def test_several_layers_in_one_call_are_each_alone(isa, rows):
         assert torch.equal(got, products.gemv(x, layer, isa=isa)[0])
 
 
-SHAPES = [(1, 48), (2, 1, 48), (4, 48), (8, 48), (9, 48), (0, 48)]
+SHAPES = [(1, 48), (2, 1, 48), (4, 48), (8, 48), (9, 48), (32, 48), (33, 48), (0, 48)]
 SHAPES += [(255, 48), (256, 48), (577, 48), (2, 289, 48), (1, 259, 48)]
 
 

@@ -128,7 +128,7 @@ def test_chat_goes_on_behind_recorded_steps(
 def test_more_rows_than_the_product_takes_are_not_recorded(
     engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_GEMV_ROWS", 0)
+    monkeypatch.setattr(products, "GEMV_ROWS", 0)
     engine = engine_of("llama", "full")
     made, session = logits_of(engine)
     assert tapes(session) == [None]

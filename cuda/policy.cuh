@@ -48,11 +48,13 @@ __global__ void __launch_bounds__(THREADS) rank_kernel(const RankArgs a) {
   __shared__ float mean[MAX_RANKED];
   __shared__ int above[THREADS], equal[THREADS];
   const int64_t p = blockIdx.x;
-  const int row = p % a.rows, first = a.first[row], n = a.last[row] - first;
+  const int row = p % a.rows, first = a.first[row], last = a.last[row];
   const int keep = a.keep[row], at = a.at[row];
   if (!a.wanted[row]) return;
-  const bool fits = first >= 0 && n >= 0 && n <= a.width - first && n <= MAX_RANKED && keep >= 0 &&
-                    keep <= n && at >= 0 && at <= a.width - keep;
+  const bool inside = first >= 0 && last >= first && last <= a.width;
+  const int n = inside ? last - first : 0;
+  const bool fits =
+      inside && n <= MAX_RANKED && keep >= 0 && keep <= n && at >= 0 && at <= a.width - keep;
   if (!fits) *a.error = 1;
   if (!fits || keep == 0) return;
   const float *logits = a.logits + p * a.heads * a.width, *lse = a.lse + p * a.heads;

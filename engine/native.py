@@ -62,30 +62,27 @@ def backend() -> Backend:
     return Backend("cuda", f"{cpu}; CUDA kernels for {torch.cuda.get_device_name()}")
 
 
-def loaded() -> bool:
-    """Whether the native module is there and not switched off."""
-    return load()[0] is not None
+def loaded(kind: str = "cpu") -> bool:
+    """Whether the native module is there, not switched off, and built for ``cpu`` or ``cuda``."""
+    module, _ = load()
+    return module is not None and (kind == "cpu" or (kind == "cuda" and bool(module.with_cuda)))
 
 
 @functools.cache
 def fused_kernels(kind: str, isa: str = "") -> Any:
     """The native kernels of ``engine.fused`` for a ``cpu`` or ``cuda``; None where they are not."""
     module, _ = load()
-    if module is None or (kind == "cuda" and not module.with_cuda):
+    if module is None or not loaded(kind):
         return None
     return module.cuda_fused if kind == "cuda" else module.cpu_fused(isa)
 
 
 def usable(q: Tensor, pool: Tensor) -> bool:
     """Whether a native attention kernel exists for these tensors' device, dtype and sizes."""
-    module, _ = load()
-    if module is None or (q.requires_grad and torch.is_grad_enabled()):
-        return False
-    if q.device.type == "cuda" and not module.with_cuda:
+    if not loaded(q.device.type) or (q.requires_grad and torch.is_grad_enabled()):
         return False
     group = q.shape[1] // max(1, pool.shape[1])
-    known = pool.dtype in DTYPES and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
-    return known and q.device.type in ("cpu", "cuda")
+    return pool.dtype in DTYPES and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
 
 
 class AttentionPlan:

@@ -50,7 +50,7 @@ def plan_rank(
     for name, list_ in lists.items():
         if list_.shape != (len(logits), logits.shape[2]):
             raise ValueError(f"{name} is {describe(list_)} but logits {describe(logits)}")
-    if not native.loaded():
+    if not native.loaded(logits.device.type):
         return partial(rank_torch, logits, lse, slots, out, *rows.values())
     tensors = {"logits": logits, "lse": lse} | lists | rows
     return native.PolicyPlan("rank", tensors, _sizes(logits, rows), error, isa).run
@@ -88,7 +88,7 @@ def plan_age(
     _check(logits, lse, rows, {"first": first, "start": start} | state)
     if scores.shape != positions.shape or write.shape != scores.shape[:2]:
         raise ValueError(f"scores is {describe(scores)}, positions {describe(positions)}")
-    if not native.loaded():
+    if not native.loaded(logits.device.type):
         return partial(age_torch, logits, lse, first, start, *rows.values(), *state.values())
     tensors = {"logits": logits, "lse": lse, "first": first, "start": start} | state | rows
     sizes = {"kv_heads": scores.shape[1], "places": scores.shape[2]}

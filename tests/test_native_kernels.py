@@ -109,8 +109,8 @@ PLANTED = [
     (
         "the run of another row",
         "policy.cuh",
-        "row = p % a.rows, first = a.first[row], n",
-        "row = p / 2 % a.rows, first = a.first[row], n",
+        "row = p % a.rows, first = a.first[row], last",
+        "row = p / 2 % a.rows, first = a.first[row], last",
         [],
         "rank: slot",
     ),

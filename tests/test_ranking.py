@@ -118,6 +118,7 @@ def test_rank_counts_not_a_number_as_nothing(way):
 
 WRONG = [{"last": ints(21)}, {"first": ints(-1)}, {"keep": ints(21)}, {"keep": ints(-1)}]
 WRONG += [{"at": ints(16)}, {"at": ints(-1)}, {"first": ints(2**31 - 1)}, {"last": ints(4)}]
+WRONG += [{"last": ints(2**31 - 1)}, {"last": ints(-(2**31))}]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -227,6 +228,18 @@ def test_wrong_tensors_are_named():
     for name, wrong in bad:
         with pytest.raises(ValueError, match=name):
             ranking.plan_age(**(y | {name: wrong.contiguous()}))
+
+
+def test_a_module_without_cuda_leaves_a_gpu_to_torch(monkeypatch):
+    class Module:
+        with_cuda = False
+
+    monkeypatch.setattr(native, "load", lambda: (Module, ""))
+    assert native.loaded()
+    assert not native.loaded("cuda")
+    assert not native.loaded("meta")
+    monkeypatch.setattr(Module, "with_cuda", True)
+    assert native.loaded("cuda")
 
 
 @needs_native

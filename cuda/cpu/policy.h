@@ -28,10 +28,11 @@ static void sum_weights(const float* logits, const float* lse, int heads, int wi
 }
 
 static bool rank_one(const RankArgs& a, int p) {
-  const int row = p % a.rows, first = a.first[row], n = a.last[row] - first;
+  const int row = p % a.rows, first = a.first[row], last = a.last[row];
   const int keep = a.keep[row], at = a.at[row];
   if (!a.wanted[row]) return true;
-  if (first < 0 || n < 0 || n > a.width - first) return false;
+  if (first < 0 || last < first || last > a.width) return false;
+  const int n = last - first;
   if (keep < 0 || keep > n || at < 0 || at > a.width - keep) return false;
   if (keep == 0) return true;
   std::vector<float> mean(n), order(n);

@@ -42,8 +42,8 @@ def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[T
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Torch's product. On a CPU its bfloat16 one likes row counts that four divides.
 
-    It is up to 1.45 times as slow for others, such as the 577 of CLIP, whose factors are few and
-    large; then x gets up to three rows more.
+    It takes about 1.3 times as long for some others, such as the 577 of CLIP (`bench.kernels`), so
+    that x gets up to three rows more.
     """
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if x.is_cuda or x.dtype is not torch.bfloat16 or rows < _UNEVEN_ROWS or rows % 4 == 0:

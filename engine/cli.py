@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> int:
         return _check(flags)
     if flags.batch:
         return _batch(flags)
-    if flags.convert or flags.vision_tower:
+    if flags.convert:
         return _convert(flags)
     if flags.chat:
         return _converse(flags)
@@ -111,7 +111,9 @@ def _version() -> str:
 def _check(flags: argparse.Namespace) -> int:
     from engine.doctor import check
 
-    return check(flags.model, flags.revision, flags.offline, flags.quiet, flags.json)
+    return check(
+        flags.model, flags.revision, flags.offline, flags.quiet, flags.json, flags.vision_tower
+    )
 
 
 def _convert(flags: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ from engine.errors import OptionError
 def pick_device(name: str) -> torch.device:
     """The device called ``name``; "auto" is CUDA where it can be used.
 
+    "mps" (Apple's GPUs) runs on plain torch, without native kernels, and has not been tested.
+
     Raises OptionError saying why a device cannot be used.
     """
     if name == "auto":
@@ -21,11 +23,20 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise OptionError(
-            f"unknown device {name!r}", hint="use auto, cpu, cuda or cuda:1"
+            f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1 or mps"
         ) from None
     if device.type == "cuda" and (reason := why_no_cuda(device.index or 0)):
         raise OptionError(f"device {name} is not available: {reason}", hint="use --device cpu")
+    if device.type == "mps" and (reason := why_no_mps()):
+        raise OptionError(f"device {name} is not available: {reason}", hint="use --device cpu")
     return device
+
+
+def why_no_mps() -> str:
+    """Why an Apple GPU cannot be used, in one line; "" if it can."""
+    if not torch.backends.mps.is_built():
+        return "this torch is built without MPS"
+    return "" if torch.backends.mps.is_available() else "this machine has no GPU of Apple's"
 
 
 def why_no_cuda(index: int = 0) -> str:

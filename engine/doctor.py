@@ -22,6 +22,7 @@ from tqdm import tqdm
 from engine.errors import CheckpointError, EngineError
 from engine.families import Family, recognise
 from engine.machine import describe, environment
+from engine.refusals import hint_for
 from engine.terminal import escaped
 from engine.tokenizer import Tokenizer
 from weights.checkpoint import Checkpoint, TensorInfo, fit_weights
@@ -55,6 +56,7 @@ def check(
     offline: bool = False,
     quiet: bool = False,
     as_json: bool = False,
+    vision_tower: str | None = None,
 ) -> int:
     """Print the state of this machine and of a model (None: the embedded one).
 
@@ -72,7 +74,7 @@ def check(
     else:
         folder = resolve(None if name is None else Path(name), revision, offline)
         tell(f"model: {folder}")
-        for finding in Examination(folder, quiet).run():
+        for finding in Examination(folder, quiet, vision_tower, offline).run():
             tell(str(finding))
             findings.append(finding)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if _MAC else 1024)
@@ -92,8 +94,15 @@ _MAC = sys.platform == "darwin"  # which counts bytes where others count kilobyt
 class Examination:
     """The checks of one model folder."""
 
-    def __init__(self, folder: Path, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        quiet: bool = False,
+        vision_tower: str | None = None,
+        offline: bool = False,
+    ) -> None:
         self.folder, self.quiet = folder, quiet
+        self._vision_tower, self._offline = vision_tower, offline
         self._family: Family | None = None
         self._checkpoint: Checkpoint | None = None
 
@@ -116,11 +125,12 @@ class Examination:
             return Finding(name, False, escaped(str(error)), escaped(error.hint))
 
     def _config(self) -> str:
-        self._family = recognise(self.folder, None)
+        self._family = recognise(self.folder, None, self._vision_tower, self._offline)
         model = self._family.model
         size = sum(parameter.numel() for parameter in model.parameters())
         kind = f"{type(model).__name__}, {size / 1e6:,.1f} M parameters"
-        return f"{kind}, prompts as {self._family.style}"
+        limit = model.decoder.config.limit
+        return f"{kind}, prompts as {self._family.style}, a {limit} tokens"
 
     def _tokenizer(self) -> str:
         tokenizer = Tokenizer.from_folder(self.folder)
@@ -201,7 +211,7 @@ def has_its_hash(path: Path, progress: Callable[[int], object] = lambda _: None)
                 digest.update(chunk)
                 progress(len(chunk))
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+        raise CheckpointError(f"{path}: {error.strerror}", hint_for(error)) from error
     return digest.hexdigest() == name
 
 
@@ -222,7 +232,7 @@ def _not_finite(info: TensorInfo, progress: Callable[[int], object]) -> int:
                     count += finite.numel() - int(finite.sum())
                 progress(size)
     except OSError as error:
-        raise CheckpointError(f"{info.file}: {error.strerror}") from error
+        raise CheckpointError(f"{info.file}: {error.strerror}", hint_for(error)) from error
     return count
 
 

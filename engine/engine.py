@@ -69,6 +69,7 @@ class Engine:
         style: str | None = None,
         revision: str | None = None,
         offline: bool = False,
+        vision_tower: str | PathLike[str] | None = None,
         selection: str = "branch",
         graphs: bool = False,
     ) -> Engine:
@@ -76,15 +77,18 @@ class Engine:
 
         Args:
             name: a folder or a hub name; None is the embedded tiny model.
-            device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+            device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..., or "mps" (an
+                Apple GPU by plain torch, in fp16 or fp32; untested).
             dtype: "auto", "float32", "bfloat16", "float16" (or "fp32", "bf16", "fp16"). "auto" is
                 the checkpoint's own on CUDA; on CPU float32 below 2 GB of weights, else bfloat16.
             cache: a policy or its spec. "full" is the exact model; the default, a mild "avl",
                 approximates it; "avl" has the paper's settings and saves half of the memory.
-            style: prompt style and picture geometry, "llava-hf" or "llava-v1"; None: the one the
-                checkpoint's layout implies.
+            style: how a prompt is written, one of ``engine.prompt.STYLES``; None: as the checkpoint
+                was trained. What becomes of a picture is the checkpoint's alone.
             revision: branch, tag or commit of a hub model.
             offline: never download.
+            vision_tower: folder or hub name of the vision tower of a checkpoint that leaves it out,
+                in place of the one that its config.json names (``mm_vision_tower``).
             selection: where cached tokens are ranked and evicted on a GPU: "branch" (beside the end
                 of the step), "layers" (each layer's beside the next layers) or "sync" (in order).
                 The tokens are the same; on a CPU it is always in order.
@@ -96,7 +100,8 @@ class Engine:
             OptionError: an unknown device, dtype, policy, style or selection.
         """
         policy, stepping = parse(cache), Stepping(selection, graphs)
-        return cls(load(name, device, dtype, style, revision, offline), policy, stepping)
+        loaded = load(name, device, dtype, style, revision, offline, vision_tower)
+        return cls(loaded, policy, stepping)
 
     @property
     def device(self) -> torch.device:

@@ -38,8 +38,10 @@ def _dtype(text: str) -> str:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", text):
-        raise argparse.ArgumentTypeError(f"unknown device {text!r}, use auto, cpu, cuda or cuda:1")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|mps", text):
+        raise argparse.ArgumentTypeError(
+            f"unknown device {text!r}, use auto, cpu, cuda, cuda:1 or mps"
+        )
     return text
 
 
@@ -98,18 +100,18 @@ def build_parser() -> Parser:
     add("--revision", metavar="SHA", help="branch, tag or commit of a hub model")
     add("--offline", action="store_true", help="never download")
     add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
-    add("--device", default="auto", type=_device, help="auto, cpu, cuda or cuda:1")
+    add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
     add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
+    add(
+        "--vision-tower",
+        metavar="DIR_OR_ID",
+        help="vision tower of a model that leaves it out (default: the one that it names)",
+    )
     add = parser.add_argument_group("conversion").add_argument
     add(
         "--convert",
         metavar="DIR",
         help="write --model's pickled weights (.bin) to DIR as safetensors, and leave",
-    )
-    add(
-        "--vision-tower",
-        metavar="DIR_OR_ID",
-        help="join this tower in (default: the one that the model names)",
     )
     add = parser.add_argument_group("generation").add_argument
     add("--max-new-tokens", "-n", type=int, default=256, metavar="N", help="longest answer (256)")

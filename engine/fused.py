@@ -197,7 +197,7 @@ def _kernels(x: Tensor) -> Any:
         return native.fused_kernels("cuda") if switched_on() else None
     if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()):
         return None
-    return native.fused_kernels("cpu")
+    return native.fused_kernels(x.device.type)  # None on devices that have no kernels
 
 
 def _rows(**named: Tensor) -> list[Tensor]:

@@ -118,6 +118,7 @@ def load_engine(flags: argparse.Namespace) -> Engine:
         style=flags.style,
         revision=flags.revision,
         offline=flags.offline,
+        vision_tower=flags.vision_tower,
         selection="sync" if flags.sync_selection else "branch",
         graphs=flags.graphs,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +15,7 @@ from engine.device import pick_device
 from engine.errors import OptionError
 from engine.families import Family, recognise
 from engine.models.decoder import Decoder
+from engine.templates import find_style
 from engine.tokenizer import Tokenizer
 from weights.checkpoint import Checkpoint, Room, load_weights, no_room
 from weights.hub import resolve
@@ -28,7 +29,7 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-# Below this many bytes of weights a CPU runs in fp32: exact, and small models are fast anyway.
+# With fewer bytes of weights all but CUDA runs in fp32: exact, and small models are fast anyway.
 FP32_LIMIT = 2_000_000_000
 
 
@@ -49,16 +50,29 @@ def load(
     style: str | None,
     revision: str | None,
     offline: bool,
+    vision_tower: str | PathLike[str] | None = None,
 ) -> Loaded:
     """Load a model; see ``Engine.load``."""
     began = perf_counter()
     target = pick_device(device)
     wanted = None if dtype == "auto" else pick_dtype(dtype)
+    if target.type == "mps" and wanted is torch.bfloat16:
+        raise OptionError("bfloat16 is not offered on mps", hint="use fp16 or fp32")
     folder = resolve(None if name is None else Path(name), revision, offline)
-    family = recognise(folder, style)
+    tower = None if vision_tower is None else str(vision_tower)
+    family = recognise(folder, style, tower, offline)
     tokenizer = Tokenizer.from_folder(folder)
     _fill(family, folder, target, wanted)
-    return Loaded(folder, family, tokenizer, perf_counter() - began)
+    return Loaded(folder, _with_ends(family, tokenizer), tokenizer, perf_counter() - began)
+
+
+def _with_ends(family: Family, tokenizer: Tokenizer) -> Family:
+    """With the tokenizer's own end where no file names one, and the style's closing token."""
+    ends = set(family.end_tokens or filter(None, [tokenizer.eos_id]))
+    closing = tokenizer.token_id(find_style(family.style).closing)
+    if closing is not None:
+        ends.add(closing)
+    return replace(family, end_tokens=frozenset(ends))
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -116,10 +130,11 @@ def _side_by_side(decoder: Decoder, device: torch.device) -> Room:
 
 
 def _auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The checkpoint's own dtype on CUDA; on CPU fp32 for small models, else bf16."""
-    if device.type != "cpu":
+    """The checkpoint's own dtype on CUDA; elsewhere fp32 for small models, else 16 bits."""
+    if device.type == "cuda":
         sizes: dict[torch.dtype, int] = {}
         for info in checkpoint.tensors.values():
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
         return max(sizes, key=lambda kind: sizes[kind])
-    return torch.float32 if checkpoint.total_bytes < FP32_LIMIT else torch.bfloat16
+    large = torch.float16 if device.type == "mps" else torch.bfloat16
+    return torch.float32 if checkpoint.total_bytes < FP32_LIMIT else large

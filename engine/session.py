@@ -18,6 +18,7 @@ from engine.cache.report import CacheReport, report
 from engine.cache.row import Row
 from engine.capacity import memory_for
 from engine.errors import CapacityError
+from engine.models.decoder import DecoderConfig
 from engine.models.vision_language import VisionLanguageModel
 from engine.stepping import Stepper, Stepping
 
@@ -75,7 +76,7 @@ def prefill(
     Raises CapacityError if the turn and ``new_tokens`` more do not fit the model's context.
     """
     decoder = model.decoder
-    _check_context(turn, past.seen if past else 0, new_tokens, decoder.config.context)
+    _check_context(turn, past.seen if past else 0, new_tokens, decoder.config)
     device = decoder.norm.weight.device
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
     step = Prefill(pools, policy, layout, new_tokens, past, observer)
@@ -84,12 +85,12 @@ def prefill(
     return step.row, decoder.logits(hidden[-1])
 
 
-def _check_context(turn: Turn, seen: int, new_tokens: int, context: int) -> None:
+def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig) -> None:
     prompt = seen + len(turn.token_ids)
-    if prompt + new_tokens > context:
+    if prompt + new_tokens > config.context:
         raise CapacityError(
             f"prompt {prompt:,} tokens ({turn.image_tokens:,} image) + {new_tokens:,} requested "
-            f"exceed the model's context of {context:,}",
+            f"exceed the model's {config.limit}",
             hint="shorten the prompt, give fewer pictures, or lower --max-new-tokens",
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from engine.errors import CheckpointError
+from engine.refusals import hint_for
 from engine.sentencepiece import read_model
 from engine.tiktoken import byte_alphabet, keep, read_tiktoken
 
@@ -275,7 +276,7 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint_for(error)) from None
     except (ValueError, RecursionError):
         pointer = path.read_bytes()[:24] == b"version https://git-lfs."
         what, hint = "not valid JSON", "download the file again"

@@ -169,9 +169,10 @@ def test_flags_of_the_model_reach_the_engine(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Engine, "load", load)
     flags = ["--model", "a/b", "--revision", "v1", "--dtype", "bf16", "--device", "cuda:1"]
-    assert main([*flags, "--offline", "--style", "llava-v1", "-p", "x", "--cache", "h2o"]) == 2
+    flags += ["--offline", "--style", "llava-v1", "--vision-tower", "c/d"]
+    assert main([*flags, "-p", "x", "--cache", "h2o"]) == 2
     expected = {"name": "a/b", "revision": "v1", "dtype": "bf16", "device": "cuda:1"}
-    expected |= {"offline": True, "style": "llava-v1", "cache": "h2o"}
+    expected |= {"offline": True, "style": "llava-v1", "cache": "h2o", "vision_tower": "c/d"}
     assert {key: asked[key] for key in expected} == expected
 
 

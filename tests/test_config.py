@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.clip import CLIPVisionConfig
 
+from engine.doctor import Examination
 from engine.engine import Engine
-from engine.errors import CheckpointError
+from engine.errors import CapacityError, CheckpointError
 from engine.families import recognise
+from engine.loading import load
 from engine.models.clip import ClipConfig
 from engine.models.config import ConfigReader
 from engine.models.decoder import DecoderConfig
@@ -28,6 +31,7 @@ from tests.checkpoints import (
     write_llava,
     write_original_with_tower,
 )
+from tests.oracle import noise
 
 DATA = Path(os.environ.get("AVL_REFERENCE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PUBLISHED = DATA / "llava-1.5-7b-hf"
@@ -153,7 +157,8 @@ def test_several_end_tokens_are_read(tmp_path: Path) -> None:
     edit_json(tmp_path / "generation_config.json", eos_token_id=[2, 5])
     assert recognise(tmp_path, None).end_tokens == {2, 5}
     (tmp_path / "generation_config.json").unlink()
-    assert recognise(tmp_path, None).end_tokens == {2}
+    assert recognise(tmp_path).end_tokens == frozenset()
+    assert load(tmp_path, "cpu", "auto", None, None, True).family.end_tokens == {2}  # </s>
 
 
 @pytest.mark.parametrize(
@@ -201,10 +206,8 @@ WRONG_TEXT: list[tuple[str, dict[str, Any]]] = [
     ("rope_type", {"rope_parameters": {"rope_type": "llama3"}}),
     ("rope_type", {"rope_parameters": {"rope_type": ["default"]}}),
     ("rope_scaling", {"rope_scaling": "linear"}),
-    ("sliding_window", {"sliding_window": 16}),
     ("sliding_window", {"sliding_window": "16"}),
-    ("sliding_window", {"model_type": "mistral", "max_position_embeddings": 8192}),
-    ("sliding_window", {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}),
+    ("sliding_window", {"sliding_window": 0}),
     ("use_sliding_window", {"use_sliding_window": "yes"}),
     ("eos_token_id", {"eos_token_id": "2"}),
     ("eos_token_id", {"eos_token_id": [2, "3"]}),
@@ -292,6 +295,84 @@ def test_wrong_original_config_names_its_key(
     write_original_with_tower(tmp_path, Shape())
     message = refused(original_config(Shape()) | {"mm_vision_tower": "tower"} | changes, tmp_path)
     assert f"{key} " in message
+
+
+UNSUPPORTED: list[dict[str, Any]] = [
+    {"vision_feature_select_strategy": "full"},
+    {"vision_feature_layer": [-2, -5]},
+    {"projector_hidden_act": "relu"},
+    {"vision_config": {"model_type": "siglip_vision_model"}},
+    {"text_config": {"model_type": "gemma"}},
+    {"text_config": {"rope_scaling": {"rope_type": "llama3"}}},
+]
+
+
+@pytest.mark.parametrize("changes", UNSUPPORTED, ids=str)
+def test_a_healthy_model_of_another_kind_is_not_called_damaged(
+    changes: dict[str, Any], folder: Path
+) -> None:
+    write_json(folder / "config.json", hub_config(Shape()) | changes)
+    with pytest.raises(CheckpointError) as caught:
+        recognise(folder)
+    assert "not supported yet" in caught.value.hint
+    assert "damaged" not in caught.value.hint
+    names = re.findall(r"\w+", str(caught.value).partition("supported: ")[2])
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"sliding_window": 64}),
+        ("mistral", {"sliding_window": 64}),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True}),
+    ],
+)
+def test_a_sliding_window_limits_the_context_and_the_rest_is_exact(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    write_llava(tmp_path, Shape(family=family))
+    plain = Engine.load(tmp_path, device="cpu", cache="full").logits("What?", [noise(56, 56)])
+    text = hub_config(Shape(family=family))["text_config"] | changes
+    edit_json(tmp_path / "config.json", text_config=text)
+    engine = Engine.load(tmp_path, device="cpu", cache="full")
+    assert torch.equal(engine.logits("What?", [noise(56, 56)]), plain)
+    room = 64 - len(plain)
+    assert len(engine.generate("What?", [noise(56, 56)], max_new_tokens=room).token_ids) <= room
+    with pytest.raises(CapacityError, match="the model's sliding window of 64"):
+        engine.generate("What? " * 20, [noise(56, 56)], max_new_tokens=30)
+    assert "a sliding window of 64 tokens" in str(next(Examination(tmp_path).run()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sliding_window": None}, {"sliding_window": 4096, "max_position_embeddings": 4096}],
+    ids=str,
+)
+def test_a_window_as_long_as_the_context_is_none(changes: dict[str, Any]) -> None:
+    config = DecoderConfig.parse(ConfigReader({"model_type": "llama"} | changes, "config.json"))
+    assert not config.windowed
+    # What MistralConfig says where the file is silent.
+    silent = DecoderConfig.parse(ConfigReader({"model_type": "mistral"}, "config.json"))
+    assert (silent.context, silent.windowed) == (MistralConfig().sliding_window, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("mistral", "llava_mistral"), ("qwen2", "llava_qwen")]
+)
+def test_padded_pictures_over_every_decoder_of_the_original_layout(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    shape = Shape(family=family, kv_heads=2)
+    write_llava(tmp_path / "o", shape, "original")
+    edit_json(tmp_path / "o" / "config.json", model_type=kind)
+    original = Engine.load(tmp_path / "o", device="cpu", style="llava-hf", cache="full")
+    write_llava(tmp_path / "h", shape, "hub")
+    edit_json(tmp_path / "h" / "preprocessor_config.json", do_pad=True)
+    hub = Engine.load(tmp_path / "h", device="cpu", style="llava-hf", cache="full")
+    got, expected = (each.logits("What?", [noise(90, 40)]) for each in (original, hub))
+    torch.testing.assert_close(got, expected[:, : got.shape[1]], rtol=0, atol=2e-5)
+    assert recognise(tmp_path / "o").style == {"mistral": "mistral", "qwen2": "chatml"}[family]
 
 
 def test_tower_with_a_damaged_config_is_named(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ FLAGS = {
     "--device": "bad_options.no_cuda_says_why",
     "--style": "cli.flags_of_the_model_reach_the_engine",
     "--convert": "hub_server.a_conversion_downloads_its_source_as_models_are",
-    "--vision-tower": "convert.command_line_says_what_a_conversion_needs",
+    "--vision-tower": "towers.a_tower_may_be_named_when_loading",
     "--max-new-tokens": "cli.flags_of_an_answer_reach_the_engine",
     "--temperature": "cli.flags_of_an_answer_reach_the_engine",
     "--top-k": "cli.flags_of_an_answer_reach_the_engine",

@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine.engine import Engine
 from engine.families import recognise
-from engine.prompt import build_prompt, parse_messages, raw_prompt
+from engine.prompt import STYLES, build_prompt, parse_messages, raw_prompt
 from tests.checkpoints import (
     DEFAULT,
     IMAGE_TOKEN,
@@ -214,12 +214,17 @@ def test_tower_inside_the_checkpoint_wins_over_the_named_one(
     assert (got - expected).abs().max() > 0.1
 
 
-def test_style_option_overrides_what_the_layout_implies(
-    checkpoint: Callable[..., Path], engine_of: Callable[..., Engine]
+def test_a_style_decides_the_prompt_and_the_checkpoint_the_picture(
+    tmp_path: Path, engine_of: Callable[..., Engine]
 ) -> None:
     shape, image = Shape(), noise(90, 40)
-    hub = Engine.load(checkpoint(shape), device="cpu", cache="full", style="llava-v1")
+    write_llava(tmp_path, shape)
+    edit_json(tmp_path / "preprocessor_config.json", do_pad=True)  # as the original layout does
+    hub = Engine.load(tmp_path, device="cpu", cache="full", style="llava-v1")
     original = engine_of(shape, "original")
+    plain = engine_of(shape).processor
+    for style in STYLES:
+        assert recognise(tmp_path, style).processor == original.processor != plain
     ours = hub.logits("What is this?", [image])[:, :PIECES]
     torch.testing.assert_close(ours, original.logits("What is this?", [image]), rtol=0, atol=2e-5)
 

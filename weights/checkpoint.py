@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from engine.errors import CheckpointError
-from weights.folder import first_five, read_folder
-from weights.header import TensorInfo, open_file, read_json, show
+from weights.adapters import is_quantised, quantised
+from weights.files import first_five, open_file, read_json, show
+from weights.folder import read_folder
+from weights.header import TensorInfo
 from weights.names import Rename, target_names
 
 __all__ = ["Checkpoint", "Fit", "TensorInfo", "fit_weights", "load_weights", "read_json"]
@@ -237,6 +239,8 @@ def _match_names(
             ignored.append(info.name)
             continue
         if any(name not in wanted for name in names):
+            if is_quantised(info.name):
+                raise quantised(checkpoint.folder, f"tensor {show(info.name)}")
             unexpected.append(show(info.name))
             continue
         for name, part in zip(names, info.split(len(names)), strict=True):
@@ -260,6 +264,8 @@ def _check_tied(checkpoint: Checkpoint, info: TensorInfo | None, other: TensorIn
 def _refuse_differences(
     checkpoint: Checkpoint, missing: list[str], unexpected: list[str], misshaped: list[str]
 ) -> None:
+    # A fused tensor that does not fit is mis-shaped for each of its parts.
+    misshaped = list(dict.fromkeys(misshaped))
     lists = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
     found = [f"{len(names)} {kind} ({first_five(names)})" for kind, names in lists.items() if names]
     if found:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from weights.checkpoint import Checkpoint
-from weights.folder import INDEX, first_five
-from weights.header import DTYPES, read_json
+from weights.files import INDEX, first_five, read_json
+from weights.header import DTYPES
 from weights.hub import resolve
 from weights.pickled import Piece, pickled_files, pickled_names, read_pickle
 

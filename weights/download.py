@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from engine.errors import CheckpointError
-from weights.folder import INDEX, SINGLE
+from weights.files import INDEX, SINGLE
 
 # Everything the engine reads; weights in other formats stay where they are.
 FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja"]

@@ -7,12 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from engine.errors import CheckpointError
-from weights.header import DOWNLOAD_AGAIN, TensorInfo, read_header, read_json, show
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-BIN_SINGLE = "pytorch_model.bin"
-BIN_INDEX = "pytorch_model.bin.index.json"
+from engine.refusals import hint_for
+from weights.files import DOWNLOAD_AGAIN, INDEX, SINGLE, first_five, read_json, show
+from weights.header import TensorInfo, read_header
 
 
 def read_folder(folder: Path) -> dict[str, TensorInfo]:
@@ -38,7 +35,7 @@ def _list_folder(folder: Path) -> list[str]:
         message = f"{folder} is a file, a model is a folder"
         raise CheckpointError(message, hint=f"give its folder: {folder.parent}") from error
     except OSError as error:
-        raise CheckpointError(f"{folder}: {error.strerror}") from error
+        raise CheckpointError(f"{folder}: {error.strerror}", hint_for(error)) from error
     if not names:
         raise CheckpointError(
             f"folder {folder} is empty",
@@ -134,10 +131,3 @@ def _check_total(path: Path, index: Mapping[str, object], total: int) -> None:
     if isinstance(stated, int) and not total <= 2 * stated <= 4 * total:
         message = f"{path} says {stated:,} bytes of tensors, the shards have {total:,}"
         raise CheckpointError(message, hint="download index and shards again, from one version")
-
-
-def first_five(names: Iterable[object]) -> str:
-    """At most five names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(str(name) for name in names[:5]) + more

@@ -1,4 +1,4 @@
-"""Reads what a weight folder says about itself: strict JSON files and safetensors headers.
+"""Reads what a weight file says about itself: its safetensors header.
 
 A safetensors file is ``<8 bytes: header length n, little endian><n bytes of JSON><tensor data>``;
 the JSON maps each tensor's name to its dtype, shape and byte range. The `safetensors` library has
@@ -6,21 +6,24 @@ the last word on every header; our own checks come first because its messages na
 tensor.
 """
 
-import json
 import math
-import stat
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
-
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit; JSON files are held to it as well
-DOWNLOAD_AGAIN = "download the file again"
+from weights.adapters import UNQUANTISED
+from weights.files import (
+    DOWNLOAD_AGAIN,
+    MAX_HEADER_BYTES,
+    open_file,
+    parse_object,
+    refuse_foreign,
+    regular_file_size,
+    show,
+)
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,16 +37,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-# What else is found under a weight file's name: its first bytes, what it is, what to do.
-_FOREIGN = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run 'git lfs pull'"),
-    (b"<!doctype html", "a web page, not weights", DOWNLOAD_AGAIN),
-    (b"<html", "a web page, not weights", DOWNLOAD_AGAIN),
-    (b"<?xml", "an XML page, not weights", DOWNLOAD_AGAIN),
-    (b"gguf", "a GGUF file, not a safetensors file", "use the safetensors version of this model"),
-    (b"pk\x03\x04", "a zip or PyTorch file, not a safetensors file", "convert it with --convert"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,22 +72,6 @@ class TensorInfo:
         return [replace(self, shape=shape, start=at, stop=at + size) for at in starts]
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """Reads a JSON object from a file, strictly: no duplicate keys, no NaN, nothing but an object.
-
-    Raises CheckpointError naming the file.
-    """
-    size = regular_file_size(path)
-    if size == 0:
-        raise CheckpointError(f"{path} is empty (0 bytes)", hint=DOWNLOAD_AGAIN)
-    if size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path} is too large for a JSON file: {size:,} bytes")
-    with open_file(path) as file:
-        text = file.read()
-    _refuse_foreign(path, text[:64])
-    return _parse_object(text, f"{path}: invalid JSON")
-
-
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Checks one safetensors file and lists its tensors by name, in order of their bytes.
 
@@ -108,7 +85,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         data_start = 8 + _header_length(path, file.read(64), size)
         file.seek(8)
         text = file.read(data_start - 8)
-    entries = _parse_object(text, f"{path}: invalid safetensors header")
+    entries = parse_object(text, f"{path}: invalid safetensors header")
     entries.pop("__metadata__", None)
     tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.start, t.stop))
@@ -117,44 +94,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def regular_file_size(path: Path) -> int:
-    """Size in bytes of a regular file, links followed; refuses anything else unopened."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise CheckpointError(f"{path} is a folder")
-    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would block for ever
-        raise CheckpointError(f"{path} is not a regular file")
-    return status.st_size
-
-
-def open_file(path: Path) -> BinaryIO:
-    """Opens a file for reading; an operating system's refusal becomes a CheckpointError."""
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-
-
-def show(name: str) -> str:
-    """An untrusted name made safe to print on one line: quoted, escaped, at most 80 characters."""
-    return repr(name if len(name) <= 80 else name[:77] + "...")
-
-
-def _refuse_foreign(path: Path, head: bytes) -> None:
-    start = head.lstrip().lower()
-    for magic, what, hint in _FOREIGN:
-        if start.startswith(magic):
-            raise CheckpointError(f"{path} is {what}", hint=hint)
-
-
 def _header_length(path: Path, head: bytes, size: int) -> int:
     if size == 0:
         message = f"{path} is empty (0 bytes): the download did not start"
         raise CheckpointError(message, hint=DOWNLOAD_AGAIN)
-    _refuse_foreign(path, head)
+    refuse_foreign(path, head)
     if size < 8:
         message = f"{path} is truncated: it has {size} bytes, a header alone needs more"
         raise CheckpointError(message, hint=DOWNLOAD_AGAIN)
@@ -170,33 +114,6 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     return length
 
 
-def _parse_object(text: bytes, complaint: str) -> dict[str, object]:
-    try:
-        value = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_refuse_constant,
-        )
-    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 and huge numbers
-        raise CheckpointError(f"{complaint}: {error}", hint=DOWNLOAD_AGAIN) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{complaint}: an object is needed, this is a {type(value).__name__}")
-    return value
-
-
-def _without_duplicates(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
-    result: dict[str, object] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"duplicate key {show(key)}")
-        result[key] = value
-    return result
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     where = f"{path}: tensor {show(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -205,7 +122,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
             f"{where} has dtype {show(str(code))}: quantised checkpoints are not supported",
-            hint="use the bf16, fp16 or fp32 version of this model",
+            hint=UNQUANTISED,
         )
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where} has a shape or data_offsets that are not lists of sizes")

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from engine.errors import CheckpointError, OptionError
-from weights.folder import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE
-from weights.header import read_json
+from weights.files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, read_json
 
 TINY = Path(__file__).parent / "tiny"
 

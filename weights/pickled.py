@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from weights.folder import BIN_INDEX, BIN_SINGLE, first_five
-from weights.header import DOWNLOAD_AGAIN, DTYPES, read_json, show
+from weights.adapters import UNQUANTISED
+from weights.files import BIN_INDEX, BIN_SINGLE, DOWNLOAD_AGAIN, first_five, read_json, show
+from weights.header import DTYPES
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _checked(path: Path, name: object, value: object) -> Piece:
     if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
         raise CheckpointError(
             f"{where} is {tensor.layout} {tensor.dtype}: only plain, unquantised tensors are known",
-            hint="use the bf16, fp16 or fp32 version of this model",
+            hint=UNQUANTISED,
         )
     # A view that repeats one element may claim any size.
     if tensor.nbytes > path.stat().st_size:

@@ -9,6 +9,9 @@ from engine.errors import CheckpointError
 
 _REQUIRED = object()
 
+DAMAGED = "compare the file with the published one; it may be damaged or of another model"
+UNSUPPORTED = "the files are whole, but this kind of model is not supported yet; use another one"
+
 
 def shown(value: object) -> str:
     """A value of an untrusted file for an error: on one line, at most 80 characters."""
@@ -29,12 +32,13 @@ class ConfigReader:
         self.values = values
         self.where = where
 
-    def fail(self, key: str, problem: str) -> CheckpointError:
+    def fail(self, key: str, problem: str, hint: str = DAMAGED) -> CheckpointError:
         """The error for ``key``; the caller raises it."""
-        return CheckpointError(
-            f"{self.where}: {key} {problem}",
-            hint="compare the file with the published one; it may be damaged or of another model",
-        )
+        return CheckpointError(f"{self.where}: {key} {problem}", hint=hint)
+
+    def unsupported(self, key: str, problem: str) -> CheckpointError:
+        """The error for a ``key`` that asks for what no model here does."""
+        return self.fail(key, problem, UNSUPPORTED)
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
@@ -68,7 +72,7 @@ class ConfigReader:
         if not isinstance(value, str):
             raise self.fail(key, f"must be a text, not {shown(value)}")
         if choices and value not in choices:
-            raise self.fail(key, f"is {shown(value)}; supported: {', '.join(choices)}")
+            raise self.unsupported(key, f"is {shown(value)}; supported: {', '.join(choices)}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:

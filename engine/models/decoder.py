@@ -30,7 +30,8 @@ GATE_UP = ("gate_proj", "up_proj")
 class DecoderConfig:
     """Shape of a decoder.
 
-    ``context`` is the largest position + 1 the model was trained for.
+    ``context`` is the largest position + 1 the model was trained for, or its sliding window where
+    that is smaller: windows are not implemented, and up to there nothing slides.
     """
 
     vocab: int
@@ -45,6 +46,12 @@ class DecoderConfig:
     qkv_bias: bool
     tied_head: bool
     context: int
+    windowed: bool = False
+
+    @property
+    def limit(self) -> str:
+        """What ``context`` is, in words."""
+        return f"{'sliding window' if self.windowed else 'context'} of {self.context:,}"
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -62,7 +69,7 @@ class DecoderConfig:
         LLaVA-1.5-7B's text_config holds no sizes at all: LlamaConfig's defaults are the 7B shape.
         Raises CheckpointError naming the key that is wrong.
         """
-        family = config.text("model_type", "llama", ("llama", "llava", "llava_llama", *_DEFAULTS))
+        family = config.text("model_type", "llama", ("llava", "llava_llama", *_DEFAULTS))
         defaults = _DEFAULTS.get(family, _DEFAULTS["llama"])
         config.text("hidden_act", "silu", ("silu",))
         hidden = config.integer("hidden_size", 4096)
@@ -73,7 +80,7 @@ class DecoderConfig:
         if heads % kv_heads:
             raise config.fail("num_key_value_heads", f"is {kv_heads}; it must divide {heads} heads")
         context = config.integer("max_position_embeddings", defaults["context"])
-        _refuse_sliding_window(config, family, context)
+        window = _sliding_window(config, family) or context
         return cls(
             vocab=config.integer("vocab_size", defaults["vocab"]),
             hidden=hidden,
@@ -86,7 +93,8 @@ class DecoderConfig:
             norm_eps=config.number("rms_norm_eps", 1e-6),
             qkv_bias=config.flag("attention_bias", family == "qwen2"),
             tied_head=config.flag("tie_word_embeddings", False),
-            context=context,
+            context=min(context, window),
+            windowed=window < context,
         )
 
 
@@ -99,15 +107,13 @@ _DEFAULTS: dict[str, dict[str, int | None]] = {
 }
 
 
-def _refuse_sliding_window(config: ConfigReader, family: str, context: int) -> None:
-    """Sliding-window attention is not implemented: accept only settings under which it is off."""
+def _sliding_window(config: ConfigReader, family: str) -> int | None:
+    """How many tokens the model attends to, itself included; None: all of them."""
     default = 4096 if family == "mistral" else None
     used = config.flag("use_sliding_window", family != "qwen2")
     if not used or config.values.get("sliding_window", default) is None:
-        return
-    window = config.integer("sliding_window", default)
-    if window < context:
-        raise config.fail("sliding_window", f"is {window}: sliding windows are not supported")
+        return None
+    return config.integer("sliding_window", default)
 
 
 def _rope_theta(config: ConfigReader) -> float:
@@ -117,7 +123,7 @@ def _rope_theta(config: ConfigReader) -> float:
     for section in (rope, scaling):
         kind = section.values.get("rope_type", section.values.get("type", "default"))
         if kind != "default":
-            raise section.fail("rope_type", f"is {kind!r}; only 'default' is supported")
+            raise section.unsupported("rope_type", f"is {kind!r:.40}; only 'default' is supported")
     return config.number("rope_theta", rope.number("rope_theta", 10000.0))
 
 

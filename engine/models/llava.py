@@ -20,6 +20,14 @@ from engine.models.decoder import Decoder, DecoderConfig
 from engine.models.vision_language import VisionLanguageModel
 from engine.preprocess import Pixels
 
+# What the original layout calls its models, and the decoder inside.
+DECODERS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+}
+
 # Memory that one batch of tiles may take inside the vision tower.
 VISION_BYTES = 1 << 30
 
@@ -45,6 +53,8 @@ def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
     top = ConfigReader(config, "config.json")
     top.text("projector_hidden_act", "gelu", ("gelu",))
     top.text("vision_feature_select_strategy", "default", ("default",))
+    if isinstance(config.get("vision_feature_layer"), list):
+        raise top.unsupported("vision_feature_layer", "names several layers; one is supported")
     feature_layer = top.integer("vision_feature_layer", -2, low=-1000, high=1000)
     decoder = DecoderConfig.parse(top.section("text_config"))
     image_key = "image_token_id" if "image_token_id" in config else "image_token_index"
@@ -54,7 +64,7 @@ def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
         image_token=top.integer(image_key, 32000, low=0, high=decoder.vocab - 1),
         original_layout=False,
         vision_tower=None,
-        end_tokens=top.section("text_config").tokens("eos_token_id", (2,)),
+        end_tokens=top.section("text_config").tokens("eos_token_id", ()),
     )
 
 
@@ -68,14 +78,15 @@ def parse_original(config: Mapping[str, Any], vision_config: Mapping[str, Any]) 
     top.text("mm_projector_type", "mlp2x_gelu", ("mlp2x_gelu",))
     top.text("mm_vision_select_feature", "patch", ("patch",))
     feature_layer = top.integer("mm_vision_select_layer", -2, low=-1000, high=1000)
-    decoder = DecoderConfig.parse(top)
+    kind = DECODERS[top.text("model_type", "llava", tuple(DECODERS))]
+    decoder = DecoderConfig.parse(ConfigReader({**config, "model_type": kind}, "config.json"))
     return LlavaConfig(
         decoder=decoder,
         vision=ClipConfig.parse(ConfigReader(vision_config, "vision config"), feature_layer),
         image_token=decoder.vocab,
         original_layout=True,
         vision_tower=top.text("mm_vision_tower"),
-        end_tokens=top.tokens("eos_token_id", (2,)),
+        end_tokens=top.tokens("eos_token_id", ()),
     )
 
 

@@ -19,14 +19,6 @@ from engine.models.config import ConfigReader
 from engine.models.llava import Llava, LlavaConfig, parse_hub, parse_original
 from engine.preprocess import Pixels
 
-# What the original layout calls its models, and the decoder inside.
-_DECODERS = {
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_qwen": "qwen2",
-}
-
 
 class LlavaNext(Llava):
     """A LLaVA whose pictures are tiles; ``pinpoints`` are its canvases (height, width)."""
@@ -74,6 +66,5 @@ def parse_next_original(
     top = ConfigReader(config, "config.json")
     top.text("image_aspect_ratio", "square", ("anyres",))
     top.text("mm_patch_merge_type", "flat", ("spatial_unpad",))
-    kind = _DECODERS[top.text("model_type", "llava", tuple(_DECODERS))]
-    parsed = parse_original({**config, "model_type": kind}, vision_config)
+    parsed = parse_original(config, vision_config)
     return parsed, read_pinpoints(config, "config.json", parsed.vision.image, width_first=True)

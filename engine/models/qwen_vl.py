@@ -68,13 +68,11 @@ class QwenVlConfig:
 def _refuse_others(top: ConfigReader) -> None:
     """Refuse relatives that share the model type."""
     if "visual" not in top.values:
-        raise top.fail("visual", "is missing: a Qwen without a vision part is not supported")
-    if "quantization_config" in top.values:
-        raise top.fail("quantization_config", "is present: quantised models are not supported")
+        raise top.unsupported("visual", "is missing: a Qwen without a vision part is not supported")
     if not top.flag("no_bias", True):
-        raise top.fail("no_bias", "is false: biases in every linear layer are not supported")
+        raise top.unsupported("no_bias", "is false: biases in every linear layer are not supported")
     if top.number("rotary_pct", 1.0) != 1.0:
-        raise top.fail("rotary_pct", "must be 1.0: partly rotated heads are not supported")
+        raise top.unsupported("rotary_pct", "must be 1.0: partly rotated heads are not supported")
 
 
 def _parse_decoder(top: ConfigReader) -> DecoderConfig:

@@ -5,6 +5,7 @@
 # make gpu-check   on a machine with a CUDA device: build, run the GPU tests, write gpu-results/
 # make gpu-bench   there too: build, then measure PART=1 to 6; RESUME=folder of an earlier report
 #                  (either with DRY=1: walk through it on a CPU, nothing built or measured)
+# make lock        renew constraints.txt: the newest versions that pyproject.toml allows
 # make bench       a quick set of measurements, under ten minutes on two cores; into build/bench/
 # make clean       remove what was built; .venv stays
 #
@@ -15,7 +16,14 @@ BIN := .venv/bin
 STAMPS := .venv/stamps
 NATIVE_SOURCES := CMakeLists.txt $(wildcard cuda/*.* cuda/*/*.*)
 
-.PHONY: demo test test-slow gpu-check gpu-bench clean fuzz bench
+# Exact versions of all but torch: what was tested is what a newcomer gets. Python compiles what is
+# imported when it is; compiling all of torch and transformers here takes a minute.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+ASKED := $(BIN)/python .ci/asked.py
+# One process for each core, one thread in each, waiting asleep: half the time of two threads in one.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8
+
+.PHONY: demo test test-slow gpu-check gpu-bench clean fuzz bench lock
 
 demo: $(STAMPS)/run
 	$(BIN)/python main.py --image examples/car.jpg --prompt "What colour is the car?"
@@ -26,7 +34,7 @@ test: $(STAMPS)/test $(STAMPS)/browser
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'cuda/*.h' 'cuda/*.cpp' 'cuda/*.cu' 'cuda/*.cuh')
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-slow: export AVL_REQUIRE_NATIVE = 1
 test-slow: $(STAMPS)/test
@@ -57,24 +65,34 @@ bench: $(STAMPS)/test
 	$(BIN)/python -m bench.load --preset tiny-test --rounds 3 $(QUICK)
 	$(BIN)/python -m bench.quality --pages 4 --tasks field colour --cache avl --cache random $(QUICK)
 
+# A new environment, filled as `make test` fills its own but for the project, and written down. torch
+# is left out, since which one to take depends on the machine.
+LOCKED := build/lock/bin/python -m pip
+lock: $(STAMPS)/torch
+	rm -rf build/lock && $(BIN)/python -m venv build/lock
+	$(LOCKED) install -q $(TORCH)
+	$(LOCKED) install -q $$($(ASKED) build run test train)
+	{ echo "# What is installed beside torch; \`make lock\` renews it."; \
+		$(LOCKED) freeze | grep -v '^torch=='; } > constraints.txt
+
 clean:
 	rm -rf build dist gpu-results engine/_native*.so $(STAMPS)
 
 # torch comes first and alone: what follows must take the installed one, not choose another.
-$(STAMPS)/torch:
+$(STAMPS)/torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(PIP) $(TORCH)
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check "scikit-build-core>=1.0" "pybind11>=3.0"
+	$(PIP) $$($(ASKED) build)
 	touch $@
 
 # The project itself, editable: Python changes are live, a change in cuda/ installs anew. After a
 # build that failed, CMake's memory of it goes first.
 INSTALL = rm -f engine/_native*.so; \
 	$(BIN)/python -c "import engine._native" 2>/dev/null || rm -rf build/cp*; \
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation
+	$(PIP) --no-build-isolation
 
 $(STAMPS)/run: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
 	$(INSTALL) -e .

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
         OptionError,
     )
     from engine.result import Result, Timings
+
+# torch says so wherever numpy, which nothing here needs, is not installed.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 
 # Where each public name lives. They are imported at first use: importing torch takes a second,
 # and a command line with a mistyped path should not wait for it.

@@ -1,7 +1,8 @@
-"""A decoder's linear layers for few rows: the native matrix-vector product beside torch's.
+"""Linear layers: the native matrix-vector product for few rows, torch's for many.
 
 A decode step reads every weight once and computes little with it. Torch's product for a matrix
-reaches half of the memory's speed there; ``gemv`` reads at the speed of memory.
+reaches half of the memory's speed there; ``gemv`` reads at the speed of memory. Many rows are
+torch's, in float32 where the processor has no fast product of 16-bit matrices.
 """
 
 import functools
@@ -16,6 +17,8 @@ from engine.tape import kept
 
 GEMV_ROWS = 32  # rows that the native product takes
 _UNEVEN_ROWS = 256  # from here on up to three rows more cost nothing
+_BLOCK = 1 << 22  # weights converted to float32 at once: 16 MB
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def linear(
@@ -23,7 +26,7 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` like torch's, through ``gemv`` where that is faster.
 
-    That is: on a CPU, with weights in bfloat16, for at most 32 rows of x ``[..., in]``; else torch
+    That is: on a CPU, with weights in 16 bits, for at most 32 rows of x ``[..., in]``; else torch
     computes it. ``narrow`` is the same weight in bfloat16 beside a float32 one, see ``narrowed``.
     """
     if not _gemv_serves(x, weight if narrow is None else narrow):
@@ -45,19 +48,55 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     It takes about 1.3 times as long for some others, such as the 577 of CLIP (`bench.kernels`), so
     that x gets up to three rows more.
     """
+    if x.device.type != "cpu" or x.dtype is torch.float32 or _training(x, weight):
+        return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if x.is_cuda or x.dtype is not torch.bfloat16 or rows < _UNEVEN_ROWS or rows % 4 == 0:
+    if rows > GEMV_ROWS and not _multiplies_fast(x.dtype):
+        return _by_blocks(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
+    if x.dtype is not torch.bfloat16 or rows < _UNEVEN_ROWS or rows % 4 == 0:
         return F.linear(x, weight, bias)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 4))
     return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
 
 
+def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [rows, in]`` by 16-bit weights in float32, a block of outputs at a time; rounded once.
+
+    The blocks bound the memory of converted weights: no second copy of a model ever exists.
+    """
+    wide, out = x.float(), x.new_empty(len(x), len(weight))
+    block = max(1, _BLOCK // max(1, x.shape[1]))
+    for start in range(0, len(weight), block):
+        part = slice(start, start + block)
+        offset = None if bias is None else bias[part].float()
+        out[:, part] = F.linear(wide, weight[part].float(), offset)
+    return out
+
+
+@functools.cache
+def _multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether torch has a fast product of 16-bit matrices for this processor.
+
+    AVX2 alone has none: 576 rows by 2048 x 6144 take 4 times as long in bfloat16 as in float32
+    there, 1.1 times by blocks (`bench.kernels`). Telling torch to use no more than AVX2
+    (ATEN_CPU_CAPABILITY) is believed.
+    """
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return torch.backends.cpu.get_cpu_capability() != "AVX2" and bool(supported[dtype]())
+
+
 def _gemv_serves(x: Tensor, weight: Tensor) -> bool:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if weight.dtype is not torch.bfloat16 or weight.is_cuda or not 1 <= rows <= GEMV_ROWS:
+    if weight.dtype not in _NARROW or weight.device.type != "cpu" or not 1 <= rows <= GEMV_ROWS:
         return False
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not training and _gemv_pays()
+    return not _training(x, weight) and _gemv_pays()
+
+
+def _training(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 def narrowed(weight: Tensor) -> Tensor | None:
@@ -65,7 +104,7 @@ def narrowed(weight: Tensor) -> Tensor | None:
 
     Checkpoints are stored in 16 bits: run in float32 their products are the same numbers.
     """
-    if weight.dtype is not torch.float32 or weight.is_cuda or not _gemv_pays():
+    if weight.dtype is not torch.float32 or weight.device.type != "cpu" or not _gemv_pays():
         return None
     narrow = weight.bfloat16()
     return narrow if torch.equal(narrow.float(), weight) else None
@@ -73,9 +112,12 @@ def narrowed(weight: Tensor) -> Tensor | None:
 
 @functools.cache
 def _gemv_pays() -> bool:
-    """Whether this processor multiplies bfloat16 itself; elsewhere torch is as fast."""
+    """Whether this processor has the instructions that keep up with memory: AVX2 or better.
+
+    Small matrices gain most: only steps of native products can be recorded (``engine.recorded``).
+    """
     module, _ = load()
-    return module is not None and module.cpu_isa() == "avx512"
+    return module is not None and module.cpu_isa() != "baseline"
 
 
 def gemv(x: Tensor, *layers: tuple[Tensor, Tensor | None], isa: str = "") -> list[Tensor]:

@@ -565,3 +565,31 @@ def test_linear_is_torchs_linear(shape, dtype):
         got = products.linear(x, w, bias)
         torch.testing.assert_close(got, F.linear(x, w, bias))
         assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(33, 48, 7), (40, 31, 300), (2, 289, 64, 130), (1, 50, 1, 1)])
+def test_products_by_blocks_are_float64s_rounded(monkeypatch, dtype, size):
+    """On a processor without a fast product of 16-bit matrices: converted weights stay few."""
+    monkeypatch.setattr(products, "_multiplies_fast", lambda dtype: False)
+    monkeypatch.setattr(products, "_BLOCK", 1000)
+    *lead, size_in, size_out = size
+    x, w = torch.randn(*lead, size_in).to(dtype), torch.randn(size_out, size_in).to(dtype)
+    blocks = []
+    torchs = F.linear
+
+    def multiply(x, weight, bias):
+        blocks.append(weight)
+        return torchs(x, weight, bias)
+
+    monkeypatch.setattr(products.F, "linear", multiply)
+    for bias in (torch.randn(size_out).to(dtype), None):
+        got = products.linear(x, w, bias)
+        wide = None if bias is None else bias.double()
+        want = torchs(x.double(), w.double(), wide)
+        assert got.dtype == dtype
+        assert got.shape == want.shape
+        rounding = torch.finfo(dtype).eps / 2 * want.abs().clamp(min=1.0) * 1.01
+        assert ((got.double() - want).abs() <= rounding + 1e-5).all()
+    assert all(block.dtype is torch.float32 and block.numel() <= 1000 for block in blocks)
+    assert sum(map(len, blocks)) == 2 * size_out

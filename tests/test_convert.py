@@ -29,7 +29,7 @@ from tests.checkpoints import (
 )
 from tests.oracle import noise
 from weights.checkpoint import Checkpoint
-from weights.convert import convert, find_tower
+from weights.convert import MARKER, convert, find_tower
 from weights.pickled import BIN_INDEX
 
 SHAPE = Shape(layers=2)
@@ -271,7 +271,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(
     out, tower = tmp_path / "out", model.parent / "clip"
     with pytest.raises(Interrupted):
         convert(model, out, tower, interrupting("pytorch_model-00002-of-00002.bin", share))
-    assert [path.name for path in out.iterdir()] == [SHARDS[0]]
+    assert {path.name for path in out.iterdir()} == {MARKER, SHARDS[0]}
     with pytest.raises(CheckpointError):
         Engine.load(out, device="cpu")
     first = (out / SHARDS[0]).stat()
@@ -317,7 +317,7 @@ def test_leftovers_of_a_crash_and_other_models_are_written_again(
     convert(model, out, tower)
     good = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
     (out / SHARDS[0]).write_bytes(good[SHARDS[0]][:-1])  # cut short
-    (out / (SHARDS[1] + ".part")).write_bytes(b"half")
+    (out / ".avl-0.part").write_bytes(b"half")
     convert(model, out, tower)
     assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == good
     assert not list(out.glob("*.part"))
@@ -327,6 +327,74 @@ def test_leftovers_of_a_crash_and_other_models_are_written_again(
     convert(model, out, tower)
     assert (out / SHARDS[0]).read_bytes() != good[SHARDS[0]]
     assert (out / SHARDS[1]).read_bytes() == good[SHARDS[1]]
+
+
+# -- what is the user's ---------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors.index.json", "notes.txt", ".hidden", SHARDS[0]]
+)
+def test_a_folder_that_holds_something_else_is_left_alone(
+    file: str, broken: bool, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / file).write_bytes(b"mine")
+    if broken:
+        (model / "pytorch_model-00002-of-00002.bin").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match="mine holds something else already"):
+        convert(model, out, model.parent / "clip")
+    assert contents(out) == {file: b"mine"}
+
+
+@pytest.mark.parametrize("stopped", [0.0, None])
+@pytest.mark.parametrize("file", ["config.json", SHARDS[1], "notes.txt"])
+def test_what_was_put_into_a_converted_folder_is_kept(
+    file: str, stopped: float | None, model: Path, tmp_path: Path
+) -> None:
+    out, tower = tmp_path / "out", model.parent / "clip"
+    if stopped is None:
+        convert(model, out, tower)
+    else:
+        with pytest.raises(Interrupted):
+            convert(model, out, tower, interrupting("pytorch_model-00002-of-00002.bin", stopped))
+    (out / file).write_bytes(b"mine")
+    before = contents(out)
+    if file == "notes.txt":
+        convert(model, out, tower)
+    else:
+        with pytest.raises(CheckpointError, match=file):
+            convert(model, out, tower)
+    assert {name: contents(out)[name] for name in before} == before
+
+
+def test_another_conversion_or_process_does_not_share_a_folder(model: Path, tmp_path: Path) -> None:
+    out, tower = tmp_path / "out", model.parent / "clip"
+    with pytest.raises(Interrupted):
+        convert(model, out, tower, interrupting("pytorch_model-00002-of-00002.bin", 0))
+    before = contents(out)
+    with pytest.raises(CheckpointError, match="out holds another conversion"):
+        convert(model, out)
+    seen = []
+
+    def second(*_: Any) -> None:
+        with pytest.raises(CheckpointError, match="another process converts into") as caught:
+            convert(model, out, tower)
+        seen.append(caught.value.hint)
+
+    assert contents(out) == before
+    convert(model, out, tower, second)
+    assert seen
 
 
 def test_at_most_one_shard_is_in_memory(model: Path, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 Each source file becomes one shard. A shard is written under a temporary name, brought to the disk
 and only then renamed, and the index comes last: at every moment a shard either is whole or has not
 its name. Started again, the conversion keeps the shards that are done.
+
+The target is a folder of the conversion's own: a new or an empty one, in which a marker says what
+is converted. Nothing is written into a folder that holds something else, and no file that was
+changed since is written over.
 """
 
 import ctypes
 import fnmatch
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.files import PARTS, lock, write_whole, written_whole
 from weights.checkpoint import Checkpoint
 from weights.files import INDEX, first_five, read_json
 from weights.header import DTYPES
@@ -30,10 +34,13 @@ Progress = Callable[[str, int, int], None]
 TOWER = "vision_tower"  # the folder in the result that holds a joined tower's config.json
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 BESIDE = ["*.json", "tokenizer.model", "*.tiktoken", "*.jinja"]
-PART = ".part"
+MARKER = ".avl-conversion"  # in the target: what is converted there
 TAIL = 4 << 20
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_OURS = b'{"__metadata__":{"format":"pt","source":'  # how the header of every shard begins
+_NEW_FOLDER = "name a folder that does not exist"
+_ELSEWHERE = f"or {_NEW_FOLDER}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def convert(
 
     Args:
         source: config, tokenizer and `pytorch_model*.bin`.
-        target: a new folder, or one that an interrupted conversion of `source` left.
+        target: a new or empty folder, or one that a conversion of `source` and `tower` left.
         tower: folder of the vision tower to join in, where the checkpoint has none of its own.
         progress: called with a source file's name, the bytes of it that are done, and all of them.
 
@@ -62,26 +69,29 @@ def convert(
 
     Raises:
         CheckpointError: nothing to convert, a file that is damaged or holds more than tensors, a
-            vision tower that is missing or not wanted.
+            vision tower that is missing or not wanted, a target that holds something else.
     """
     config = read_json(source / "config.json")
     sources = _sources(source, target, tower)
-    target.mkdir(parents=True, exist_ok=True)
-    for leftover in (target / INDEX, *target.glob("*" + PART)):
-        leftover.unlink(missing_ok=True)
+    with _claimed(source, target, tower):
+        index = _write_shards(sources, target, progress or (lambda *_: None))
+        _copy_beside(source, target, config, tower)
+        _put(target / INDEX, json.dumps(index, indent=2).encode())
+    return target
+
+
+def _write_shards(sources: list[Source], target: Path, progress: Progress) -> dict[str, object]:
+    """One shard for each source; returns their index."""
     weight_map: dict[str, str] = {}
     total = 0
     for number, item in enumerate(sources, 1):
         shard = f"model-{number:05}-of-{len(sources):05}.safetensors"
         with _open(item) as pieces:
             _refuse_repeats(item, pieces, weight_map)
-            _write_shard(target / shard, pieces, item, progress or (lambda *_: None))
+            _write_shard(target / shard, pieces, item, progress)
             weight_map |= {piece.name: shard for piece in pieces}
             total += sum(piece.nbytes for piece in pieces)
-    _copy_beside(source, target, config, tower)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_whole(target / INDEX, json.dumps(index, indent=2).encode())
-    return target
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 # --- what to convert -----------------------------------------------------------------------------
@@ -89,9 +99,7 @@ def convert(
 
 def _sources(source: Path, target: Path, tower: Path | None) -> list[Source]:
     if target.exists() and (not target.is_dir() or target.samefile(source)):
-        raise CheckpointError(
-            f"{target} cannot take the converted model", hint="name a folder that does not exist"
-        )
+        raise CheckpointError(f"{target} cannot take the converted model", hint=_NEW_FOLDER)
     sources = [Source(path) for path in pickled_files(source)]
     if tower is None:
         return sources
@@ -102,6 +110,27 @@ def _sources(source: Path, target: Path, tower: Path | None) -> list[Source]:
         )
     found = sorted(tower.glob("*.safetensors"))[:1] or pickled_files(tower)
     return [*sources, *(Source(path, is_tower=True) for path in found)]
+
+
+@contextmanager
+def _claimed(source: Path, target: Path, tower: Path | None) -> Iterator[None]:
+    """Make `target` this conversion's folder, or find that it is; one process works in it."""
+    marker, tower_name = target / MARKER, str(tower.resolve()) if tower else None
+    wanted = json.dumps({"source": str(source.resolve()), "tower": tower_name}, indent=2).encode()
+    target.mkdir(parents=True, exist_ok=True)
+    if all(path.match(PARTS) for path in target.iterdir()):
+        write_whole(marker, wanted)
+    if not marker.is_file() or marker.read_bytes() != wanted:
+        what = "another conversion" if marker.is_file() else "something else"
+        raise CheckpointError(f"{target} holds {what} already", hint=_NEW_FOLDER)
+    with marker.open("rb") as file:
+        if not lock(file):
+            raise CheckpointError(
+                f"another process converts into {target}", hint="wait for it to end"
+            )
+        for leftover in target.glob(PARTS):
+            leftover.unlink()
+        yield
 
 
 @contextmanager
@@ -147,8 +176,10 @@ def _write_shard(path: Path, pieces: list[Piece], source: Source, progress: Prog
     if _is_whole(path, header, total):
         progress(source.path.name, total, total)
         return
+    _refuse_foreign(path)
+    (path.parent / INDEX).unlink(missing_ok=True)  # of an earlier run: not true any more
     done = 0
-    with _whole_file(path) as file:
+    with written_whole(path) as file:
         file.write(header)
         progress(source.path.name, done, total)
         for piece in ordered:
@@ -189,40 +220,30 @@ def _is_whole(path: Path, header: bytes, total: int) -> bool:
         return file.read(len(header)) == header
 
 
+def _refuse_foreign(path: Path) -> None:
+    """Only what a conversion has written may be written again: its header says so."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start[8:].startswith(_OURS):
+        raise CheckpointError(f"{path} is not of a conversion", hint=f"move it away, {_ELSEWHERE}")
+
+
 def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     tensor = tensor.contiguous()
     if tensor.nbytes:
         file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name only when it is complete and on the disk."""
-    part = path.with_name(path.name + PART)
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a renaming to the disk, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    with _whole_file(path) as file:
-        file.write(content)
+def _put(path: Path, content: bytes) -> None:
+    """Write a small file, unless it is there; one that says something else was changed since."""
+    if not path.exists():
+        write_whole(path, content)
+    elif path.read_bytes() != content:
+        raise CheckpointError(
+            f"{path} is not what the conversion writes there", hint=f"move it away, {_ELSEWHERE}"
+        )
 
 
 def _copy_beside(
@@ -233,17 +254,17 @@ def _copy_beside(
         wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE)
         own = path.name == "config.json" or path.name.endswith(".index.json")
         if wanted and path.is_file() and not own:
-            _write_whole(target / path.name, path.read_bytes())
+            _put(target / path.name, path.read_bytes())
     changed = config if tower is None else {**config, "mm_vision_tower": TOWER}
-    _write_whole(target / "config.json", json.dumps(changed, indent=2).encode())
+    _put(target / "config.json", json.dumps(changed, indent=2).encode())
     if tower is None:
         return
     joined = target / TOWER
     joined.mkdir(exist_ok=True)
-    _write_whole(joined / "config.json", (tower / "config.json").read_bytes())
+    _put(joined / "config.json", (tower / "config.json").read_bytes())
     pictures = tower / "preprocessor_config.json"
     if pictures.exists() and not (source / pictures.name).exists():
-        _write_whole(target / pictures.name, pictures.read_bytes())
+        _put(target / pictures.name, pictures.read_bytes())
 
 
 # --- by name -------------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""Files that are written: beside their place first, then moved there, so that a failure on the way
+leaves what was there before; and whether they can be, asked before the work is done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from engine.errors import OptionError
+from engine.image import display_name
+
+PARTS = ".avl-*.part"  # what a killed process may leave of a file it was writing
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that takes its name only when it is complete and on the disk.
+
+    A link is followed; a file that is replaced keeps its permissions.
+    """
+    target = Path(os.path.realpath(path))
+    _refuse_unfit(target)
+    part = _part_of(target)
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """``written_whole`` for content that is at hand."""
+    with written_whole(path) as file:
+        file.write(content)
+
+
+def check_target(
+    flag: str,
+    path: str | os.PathLike[str],
+    endings: tuple[str, ...] = (),
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> None:
+    """Refuse what ``written_whole`` could not write, or should not: one of the ``inputs``.
+
+    Raises OptionError that begins with ``flag``; an empty ``endings`` allows every name.
+    """
+    name = f"{flag} {display_name(os.fspath(path))}"
+    if endings and not os.fspath(path).lower().endswith(endings):
+        raise OptionError(f"{name}: the name of another kind of file", f"end it in {_or(endings)}")
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise OptionError(f"{name}: no folder {target.parent}", hint="name a folder that exists")
+    for source in inputs:
+        with suppress(OSError, ValueError):
+            if target.samefile(source):
+                raise OptionError(f"{name} is a file that is read", hint="give another name")
+    try:
+        _refuse_unfit(target)
+        part = _part_of(target)
+        part.open("xb").close()
+        part.unlink()
+    except OSError as error:
+        raise OptionError(
+            f"{name} cannot be written: {error.strerror}", hint="name a place where you may write"
+        ) from None
+
+
+def lock(file: IO[Any]) -> bool:
+    """Reserve an open file for this process, until it is closed; whether that could be done.
+
+    Where the file system knows no locks, every process may write.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _refuse_unfit(path: Path) -> None:
+    """A folder, a device or a pipe is nothing that a file could take the place of."""
+    if not path.exists():
+        return
+    if path.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if not os.access(path, os.W_OK):  # a renaming would not ask
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _part_of(path: Path) -> Path:
+    """A name of its own: whatever else lies in the folder is somebody's."""
+    return path.with_name(PARTS.replace("*", secrets.token_hex(6)))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a renaming to the disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from engine.cache.report import report
 from engine.cache.row import Row
@@ -55,7 +56,11 @@ class Request:
         if "prompt" not in rest:
             raise OptionError("a request has no prompt", hint='add "prompt": "..."')
         prompt, images = rest.pop("prompt"), rest.pop("images", ())
-        raw = bool(rest.pop("raw", False))
+        raw = rest.pop("raw", False)
+        if not isinstance(raw, bool) or (raw and not isinstance(prompt, str)):
+            raise OptionError(
+                f"a request's raw is {raw!r:.40}", hint="use true (for a text prompt) or false"
+            )
         if not isinstance(images, Sequence):
             raise OptionError(
                 f"a request's images are {type(images).__name__}", hint='write "images": ["a.jpg"]'
@@ -87,6 +92,28 @@ class _Running:
     row: Row
     timings: Timings
     token: int
+    failed: EngineError | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is to be decoded any more."""
+        return bool(self.answer.finish or self.failed)
+
+    def choose(self, logits: Tensor) -> None:
+        """Take the next token; whatever is wrong with it is this request's own failure."""
+        try:
+            self.token = self.answer.choose(logits)
+            self.answer.take(self.token)
+        except Exception as error:
+            self.failed = _failure(error)
+
+
+def _failure(error: Exception) -> EngineError:
+    """What a request failed of, in our words where they are known."""
+    if isinstance(error, EngineError):
+        return error
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return EngineError(f"unexpected {type(error).__name__}: {reason}")
 
 
 def generate_batch(
@@ -125,11 +152,11 @@ class Batch:
 
     def admit(self, index: int, request: Request | Mapping[str, Any]) -> Failure | None:
         """Prefill one more request; a bad one comes back as a Failure."""
+        self._settle()
         try:
-            self._settle()
             self.running.append(self._start(index, Request.parse(request)))
-        except EngineError as error:
-            return Failure(index, error)
+        except Exception as error:
+            return Failure(index, _failure(error))
         return None
 
     def _start(self, index: int, request: Request) -> _Running:
@@ -143,15 +170,14 @@ class Batch:
         began = perf_counter()
         with pool_memory(self.pools, "reading the prompt", len(turn.token_ids)):
             row, logits = prefill(self.model, self.pools, self.policy, turn, options.max_new_tokens)
+        timings.prefill = perf_counter() - began
+        running = _Running(index, turn, answer, row, timings, token=0)
         try:
             refuse_nan(logits)
-        except EngineError:
-            self._free(row)
-            raise
-        timings.prefill = perf_counter() - began
-        token = answer.choose(logits)
-        answer.take(token)
-        return _Running(index, turn, answer, row, timings, token)
+            running.choose(logits)
+        except EngineError as error:
+            running.failed = error
+        return running
 
     def step(self) -> None:
         """One token for every row.
@@ -171,21 +197,23 @@ class Batch:
         tokens = torch.tensor([each.token for each in self.running], device=self.engine.device)
         logits = self._stepper.step(tokens)
         for each, scores in zip(self.running, logits, strict=True):
-            each.token = each.answer.choose(scores)
-            each.answer.take(each.token)
+            each.choose(scores)
             each.timings.steps += 1
             each.timings.decode += perf_counter() - began
 
-    def finished(self) -> Iterator[Result]:
+    def finished(self) -> Iterator[Result | Failure]:
         """Results of the rows that are over; their slots are given back."""
-        done = [each for each in self.running if each.answer.finish]
+        done = [each for each in self.running if each.over]
         if not done:
             return
         self._settle()
-        self.running = [each for each in self.running if not each.answer.finish]
+        self.running = [each for each in self.running if not each.over]
         for each in done:
             cache = report(each.row, self.pools, self.policy)
             self._free(each.row)
+            if each.failed:
+                yield Failure(each.index, each.failed)
+                continue
             result = each.answer.result(each.turn, each.timings, cache)
             yield replace(result, index=each.index)
 

@@ -21,6 +21,7 @@ _REGION = re.compile(
     rf"|<quad>\s*(?P<quad>{_COMMA.join([_POINT] * 4)})\s*</quad>",
     re.DOTALL,
 )
+PICTURE_KINDS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of files drawn on
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 

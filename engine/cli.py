@@ -10,21 +10,31 @@ import argparse
 import itertools
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from engine.cache.specs import parse
 from engine.errors import CapacityError, EngineError, OptionError
-from engine.flags import build_parser
+from engine.flags import parse_flags
 from engine.inputs import load_engine, open_pictures, opener, read_options, read_prompt
 from engine.noise import Noise
-from engine.terminal import INTERRUPTED, complain, flush, forget_stdout
+from engine.terminal import (
+    INTERRUPTED,
+    complain,
+    flush,
+    forget_stdout,
+    need_stdout,
+    prepare,
+    say,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    prepare()
     try:
         try:
             return _run(arguments)
@@ -38,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exception(error)
         return _explain(error)
 
 
@@ -61,51 +71,50 @@ def _explain(error: Exception) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    flags = build_parser().parse_args(arguments)
+    need_stdout()
+    flags, mode = parse_flags(arguments)
     if flags.quiet:  # read when the hub's client is imported
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if flags.cache is not None:
         parse(flags.cache)
-    if flags.version:
-        print(f"avl-engine {_version()}")
-        return 0
-    if flags.check:
-        return _check(flags)
-    if flags.batch:
-        return _batch(flags)
-    if flags.convert:
-        return _convert(flags)
-    if flags.chat:
-        return _converse(flags)
+    return _MODES.get(mode, _answer)(flags)
+
+
+def _answer(flags: argparse.Namespace) -> int:
     from engine.oneshot import answer_once
 
     return answer_once(flags)
 
 
+def _batch(flags: argparse.Namespace) -> int:
+    from engine.batch_command import answer_file
+
+    return answer_file(flags)
+
+
 def _converse(flags: argparse.Namespace) -> int:
     """A conversation; --prompt is its first question, --image what it is about."""
-    from engine.repl import Repl, read_lines
+    from engine.lines import read_lines
+    from engine.repl import Repl
 
-    for flag in ("json", "raw", "compare", "attention", "draw_boxes"):
-        if getattr(flags, flag):
-            raise OptionError(f"--chat takes no --{flag.replace('_', '-')}", hint="leave one out")
     if "-" in (flags.prompt, *flags.image):
         raise OptionError("--chat reads its questions from stdin", hint="give a file instead of -")
     options, pictures = read_options(flags), open_pictures(flags)
     noise = Noise(flags, pictures)
-    engine = load_engine(flags)
-    noise.loaded(engine)
+    engine = load_engine(flags, noise)
     repl = Repl(engine, opener(flags), options, noise, flags.system)
     repl.show(pictures)
     first = [] if flags.prompt is None else [read_prompt(flags.prompt)]
-    return repl.run(itertools.chain(first, read_lines()))
+    return repl.run(itertools.chain(first, read_lines(repl.commands)))
 
 
-def _version() -> str:
+def _say_version(_: argparse.Namespace) -> int:
     try:
-        return version("avl-engine")
+        number = version("avl-engine")
     except PackageNotFoundError:
-        return "(not installed)"
+        number = "(not installed)"
+    say(f"avl-engine {number}\n")
+    return 0
 
 
 def _check(flags: argparse.Namespace) -> int:
@@ -118,7 +127,7 @@ def _check(flags: argparse.Namespace) -> int:
 
 def _convert(flags: argparse.Namespace) -> int:
     """Convert pickled weights; started again after an interrupt, it keeps what is done."""
-    if not (flags.convert and flags.model):
+    if not flags.model:
         raise OptionError(
             "a conversion needs a source and a target",
             hint="write --model SOURCE --convert TARGET [--vision-tower TOWER]",
@@ -129,7 +138,7 @@ def _convert(flags: argparse.Namespace) -> int:
     tower = find_tower(source, flags.vision_tower, flags.offline)
     progress = None if flags.quiet else _show_progress
     target = convert(source, Path(flags.convert), tower, progress)
-    print(target)
+    say(f"{target}\n")
     return 0
 
 
@@ -141,19 +150,10 @@ def _show_progress(name: str, done: int, total: int) -> None:
         print(f"{name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end=end, file=sys.stderr)
 
 
-def _batch(flags: argparse.Namespace) -> int:
-    """Answer a file of requests into another, with a progress bar on stderr."""
-    from tqdm import tqdm
-
-    from engine.batch_file import check_job, run_batch
-
-    source = Path(flags.batch)
-    target = Path(flags.output) if flags.output else source.with_suffix(".answers.jsonl")
-    total = check_job(source, target, flags.rows)
-    engine = load_engine(flags)
-    hidden = flags.quiet or None  # None: shown on a terminal only
-    with tqdm(total=total, unit="request", disable=hidden, file=sys.stderr) as bar:
-        for done in run_batch(engine, source, target, flags.rows):
-            bar.update(done - bar.n)
-    print(target)
-    return 0
+_MODES = {
+    "version": _say_version,
+    "check": _check,
+    "convert": _convert,
+    "batch": _batch,
+    "chat": _converse,
+}

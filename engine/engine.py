@@ -23,13 +23,14 @@ from engine.errors import OptionError
 from engine.generation import Answer, generate
 from engine.image import open_image
 from engine.loading import Loaded, load
-from engine.options import Options, OptionValues, make_options
+from engine.options import Options, OptionValues, check_threads, make_options
 from engine.pictures import EncodedImage, Picture, PictureEncoder
 from engine.preprocess import ImageProcessor, Pixels
 from engine.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from engine.result import Result, Timings
 from engine.session import Session, Turn
 from engine.stepping import Stepping
+from weights.fingerprint import fingerprint
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -55,6 +56,7 @@ class Engine:
         self.model, self.tokenizer = loaded.family.model, loaded.tokenizer
         self.policy, self.stepping = parse(cache), stepping or Stepping()
         self.name, self.load_seconds = loaded.folder.name, loaded.seconds
+        self._folder = loaded.folder
         self._family = loaded.family
         self._encoder = PictureEncoder(self.model)
 
@@ -72,6 +74,7 @@ class Engine:
         vision_tower: str | PathLike[str] | None = None,
         selection: str = "branch",
         graphs: bool = False,
+        threads: int | None = None,
     ) -> Engine:
         """Load a model.
 
@@ -94,11 +97,16 @@ class Engine:
                 The tokens are the same; on a CPU it is always in order.
             graphs: replay decode steps from captured CUDA graphs; on a CPU the same code runs
                 without a capture. The tokens are the same.
+            threads: processors that torch and the kernels use, for the whole process; None: as
+                torch chose.
 
         Raises:
             CheckpointError: weights, configuration or tokenizer are missing, damaged, unsupported.
-            OptionError: an unknown device, dtype, policy, style or selection.
+            OptionError: an unknown device, dtype, policy, style or selection, too many threads.
         """
+        check_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
         policy, stepping = parse(cache), Stepping(selection, graphs)
         loaded = load(name, device, dtype, style, revision, offline, vision_tower)
         return cls(loaded, policy, stepping)
@@ -117,6 +125,13 @@ class Engine:
     def dtype(self) -> torch.dtype:
         """The dtype of weights and cache."""
         return self.model.decoder.norm.weight.dtype
+
+    def fingerprint(self) -> str:
+        """Tells apart engines that may answer differently under the same cache policy."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        tower = self._family.tower
+        folders = [self._folder, *([tower[0]] if tower else [])]
+        return " ".join([*map(fingerprint, folders), dtype, self._family.style])
 
     def generate(
         self,

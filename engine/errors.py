@@ -26,7 +26,7 @@ class OptionError(EngineError):
     """A flag, option or prompt is out of range or unknown."""
 
     exit_code = 2
-    usual_hint = "python main.py --help lists all flags with examples"
+    usual_hint = "--help lists all flags with examples"
 
 
 class ImageError(EngineError):
@@ -48,3 +48,16 @@ class CapacityError(EngineError):
 
     exit_code = 5
     usual_hint = "ask for less: fewer or smaller pictures, a shorter prompt or answer"
+
+
+class ContextError(CapacityError):
+    """Prompt and answer are longer than the model's context.
+
+    Attributes:
+        room: how many tokens the prompt leaves for an answer; none or less than none of a prompt
+            that does not fit itself.
+    """
+
+    def __init__(self, message: str, hint: str, room: int) -> None:
+        super().__init__(message, hint)
+        self.room = room

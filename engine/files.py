@@ -16,6 +16,7 @@ from typing import IO, Any, BinaryIO
 from engine.errors import OptionError
 from engine.image import display_name
 
+_STREAMS = ("/dev/", "/proc/")
 PARTS = ".avl-*.part"  # what a killed process may leave of a file it was writing
 
 
@@ -25,8 +26,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     A link is followed; a file that is replaced keeps its permissions.
     """
+    _refuse_unfit(path)
     target = Path(os.path.realpath(path))
-    _refuse_unfit(target)
     part = _part_of(target)
     try:
         with part.open("xb") as file:
@@ -68,7 +69,7 @@ def check_target(
             if target.samefile(source):
                 raise OptionError(f"{name} is a file that is read", hint="give another name")
     try:
-        _refuse_unfit(target)
+        _refuse_unfit(path)
         part = _part_of(target)
         part.open("xb").close()
         part.unlink()
@@ -96,16 +97,24 @@ def _or(names: tuple[str, ...]) -> str:
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def _refuse_unfit(path: Path) -> None:
+def is_regular(path: str | os.PathLike[str]) -> bool:
+    """Whether a name means a file on a disk; ``/dev/stdin`` does not, even where it leads to one.
+
+    Raises OSError if there is nothing.
+    """
+    return stat.S_ISREG(os.stat(path).st_mode) and not os.fspath(path).startswith(_STREAMS)
+
+
+def _refuse_unfit(path: str | os.PathLike[str]) -> None:
     """A folder, a device or a pipe is nothing that a file could take the place of."""
-    if not path.exists():
+    if not os.path.exists(path):
         return
-    if path.is_dir():
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if os.path.isdir(path):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not is_regular(path):
+        raise OSError(errno.EINVAL, "not a regular file", path)
     if not os.access(path, os.W_OK):  # a renaming would not ask
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
 def _part_of(path: Path) -> Path:

@@ -12,11 +12,15 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from engine.boxes import PICTURE_KINDS
 from engine.errors import OptionError
+from engine.files import check_target
 from engine.image import MAX_PIXELS, LoadedImage
 from engine.messages import EXAMPLE
-from engine.options import OptionValues, make_options
-from engine.remote import open_picture
+from engine.noise import Noise
+from engine.options import OptionValues, check_threads, make_options
+from engine.remote import is_address, open_picture
+from weights.hub import resolve
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -69,10 +73,15 @@ def opener(flags: argparse.Namespace) -> Callable[[str], LoadedImage]:
         )
 
     def open_named(name: str) -> LoadedImage:
-        source = sys.stdin.buffer.read() if name == "-" else name
+        source = sys.stdin.buffer.read() if name == "-" else picture_path(name)
         return open_picture(source, flags.max_pixels, flags.allow_url)
 
     return open_named
+
+
+def picture_path(name: str) -> str:
+    """A picture's name with ``~`` as a shell reads it, unless a file is really called so."""
+    return name if is_address(name) or os.path.exists(name) else os.path.expanduser(name)
 
 
 def open_pictures(flags: argparse.Namespace) -> list[LoadedImage]:
@@ -82,35 +91,35 @@ def open_pictures(flags: argparse.Namespace) -> list[LoadedImage]:
 
 def check_targets(flags: argparse.Namespace) -> None:
     """Refuse at once what could only fail after the answer: files that cannot be written."""
-    if flags.draw_boxes:
-        _check_target("--draw-boxes", flags.draw_boxes, flags.image, "no picture to draw on")
-        if not flags.draw_boxes.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
-            raise OptionError(
-                f"--draw-boxes {flags.draw_boxes}: not a picture's name",
-                hint="end it in .png, .jpg or .webp",
-            )
-    if flags.attention:
-        _check_target("--attention", flags.attention, flags.image, "no picture to show")
-        if flags.compare:
-            raise OptionError(
-                "--attention takes no --compare",
-                hint="its page compares with the full cache already",
-            )
+    inputs = [*map(picture_path, flags.image), *_files_of(flags.prompt)]
+    targets = {
+        "--draw-boxes": (flags.draw_boxes, PICTURE_KINDS, "no picture to draw on"),
+        "--attention": (flags.attention, (".html", ".htm"), "no picture to show"),
+    }
+    for flag, (path, endings, lack) in targets.items():
+        if path is None:
+            continue
+        if not flags.image:
+            raise OptionError(f"{flag} has {lack}", hint="add --image FILE")
+        check_target(flag, path, endings, inputs)
 
 
-def _check_target(flag: str, path: str, pictures: list[str], lack: str) -> None:
-    if not pictures:
-        raise OptionError(f"{flag} has {lack}", hint="add --image FILE")
-    folder = os.path.dirname(path)
-    if folder and not os.path.isdir(folder):
-        raise OptionError(f"{flag} {path}: no folder {folder}", hint="name a folder that exists")
+def _files_of(prompt: str | None) -> list[str]:
+    return [prompt[1:]] if prompt and prompt.startswith("@") else []
 
 
-def load_engine(flags: argparse.Namespace) -> Engine:
-    """The engine that the flags ask for; torch is imported here."""
+def find_model(flags: argparse.Namespace) -> None:
+    """See that the model is there, downloaded if needed: a wrong name need not wait for torch."""
+    check_threads(flags.threads)
+    resolve(flags.model, flags.revision, flags.offline)
+
+
+def load_engine(flags: argparse.Namespace, noise: Noise) -> Engine:
+    """The engine that the flags ask for, and what is to be said of it; torch is imported here."""
+    find_model(flags)
     from engine.engine import DEFAULT_CACHE, Engine
 
-    return Engine.load(
+    engine = Engine.load(
         flags.model,
         device=flags.device,
         dtype=flags.dtype,
@@ -121,4 +130,7 @@ def load_engine(flags: argparse.Namespace) -> Engine:
         vision_tower=flags.vision_tower,
         selection="sync" if flags.sync_selection else "branch",
         graphs=flags.graphs,
+        threads=flags.threads,
     )
+    noise.loaded(engine)
+    return engine

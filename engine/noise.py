@@ -31,6 +31,9 @@ class Noise:
 
     def loaded(self, engine: Engine) -> None:
         """The load line, and that the default cache is an approximation."""
+        for flag in ("graphs", "sync_selection"):
+            if getattr(self.options, flag) and engine.device.type == "cpu":
+                self.note(f"--{flag.replace('_', '-')} changes nothing on a CPU")
         if not self.wanted:
             return
         from engine.native import backend

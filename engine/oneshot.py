@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.errors import OptionError
+from engine.capping import capped, shortened
+from engine.errors import ContextError
+from engine.files import written_whole
 from engine.inputs import check_targets, load_engine, open_pictures, read_options, read_prompt
 from engine.messages import with_system
 from engine.noise import Noise
-from engine.terminal import INTERRUPTED, say
+from engine.terminal import INTERRUPTED, say, say_json
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Messages
@@ -24,35 +26,42 @@ def answer_once(flags: argparse.Namespace) -> int:
     """Answer --prompt about the pictures of --image; returns the exit code."""
     text, options = read_prompt(flags.prompt), read_options(flags)
     check_targets(flags)
-    if flags.raw and flags.system is not None:
-        raise OptionError("--raw takes no --system", hint="write the system text into the prompt")
     pictures = open_pictures(flags)
     noise = Noise(flags, pictures)
     prompt = with_system(text, len(pictures), flags.system)
-    engine = load_engine(flags)
-    noise.loaded(engine)
+    engine = load_engine(flags, noise)
     pixels = [picture.pixels for picture in pictures]
     if flags.verbose and not flags.quiet:
         noise.prompt(engine.render(prompt, pixels, raw=flags.raw))
     if flags.compare:
-        return _compare(engine, prompt, pictures, flags)
+        return _compare(engine, prompt, pictures, flags, noise)
     stream = engine.stream
     if flags.attention:
         from engine.insight.page import stream_with_page
 
         stream = partial(stream_with_page, engine, flags.attention)
-    return _answer(stream(prompt, pixels, raw=flags.raw, **options), flags, pictures, noise)
+    asked = partial(stream, prompt, pixels, raw=flags.raw)
+    return _answer(capped(asked, options, noise.note), flags, pictures, noise)
 
 
 def _compare(
-    engine: Engine, prompt: Messages, pictures: list[LoadedImage], flags: argparse.Namespace
+    engine: Engine,
+    prompt: Messages,
+    pictures: list[LoadedImage],
+    flags: argparse.Namespace,
+    noise: Noise,
 ) -> int:
     from engine.compare import compare
 
     pixels = [picture.pixels for picture in pictures]
-    found = compare(engine, prompt, pixels, read_options(flags), raw=flags.raw)
+    options = read_options(flags)
+    try:
+        found = compare(engine, prompt, pixels, options, raw=flags.raw)
+    except ContextError as error:
+        options = shortened(options, error, noise.note)
+        found = compare(engine, prompt, pixels, options, raw=flags.raw)
     if flags.json:
-        say(json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
+        say_json(found.as_dict())
     else:
         say("\n".join(found.lines()) + "\n")
     return 0
@@ -80,7 +89,7 @@ def _answer(
             say("\n" if live else text + "\n")
         return INTERRUPTED
     if flags.json:
-        say(json.dumps(result.as_dict(), ensure_ascii=False) + "\n")
+        say_json(result.as_dict())
     else:
         say("\n" if live else result.text + "\n")
     if flags.draw_boxes:
@@ -91,9 +100,13 @@ def _answer(
 
 def _draw_boxes(path: str, picture: LoadedImage, result: Result, noise: Noise) -> None:
     """Write the picture with the answer's regions, if there are any."""
+    from PIL import Image
+
     from engine.boxes import draw_boxes
 
     if result.boxes:
-        draw_boxes(picture.pixels, result.boxes).save(path)
+        kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
+        with written_whole(path) as file:
+            draw_boxes(picture.pixels, result.boxes).save(file, format=kind)
     else:
         noise.note(f"the answer names no regions; {path} is not written")

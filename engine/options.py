@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import TypedDict
@@ -32,8 +33,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_types(self, temperature=float, top_k=int, top_p=float, seed=int)
-        _check_types(self, repetition_penalty=float)
+        _check_numbers(self, temperature=float, top_k=int, top_p=float, seed=int)
+        _check_numbers(self, repetition_penalty=float)
         if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
             raise OptionError(
                 f"repetition_penalty is {self.repetition_penalty}", hint="use 1 (off) or more"
@@ -48,15 +49,22 @@ class Sampling:
             raise OptionError(f"seed is {self.seed}", hint="use 0 to 9223372036854775807")
 
 
-def _check_types(options: object, **kinds: type) -> None:
+def _check_numbers(options: object, **kinds: type) -> None:
     """Requests come from files too: 2.0 tokens or a seed of "7" would only fail much later."""
     for name, kind in kinds.items():
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
             needed = "a number" if kind is float else "a whole number"
             raise OptionError(f"{name} is {value!r:.80}", hint=f"use {needed}")
-        if kind is float and value > sys.float_info.max:
-            raise OptionError(f"{name} is {value!s:.20}", hint="use a smaller number")
+        if abs(value) > sys.float_info.max and not isinstance(value, float):
+            raise OptionError(f"{name} is beyond all use", hint="use a smaller number")
+
+
+def check_threads(count: int | None) -> None:
+    """Raise OptionError unless this machine can run ``count`` threads at once; None is any."""
+    most = os.cpu_count() or 1
+    if count is not None and not (type(count) is int and 1 <= count <= most):
+        raise OptionError(f"threads is {count!r:.20}", hint=f"use 1 to {most} on this machine")
 
 
 class OptionValues(TypedDict, total=False):
@@ -86,7 +94,14 @@ class Options:
     cancel: Event | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self, max_new_tokens=int)
+        _check_numbers(self, max_new_tokens=int)
+        for name in ("ignore_eos", "logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(
+                    f"{name} is {getattr(self, name)!r:.80}", hint="use true or false"
+                )
+        if self.cancel is not None and not callable(getattr(self.cancel, "is_set", None)):
+            raise OptionError(f"cancel is {self.cancel!r:.80}", hint="use a threading.Event")
         if any(not isinstance(text, str) for text in self.stop):
             raise OptionError("a stop text is not a text", hint='write "stop": ["..."]')
         if self.max_new_tokens < 1:
@@ -122,6 +137,8 @@ def make_options(
     Raises:
         OptionError: a value is out of its range.
     """
+    if not isinstance(stop, Iterable):
+        raise OptionError(f"stop is {stop!r:.80}", hint="use texts")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
     return Options(max_new_tokens, sampling, stops, ignore_eos, logprobs, cancel)

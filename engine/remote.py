@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ def open_picture(source: str | bytes, max_pixels: int, allow_url: bool) -> Loade
         elif start.startswith(("http://", "https://")):
             source = _allowed(source, allow_url)
     return open_image(source, max_pixels)
+
+
+def is_address(source: str) -> bool:
+    """Whether a picture's name is no path: a ``data:`` URL or one with ``://`` behind a scheme."""
+    return source[:5].lower() == "data:" or bool(re.match(r"(https?|file)://", source, re.I))
 
 
 def _allowed(url: str, allow_url: bool) -> bytes:

@@ -1,36 +1,38 @@
 """``--chat``: a conversation on the terminal, or over a pipe with one question a line.
 
-On a terminal the standard library's readline edits the line, remembers what was typed and takes a
-paste of many lines as one question. Between two lines of \"\"\" a question may have many lines
-anywhere. Answers go to stdout, everything else to stderr.
+Answers go to stdout, everything else to stderr; ``engine.lines`` says how lines are typed.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from engine.capping import capped
 from engine.errors import EngineError, OptionError
+from engine.files import write_whole
 from engine.image import display_name
+from engine.lines import FENCE, typed_paths
 from engine.messages import with_system
 from engine.terminal import complain, say
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from engine.engine import Engine
     from engine.image import LoadedImage
     from engine.noise import Noise
     from engine.options import OptionValues
     from engine.result import Result
 
-FENCE = '"""'
-
-HELP = f"""/image FILE   show a picture with the next question; repeatable
+HELP = f"""/image FILE   show a picture with the next question; files may be dropped here
 /clear        forget the conversation
 /stats        figures of the last answer
 /cache SPEC   another cache policy, such as full or avl; forgets the conversation
@@ -72,6 +74,11 @@ class Repl:
             "/help": lambda _: self._tell(HELP),
         }
 
+    @property
+    def commands(self) -> list[str]:
+        """What a line may begin with instead of a question."""
+        return [*self._commands, "/exit"]
+
     def show(self, pictures: list[LoadedImage]) -> None:
         """Show pictures with the next question."""
         self._pictures += pictures
@@ -95,19 +102,30 @@ class Repl:
         if command in self._commands:
             self._commands[command](rest.strip())
         elif command.startswith("/") and "/" not in command[1:]:
-            known = ", ".join([*self._commands, "/exit"])
-            raise OptionError(f"unknown command {display_name(command)[:40]}", hint=f"use {known}")
+            raise OptionError(
+                f"unknown command {display_name(command)[:40]}",
+                hint=f"use {', '.join(self.commands)}",
+            )
         elif line.strip():
             self._ask(line)
 
     def _ask(self, question: str) -> None:
         """Answer as it comes. Ctrl-C ends the answer; what was said stays in the conversation."""
-        pictures = [picture.pixels for picture in self._pictures]
+        pictures, self._pictures = [picture.pixels for picture in self._pictures], []
+        try:
+            self._answer(question, pictures)
+        except EngineError:
+            if pictures:  # shown again, they would be refused again
+                self._tell(f"({len(pictures)} pictures are put away; /image shows one again)")
+            raise
+
+    def _answer(self, question: str, pictures: list[Image]) -> None:
         first = not self._chat.token_ids
         prompt = with_system(question, len(pictures), self._system if first else None)
         answer = ""
         with _stop_button() as stopped:
-            pieces = self._chat.stream(prompt, pictures, **self._options)
+            ask = partial(self._chat.stream, prompt, pictures)
+            pieces = capped(ask, self._options, self._noise.note)
             for piece in pieces:
                 if not isinstance(piece, str):
                     self._last = piece
@@ -118,7 +136,6 @@ class Repl:
                     break
             pieces.close()  # type: ignore[attr-defined]  # a generator: this settles the chat
         say("\n")
-        self._pictures = []
         self._said.append((question, answer))
         if stopped():
             self._tell("(stopped)")
@@ -127,14 +144,16 @@ class Repl:
 
     # -- commands ---------------------------------------------------------------------------------
 
-    def _image(self, path: str) -> None:
-        if path in ("", "-"):  # stdin holds the conversation
+    def _image(self, text: str) -> None:
+        paths = typed_paths(text)
+        if not paths or "-" in paths:  # stdin holds the conversation
             raise OptionError("/image needs a file name", hint="/image car.jpg")
-        picture = self._open(path)
-        for note in picture.notes:
-            self._noise.note(note)
-        self._pictures.append(picture)
-        self._tell(f"{picture.name}: {picture.pixels.width} x {picture.pixels.height} pixels")
+        pictures = [self._open(path) for path in paths]
+        for picture in pictures:
+            for note in picture.notes:
+                self._noise.note(note)
+            self._tell(f"{picture.name}: {picture.pixels.width} x {picture.pixels.height} pixels")
+        self.show(pictures)
 
     def _clear(self, _: str) -> None:
         self._chat, self._pictures, self._said, self._last = self.engine.chat(), [], [], None
@@ -153,13 +172,15 @@ class Repl:
         self._clear("")
         self._tell(f"cache {self.engine.policy.spec}")
 
-    def _save(self, path: str) -> None:
-        if not path:
+    def _save(self, text: str) -> None:
+        if not text:
             raise OptionError("/save needs a file name", hint="/save chat.txt")
+        path = " ".join(typed_paths(text))
         text = "".join(f"> {q}\n\n{answer}\n\n" for q, answer in self._said)
         try:
-            with open(path, "x", encoding="utf-8") as file:  # never over what is there
-                file.write(text)
+            if os.path.lexists(path):  # never over what is there
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            write_whole(path, text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             reason = f"{display_name(path)} cannot be written: {error.strerror}"
             raise OptionError(reason, hint="give another name") from None
@@ -184,69 +205,3 @@ def _stop_button() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# -- lines ----------------------------------------------------------------------------------------
-
-
-def read_lines() -> Iterator[str]:
-    """The lines of stdin until its end; what stands between two lines of \"\"\" comes as one."""
-    lines = _typed_lines() if sys.stdin.isatty() else _piped_lines()
-    for line in lines:
-        if line.strip() != FENCE:
-            yield line
-            continue
-        block: list[str] = []
-        for inner in lines:
-            if inner.strip() == FENCE:
-                break
-            block.append(inner)
-        yield "\n".join(block)
-
-
-def _piped_lines() -> Iterator[str]:
-    try:
-        for line in sys.stdin:
-            yield line.rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise OptionError(f"stdin is not text: {error}", hint="give questions in UTF-8") from None
-
-
-def _typed_lines() -> Iterator[str]:
-    """Lines typed at a prompt. Ctrl-C drops the line; a second one at once leaves."""
-    with _history():
-        dropped = False
-        while True:
-            try:
-                yield input("> " if sys.stdout.isatty() else "")
-                dropped = False
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                if dropped:
-                    raise
-                dropped = True
-                print("\n(Ctrl-C again or /exit leaves)", file=sys.stderr)
-
-
-@contextmanager
-def _history() -> Iterator[None]:
-    """Line editing, and what was typed in earlier conversations, readable by the user alone."""
-    try:
-        import readline
-    except ImportError:  # a Python without it: plain lines
-        yield
-        return
-    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = home / "avl-engine" / "history"
-    readline.parse_and_bind("set enable-bracketed-paste on")
-    readline.set_history_length(1000)
-    with suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            readline.write_history_file(path)

@@ -38,9 +38,10 @@ class Sampler:
         known = [token for token in self._used if token < len(logits)]
         used = torch.tensor(sorted(known), device=logits.device, dtype=torch.int64)
         scores, penalty = logits[used], self.sampling.repetition_penalty
-        return logits.index_copy(
-            0, used, torch.where(scores > 0, scores / penalty, scores * penalty)
-        )
+        changed = torch.where(scores > 0, scores / penalty, scores * penalty)
+        # An extreme penalty leaves the range of fp32, and infinities make no distribution.
+        limit = torch.finfo(changed.dtype)
+        return logits.index_copy(0, used, changed.nan_to_num(0.0, limit.max, limit.min))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution ``choose`` draws from: ``[vocab]``, zero outside top-k and top-p."""
@@ -53,5 +54,6 @@ class Sampler:
         if self.sampling.top_p < 1:
             ordered, index = probabilities.sort(descending=True, stable=True)
             before = ordered.cumsum(-1) - ordered
-            probabilities = probabilities.index_fill(0, index[before >= self.sampling.top_p], 0.0)
+            beyond = index[1:][before[1:] >= self.sampling.top_p]  # the likeliest always stays
+            probabilities = probabilities.index_fill(0, beyond, 0.0)
         return probabilities / probabilities.sum()

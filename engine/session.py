@@ -17,7 +17,7 @@ from engine.cache.prefill import Prefill
 from engine.cache.report import CacheReport, report
 from engine.cache.row import Row
 from engine.capacity import memory_for
-from engine.errors import CapacityError
+from engine.errors import ContextError
 from engine.models.decoder import DecoderConfig
 from engine.models.vision_language import VisionLanguageModel
 from engine.stepping import Stepper, Stepping
@@ -88,10 +88,11 @@ def prefill(
 def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig) -> None:
     prompt = seen + len(turn.token_ids)
     if prompt + new_tokens > config.context:
-        raise CapacityError(
+        raise ContextError(
             f"prompt {prompt:,} tokens ({turn.image_tokens:,} image) + {new_tokens:,} requested "
             f"exceed the model's {config.limit}",
             hint="shorten the prompt, give fewer pictures, or lower --max-new-tokens",
+            room=config.context - prompt,
         )
 
 

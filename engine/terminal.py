@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
 import sys
+import warnings
+from typing import Any
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
 
-def say(text: str) -> None:
-    """Write to stdout at once; on a terminal without the control characters a model may emit."""
+def prepare() -> None:
+    """Make the standard streams safe to use, however this process was started.
+
+    A closed one gets its number back, lest a file of the user's receives what is meant for it; text
+    that an encoding lacks is escaped; warnings of libraries are shown, and never end the program.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # takes the lowest free number
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if any("error" in option for option in sys.warnoptions):
+        warnings.simplefilter("default")
+
+
+def need_stdout() -> None:
+    """Find before the work is done that its result could not be said; raises OSError."""
     if sys.stdout is None:  # started with stdout closed
         raise OSError(errno.EBADF, os.strerror(errno.EBADF), "stdout")
+
+
+def say(text: str) -> None:
+    """Write to stdout at once; on a terminal without the control characters a model may emit."""
+    need_stdout()
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def say_json(value: Any) -> None:
+    """One line of JSON on stdout, in an encoding that lacks a character by JSON's own escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode((sys.stdout and sys.stdout.encoding) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    say(text + "\n")
 
 
 def flush() -> None:

@@ -31,12 +31,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from engine.batch_file import run_batch
+from engine.batch_file import BatchRun
 from engine.cache.specs import parse
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.families import recognise
 from engine.image import open_image
+from engine.job import Job
 from engine.tokenizer import StreamDecoder, Tokenizer
 from tests.checkpoints import Shape, write_llava
 from tests.qwen_checkpoint import QwenShape, toy_tokens, write_qwen, write_tiktoken
@@ -410,9 +411,9 @@ def _batch(folder: Path) -> Target:
     def read(content: bytes) -> None:
         answers.unlink(missing_ok=True)
         requests.write_bytes(content)
-        for _ in run_batch(engine, requests, answers, rows=2):
+        for _ in BatchRun(engine, Job.read(requests), 2).into(answers):
             pass
-        given = [line for line in requests.read_text("utf-8").split("\n") if line.strip()]
+        given = [line for line in requests.read_text("utf-8-sig").split("\n") if line.strip()]
         found = [json.loads(line) for line in answers.read_text("utf-8").split("\n") if line]
         assert [line["index"] for line in found] == list(range(len(given)))
         assert all(("error" in line) != ("text" in line) for line in found)

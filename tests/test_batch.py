@@ -1,5 +1,6 @@
 """Batches change no answer: rows of any size and order, every policy, files that resume."""
 
+import io
 import itertools
 import json
 import os
@@ -15,13 +16,16 @@ import pytest
 import torch
 
 from engine.batch import Failure
-from engine.batch_file import run_batch
+from engine.batch_file import BatchRun
 from engine.cache import pool as pool_file
 from engine.cache.decode import Decoding
 from engine.cache.pool import Pool
 from engine.cache.report import allocated_bytes
+from engine.cli import main
 from engine.engine import Engine
 from engine.errors import OptionError
+from engine.generation import Answer
+from engine.job import Job
 from engine.result import Result, Timings
 from engine.session import make_pools, prefill
 from tests.checkpoints import Shape
@@ -195,13 +199,14 @@ def test_a_killed_job_ends_with_the_same_file(
     engine, requests = engine_of(SHAPE), tmp_path / "requests.jsonl"
     write_requests(requests, 12)
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
-    assert list(run_batch(engine, requests, whole, 4))[-1] == 12
+    assert list(BatchRun(engine, Job.read(requests), 4).into(whole))[-1] == 12
     records = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [record["index"] for record in records] == list(range(12))
     assert {i for i, record in enumerate(records) if "error" in record} == {2, 4}
-    for cut in (0, 1, len(whole.read_bytes()) // 2, len(whole.read_bytes()) - 1):
+    size = len(whole.read_bytes())
+    for cut in (0, 1, 12, size // 2, size - 2, size - 1, size):
         resumed.write_bytes(whole.read_bytes()[:cut])
-        list(run_batch(engine, requests, resumed, 3))
+        list(BatchRun(engine, Job.read(requests), 3).into(resumed))
         assert resumed.read_bytes() == whole.read_bytes()
 
 
@@ -210,10 +215,249 @@ def test_answers_of_another_job_are_not_overwritten(
 ) -> None:
     requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     write_requests(requests, 6)
-    answers.write_text("something else\n")
-    with pytest.raises(OptionError, match="another job"):
-        list(run_batch(engine_of(SHAPE), requests, answers, 2))
-    assert answers.read_text() == "something else\n"
+    for text in ("something else\n", "something else", '{"index": 1, "text": "', "[1]", "\n"):
+        answers.write_text(text)
+        with pytest.raises(OptionError, match=r"another job|no answer"):
+            list(BatchRun(engine_of(SHAPE), Job.read(requests), 2).into(answers))
+        assert answers.read_text() == text
+
+
+def asked(*values: Any) -> Job:
+    return Job("".join(json.dumps(value) + "\n" for value in values), ROOT)
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3])
+def test_answers_to_other_requests_models_and_caches_are_refused(
+    stopped_after: int, engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine, answers = engine_of(SHAPE), tmp_path / "answers.jsonl"
+    values = [{"prompt": f"Hi {number}", "max_new_tokens": 2} for number in range(3)]
+    run = BatchRun(engine, asked(*values), 1).into(answers)
+    while next(run) < stopped_after:
+        pass
+    run.close()  # type: ignore[attr-defined]
+    before = answers.read_bytes()
+    others = {
+        "request": (engine, asked({**values[0], "max_new_tokens": 3}, *values[1:])),
+        "cache": (engine.with_cache("h2o"), asked(*values)),
+        "model": (engine_of(Shape(kv_heads=2, layers=2)), asked(*values)),
+    }
+    for what, (other, job) in others.items():
+        with pytest.raises(OptionError, match=f"line 1 was made from another {what}"):
+            list(BatchRun(other, job, 2).into(answers))
+        assert answers.read_bytes() == before
+    same = asked(*[dict(reversed(value.items())) for value in values])  # spelled in another order
+    assert list(BatchRun(engine, same, 2).into(answers))[-1] == 3
+    assert answers.read_bytes().startswith(before)
+
+
+def test_what_failed_is_tried_again(engine_of: Callable[..., Engine], tmp_path: Path) -> None:
+    """In its place, once what it lacked is there or the request is mended."""
+    engine, answers = engine_of(SHAPE), tmp_path / "answers.jsonl"
+    values: list[Any] = [{"prompt": "Hi", "max_new_tokens": 2} for _ in range(4)]
+    values[1] |= {"images": ["late.png"]}
+    values[2] |= {"top_p": 7}
+    text = "".join(json.dumps(value) + "\n" for value in values)
+    first = BatchRun(engine, Job(text, tmp_path), 2)
+    assert list(first.into(answers))[-1] == 4
+    assert sorted(failure.index for failure in first.failures) == [1, 2]
+    good = answers.read_bytes().splitlines()
+    noise(30, 20).save(tmp_path / "late.png")
+    second = BatchRun(engine, Job(text.replace('"top_p": 7', '"top_p": 0.7'), tmp_path), 2)
+    assert list(second.into(answers)) == [2, 3, 4]
+    assert not second.failures
+    lines = answers.read_bytes().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
+    assert not any(b'"error"' in line for line in lines)
+    assert [lines[0], lines[3]] == [good[0], good[3]]
+
+
+def test_two_processes_do_not_share_a_file(
+    engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine, answers = engine_of(SHAPE), tmp_path / "answers.jsonl"
+    job = asked(*[{"prompt": f"Hi {number}", "max_new_tokens": 2} for number in range(4)])
+    first = BatchRun(engine, job, 1).into(answers)
+    while next(first) < 2:
+        pass
+    with pytest.raises(OptionError, match="another process writes to"):
+        list(BatchRun(engine, job, 1).into(answers))
+    assert list(first)[-1] == 4
+    assert lines_in(answers) == 4
+
+
+@pytest.mark.parametrize("moment", ["prompt", "first token", "later token", "text"])
+def test_whatever_goes_wrong_in_a_row_is_that_rows_failure(
+    moment: str, engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(SHAPE)
+    good = {"prompt": "Hi", "max_new_tokens": 4, "ignore_eos": True}
+    expected = engine.generate(**good).token_ids
+    place, name = {"prompt": (Engine, "turn")}.get(moment, (Answer, "choose"))
+    place, name = (Answer, "take") if moment == "text" else (place, name)
+    real, calls = getattr(place, name), itertools.count()
+    broken = {"prompt": 1, "first token": 1, "later token": 4, "text": 4}[moment]
+
+    def breaking(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == broken:
+            raise ZeroDivisionError("what nobody expected")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(place, name, breaking)
+    results = sorted(engine.generate_batch([good] * 3, rows=3), key=lambda result: result.index)
+    failed = [result for result in results if isinstance(result, Failure)]
+    assert [failure.index for failure in failed] == [1]
+    assert str(failed[0].error) == "unexpected ZeroDivisionError: what nobody expected"
+    assert [r.token_ids for r in results if isinstance(r, Result)] == [expected] * 2
+
+
+EXTREME: list[dict[str, Any]] = [
+    {"top_p": 1e-300},
+    {"temperature": 1e-300},
+    {"temperature": 1e300},
+    {"repetition_penalty": 1e-320},
+    {"repetition_penalty": 1e300},
+    {"top_k": 10**30},
+    {"seed": 2**63 - 1},
+]
+
+
+@pytest.mark.parametrize("options", EXTREME)
+def test_extreme_numbers_are_answered(
+    options: dict[str, Any], engine_of: Callable[..., Engine]
+) -> None:
+    request = {"prompt": "Hi", "max_new_tokens": 3, "temperature": 1.0, **options}
+    (result,) = engine_of(SHAPE).generate_batch([request])
+    assert isinstance(result, Result), result
+
+
+WRONG: list[dict[str, Any]] = [
+    {"raw": "false"},
+    {"raw": 1},
+    {"raw": True, "prompt": [{"role": "user", "content": "Hi"}]},
+    {"ignore_eos": "no"},
+    {"logprobs": 0},
+    {"cancel": True},
+    {"cancel": None},
+    {"observer": None},
+    {"stop": 5},
+    {"stop": [5]},
+    {"seed": 1.0},
+    {"temperature": float("nan")},
+    {"temperature": "1"},
+    {"max_new_tokens": True},
+    {"images": {"a": 1}},
+    {"images": [5]},
+    {"images": ["-"]},
+    {"system": 5},
+    {"system": "Be brief.", "raw": True},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_values_in_a_job_are_refused_by_name(
+    wrong: dict[str, Any], engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    job = asked({"prompt": "Hi", "max_new_tokens": 1}, {"prompt": "Hi", **wrong})
+    run = BatchRun(engine_of(SHAPE), job, 2)
+    list(run.into(tmp_path / "answers.jsonl"))
+    (failure,) = run.failures
+    assert failure.index == 1
+    assert failure.error.exit_code == 2
+    key = next(iter(wrong))
+    assert key in str(failure.error) or (key == "images" and "picture" in str(failure.error))
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(checkpoint: Callable[..., Path], tmp_path: Path) -> list[str]:
+    """A command on a job of two requests, in a folder of its own with its picture."""
+    folder = tmp_path / "job"
+    folder.mkdir()
+    noise(70, 50).save(folder / "a.png")
+    lines = [{"images": ["a.png"]}, {"prompt": "Own", "max_new_tokens": 2, "seed": 1}]
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = ["--model", str(checkpoint(SHAPE)), "--device", "cpu", "--quiet"]
+    return ["--batch", str(folder / "jobs.jsonl"), *model]
+
+
+def test_flags_stand_for_what_requests_lack(
+    small: list[str], engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    flags = ["-n", "7", "--temperature", "0.9", "--top-k", "50", "--top-p", "0.99", "--seed", "3"]
+    flags += ["--repetition-penalty", "1.1", "--stop", "q", "--logprobs", "--cache", "h2o"]
+    flags += ["--system", "Be brief.", "--prompt", "What?", "--image", str(tmp_path / "b.png")]
+    noise(40, 90).save(tmp_path / "b.png")
+    assert main([*small, *flags]) == 0
+    lines = (tmp_path / "job" / "jobs.answers.jsonl").read_text().splitlines()
+    engine = engine_of(SHAPE).with_cache("h2o")
+    options: dict[str, Any] = {"temperature": 0.9, "top_k": 50, "top_p": 0.99, "stop": ["q"]}
+    options |= {"repetition_penalty": 1.1, "logprobs": True, "seed": 3, "max_new_tokens": 7}
+    asked = [("What?", noise(70, 50), options)]
+    asked += [("Own", noise(40, 90), options | {"max_new_tokens": 2, "seed": 1})]
+    for line, (text, picture, given) in zip(lines, asked, strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": content},
+        ]
+        expected, found = engine.generate(messages, [picture], **given), json.loads(line)
+        assert found["token_ids"] == expected.token_ids
+        assert found["logprobs"] == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_requests_and_answers_may_be_streams(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*small, "-p", "What?", "-n", "3"]) == 0
+    expected = (tmp_path / "job" / "jobs.answers.jsonl").read_text()
+    capsys.readouterr()
+    requests = (tmp_path / "job" / "jobs.jsonl").read_bytes()
+    monkeypatch.chdir(tmp_path / "job")
+    for output in ([], ["--output", "-"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(requests)))
+        assert main(["--batch", "-", *small[2:], "-p", "What?", "-n", "3", *output]) == 0
+        assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/stdin", "/dev/null"])
+def test_what_is_no_file_is_refused_and_never_waited_for(
+    place: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    name = place if place.startswith("/") else str(tmp_path / place)
+    for arguments in (["--batch", name, *small[2:]], [*small, "--output", name]):
+        assert main([*arguments, "-p", "What?"]) == 2
+        error, hint = capsys.readouterr().err.splitlines()
+        assert "not a regular file" in error
+        assert hint.startswith("hint: ")
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_job_without_requests_is_refused(
+    text: str, small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(small[1]).write_text(text)
+    assert main(small) == 2
+    assert "holds no requests" in capsys.readouterr().err
+
+
+def test_a_failed_request_decides_the_exit_code(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "job" / "a.png"
+    picture.rename(tmp_path / "b.png")
+    assert main([*small, "-p", "What?", "-n", "2"]) == 3
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: 1 of 2 requests failed, the first at index 0: ")
+    assert "tries again" in hint
+    (tmp_path / "b.png").rename(picture)
+    assert main([*small, "-p", "What?", "-n", "2"]) == 0
 
 
 # -- killed ---------------------------------------------------------------------------------------
@@ -239,12 +483,12 @@ def test_a_process_killed_again_and_again_loses_nothing(
     assert held == sorted(held)
     assert 0 < held[1] < 60
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == b""
+    assert done.returncode == 2, done.stderr  # that of the first request that failed
+    assert done.stderr.startswith(b"error: 2 of 60 requests failed, the first at index 2: ")
     records = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [record["index"] for record in records] == list(range(60))
     whole = tmp_path / "whole.jsonl"
-    list(run_batch(Engine.load(checkpoint(SHAPE), device="cpu"), requests, whole, 3))
+    list(BatchRun(Engine.load(checkpoint(SHAPE), device="cpu"), Job.read(requests), 3).into(whole))
     assert whole.read_bytes() == answers.read_bytes()
 
 

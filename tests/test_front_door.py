@@ -34,6 +34,7 @@ FLAGS = {
     "--offline": "cli.flags_of_the_model_reach_the_engine",
     "--dtype": "cli.flags_of_the_model_reach_the_engine",
     "--device": "bad_options.no_cuda_says_why",
+    "--threads": "cli.flags_of_the_model_reach_the_engine",
     "--style": "cli.flags_of_the_model_reach_the_engine",
     "--convert": "hub_server.a_conversion_downloads_its_source_as_models_are",
     "--vision-tower": "towers.a_tower_may_be_named_when_loading",

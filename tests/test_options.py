@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.batch_file import run_batch
+from engine.batch_file import BatchRun
 from engine.engine import Engine
 from engine.errors import EngineError, OptionError
+from engine.job import Job
 from engine.options import Sampling
 from engine.result import Result
 from engine.sampling import Sampler
@@ -116,7 +117,7 @@ def test_200_mixed_requests_of_which_10_are_broken(
         requests[broken]["images"] = [str(tmp_path / "missing.png")]
     source, target = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     source.write_text("".join(json.dumps(request) + "\n" for request in requests))
-    list(run_batch(engine, source, target, rows=8))
+    list(BatchRun(engine, Job.read(source), 8).into(target))
     records = [json.loads(line) for line in target.read_text().splitlines()]
     assert [record["index"] for record in records] == list(range(200))
     assert sum("error" in record for record in records) == 10

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -476,17 +475,16 @@ def test_unsupported_relatives_are_refused_by_name(
 
 
 def test_draw_boxes_is_refused_before_loading() -> None:
-    from engine.flags import build_parser
+    from engine.flags import parse_flags
     from engine.inputs import check_targets
 
-    options: Callable[[list[str]], Any] = build_parser().parse_args
     for arguments in (
         ["--draw-boxes", "out.png"],
         ["--image", "a.png", "--draw-boxes", "out.txt"],
         ["--image", "a.png", "--draw-boxes", "nowhere/out.png"],
     ):
         with pytest.raises(OptionError, match="--draw-boxes"):
-            check_targets(options(arguments))
+            check_targets(parse_flags(arguments)[0])
 
 
 def test_draw_boxes_paints_the_last_picture(

@@ -18,8 +18,9 @@ from engine.cli import main
 from engine.engine import Engine
 from engine.errors import EngineError, OptionError
 from engine.image import open_image
+from engine.lines import read_lines
 from engine.noise import Noise
-from engine.repl import Repl, read_lines
+from engine.repl import Repl
 from tests.checkpoints import Shape
 from tests.oracle import noise
 
@@ -219,7 +220,7 @@ def test_what_does_not_go_with_chat_is_refused(
 
 TYPED = """
 import sys
-from engine.repl import read_lines
+from engine.lines import read_lines
 for line in read_lines():
     print("GOT", repr(line), flush=True)
 """
@@ -279,6 +280,7 @@ def test_a_terminal_edits_pastes_and_remembers(terminal: Terminal, tmp_path: Pat
     terminal.wait_for("> ")
     terminal.type("dropped")
     terminal.wait_for("dropped")
+    time.sleep(0.3)  # Python looks for signals only where readline waits for a key
     terminal.type("\x03")
     terminal.wait_for("again or /exit leaves")
     terminal.wait_for("> ")

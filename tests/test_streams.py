@@ -16,6 +16,7 @@ from engine.engine import Engine
 from engine.errors import OptionError
 from engine.flags import build_parser
 from engine.inputs import load_engine
+from engine.noise import Noise
 from engine.streams import FORMS, Beside, InOrder, side_for
 from tests.checkpoints import Shape
 from tests.oracle import noise
@@ -185,7 +186,9 @@ def test_flags_reach_the_engine(
 ) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(Engine, "load", lambda *_, **options: asked.update(options))
-    load_engine(build_parser().parse_args(flags))
+    options = build_parser().parse_args(flags)
+    monkeypatch.setattr(Noise, "loaded", lambda *_: None)
+    load_engine(options, Noise(options, []))
     assert {name: asked[name] for name in stepping} == stepping
 
 

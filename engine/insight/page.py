@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from engine.compare import first_difference
 from engine.errors import OptionError
+from engine.files import check_target, write_whole
 from engine.image import open_image
 from engine.insight.panels import Panel, bytes_of, panels_of
 from engine.insight.recorder import Recorder, find_sinks
@@ -56,8 +56,7 @@ def stream_with_page(
     recorder = Recorder(layers // 2 if head_layer is None else head_layer)
     if not 0 <= recorder.head_layer < layers:
         raise OptionError(f"layer {head_layer} is not in the model", hint=f"use 0 to {layers - 1}")
-    if not Path(path).absolute().parent.is_dir():
-        raise OptionError(f"{path}: no folder {Path(path).parent}")
+    check_target("the attention page", path)
     panels = _panels(engine, images)
     for piece in engine.stream(prompt, images, raw=raw, observer=recorder, **options):
         if isinstance(piece, str):
@@ -69,7 +68,7 @@ def stream_with_page(
         exact = engine.with_cache("full").generate(prompt, images, raw=raw, **options)
     shown = prompt if isinstance(prompt, str) else engine.render(prompt, images, raw=raw).text
     data = page_data(engine, shown, panels, recorder, result, exact)
-    Path(path).write_text(render(data), encoding="utf-8")
+    write_whole(path, render(data).encode("utf-8", "backslashreplace"))
     yield result
 
 

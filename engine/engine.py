@@ -19,7 +19,7 @@ from engine.cache.prefill import Uncached
 from engine.cache.specs import parse
 from engine.capacity import memory_for
 from engine.chat import Chat
-from engine.errors import OptionError
+from engine.errors import CheckpointError, OptionError
 from engine.generation import Answer, generate
 from engine.image import open_image
 from engine.loading import Loaded, load
@@ -281,6 +281,7 @@ class Engine:
         began = perf_counter()
         number = None if after is None else len(earlier)
         pictures, built = self._prepare(prompt, images, raw, number)
+        self._check_ids(built)
         places = [segment for segment in built.segments if segment.kind == "image"]
         used = [pictures[place.image] for place in places]
         pixels = [p.tiles.nbytes for p in used if isinstance(p, Pixels)]
@@ -291,6 +292,18 @@ class Engine:
         spans = [(place.start + len(before), place.end + len(before)) for place in places]
         sizes = [*earlier, *(picture.size for picture in used)]
         return Turn([*before, *built.token_ids], spans, features, sizes)
+
+    def _check_ids(self, prompt: Prompt) -> None:
+        """Refuse tokens of a vocabulary that the weights were never extended to."""
+        vocab = self.model.decoder.config.vocab
+        texts = (s for s in prompt.segments if s.kind == "text")
+        highest = max((max(prompt.token_ids[s.start : s.end]) for s in texts), default=0)
+        if highest >= vocab:
+            raise CheckpointError(
+                f"the tokenizer has a token {highest} ({self.tokenizer.spelling(highest)!r:.40}), "
+                f"the weights of {self.name} have {vocab} tokens",
+                hint="tokenizer and weights may be of different checkpoints",
+            )
 
     def render(
         self, prompt: Messages, images: Sequence[Picture] = (), *, raw: bool = False
@@ -329,10 +342,18 @@ class Engine:
         image_token = self.model.image_token
         if raw:
             return raw_prompt(str(prompt), self.tokenizer, image_token, counts)
-        messages, style = parse_messages(prompt, len(counts)), self._family.style
+        messages = parse_messages(prompt, len(counts))
+        style, marks = self._family.style, self._family.image_marks
         if earlier is not None:
             return continue_prompt(
-                messages, style, self.tokenizer, image_token, counts, ended=False, earlier=earlier
+                messages,
+                style,
+                self.tokenizer,
+                image_token,
+                counts,
+                ended=False,
+                earlier=earlier,
+                image_marks=marks,
             )
         window = self._family.window
-        return build_prompt(messages, style, self.tokenizer, image_token, counts, window)
+        return build_prompt(messages, style, self.tokenizer, image_token, counts, window, marks)

@@ -77,7 +77,9 @@ class Answer:
         """``strip`` and ``boxes`` are those of ``Family``."""
         self.token_ids: list[int] = []
         self.finish: FinishReason | None = None
-        self._options, self._end_tokens = options, end_tokens
+        self._options = options
+        named = {tokenizer.special_id(text) for text in options.stop} - {None}
+        self._end_tokens = named if options.ignore_eos else end_tokens | named
         self._sampler, self._stream = (
             Sampler(options.sampling, prompt_ids),
             StreamDecoder(tokenizer),
@@ -102,7 +104,7 @@ class Answer:
 
     def take(self, token: int) -> str:
         """Add a chosen token; returns the text that is now certain, the rest of it at the end."""
-        if token in self._end_tokens and not self._options.ignore_eos:
+        if token in self._end_tokens:
             self.finish = "stop"
             return self._say(self._rest())
         self.token_ids.append(token)

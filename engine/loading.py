@@ -61,7 +61,7 @@ def load(
     folder = resolve(None if name is None else Path(name), revision, offline)
     tower = None if vision_tower is None else str(vision_tower)
     family = recognise(folder, style, tower, offline)
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder, family.new_tokens)
     _fill(family, folder, target, wanted)
     return Loaded(folder, _with_ends(family, tokenizer), tokenizer, perf_counter() - began)
 

@@ -128,7 +128,7 @@ def make_options(
     Args:
         max_new_tokens: the answer's length limit.
         temperature, top_k, top_p, seed: see ``Sampling``; temperature 0 is greedy.
-        stop: texts before which the answer ends.
+        stop: texts before which the answer ends, or special tokens by their spelling.
         ignore_eos: go on at the end token, for measurements.
         repetition_penalty: see ``Sampling``.
         logprobs: give every token's log-probability under the model, in ``Result.logprobs``.

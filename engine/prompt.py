@@ -69,17 +69,20 @@ def build_prompt(
     image_token_id: int,
     image_token_counts: Sequence[int],
     window: int | None = None,
+    image_marks: Sequence[str] = (),
 ) -> Prompt:
     """Render a conversation in the named style and encode it, with exactly one BOS in front.
 
     Picture i takes `image_token_counts[i]` tokens, all of them `image_token_id`. The prompt ends
-    where the assistant's answer begins. With a `window`, the oldest turns are left out so that what
+    where the assistant's answer begins. `image_marks` are special tokens before and behind a
+    picture's place. With a `window`, the oldest turns are left out so that what
     stands before the last question has fewer tokens; their pictures then have no segment.
     """
     _check_places(messages, image_token_counts)
     if window is not None:
         messages = _newest(messages, style, tokenizer, image_token_counts, window)
     pieces = find_style(style).opening(messages)
+    pieces = _between(pieces, image_marks)
     return _encode(pieces, tokenizer, image_token_id, image_token_counts, bos=True)
 
 
@@ -91,6 +94,7 @@ def continue_prompt(
     image_token_counts: Sequence[int],
     ended: bool,
     earlier: int = 0,
+    image_marks: Sequence[str] = (),
 ) -> Prompt:
     """Encode only what follows an answer: its closing token if the style has one, and new turns.
 
@@ -104,6 +108,7 @@ def continue_prompt(
     closing: list[Piece] = [Special(chosen.closing)] if chosen.closing and not ended else []
     _check_places(messages, image_token_counts)
     pieces = closing + chosen.turns([message.after(earlier) for message in messages])
+    pieces = _between(pieces, image_marks)
     return _encode(pieces, tokenizer, image_token_id, image_token_counts, bos=False)
 
 
@@ -127,6 +132,17 @@ def raw_prompt(
 
 
 # --- encoding ------------------------------------------------------------------------------------
+
+
+def _between(pieces: Sequence[Piece], marks: Sequence[str]) -> list[Piece]:
+    """Put each picture's place between two special tokens, if there are any."""
+    if not marks:
+        return list(pieces)
+    start, end = map(Special, marks)
+    result: list[Piece] = []
+    for piece in pieces:
+        result += [start, piece, end] if isinstance(piece, ImagePlace) else [piece]
+    return result
 
 
 def _encode(

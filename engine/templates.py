@@ -109,6 +109,19 @@ def _mistral(messages: Sequence[Message]) -> list[Piece]:
     return pieces
 
 
+def _llama3(messages: Sequence[Message]) -> list[Piece]:
+    """Llama 3's: `<|start_header_id|>user<|end_header_id|>\\n\\n<image>\\nWhat?<|eot_id|>`..."""
+    pieces: list[Piece] = []
+    for message in messages:
+        pieces += [*_llama3_header(message.role), *_pictures_first(message), *message.texts]
+        pieces.append(Special("<|eot_id|>"))
+    return [*pieces, *_llama3_header("assistant")]
+
+
+def _llama3_header(role: str) -> tuple[Piece, ...]:
+    return (Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n")
+
+
 def _chatml(default: str, gap: str) -> Style:
     """ChatML, with the system text ``default`` where none is given and ``gap`` between messages."""
 
@@ -170,6 +183,7 @@ STYLES = {
     "llava-hf": Style(_llava_hf, _llava_hf),
     "llava-v1": Style(_llava_v1, _llava_v1_turns, closing="</s>"),
     "mistral": Style(_mistral, _mistral, closing="</s>"),
+    "llama3": Style(_llama3, _llama3, closing="<|eot_id|>"),
     "yi": _chatml("Answer the questions.", gap=""),
     "chatml": _chatml("You are a helpful assistant.", gap="\n"),
     "qwen-vl": Style(_qwen_base, _qwen_base),

@@ -1,7 +1,9 @@
 """Text to token ids and back, around the `tokenizers` library.
 
 What a user types goes through an encoder that knows no special tokens, so that "</s>" or "<image>"
-in it stays text; templates place them by id. A second encoder, for raw prompts, knows them.
+in it stays text; templates place them by id. Added tokens that are not special ("[SEG]", "<loc_7>")
+are words of an extended vocabulary: they have their ids in a user's text and are shown in answers.
+A second encoder, for raw prompts, knows them all.
 Streaming releases text as soon as later tokens can no longer change it, and no sooner.
 """
 
@@ -9,7 +11,7 @@ import codecs
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ from engine.errors import CheckpointError
 from engine.refusals import hint_for
 from engine.sentencepiece import read_model
 from engine.tiktoken import byte_alphabet, keep, read_tiktoken
+
+# Tokens that give a prompt its structure: special whatever the files say of them, and where they
+# say nothing. Some published vocabularies list ChatML's as ordinary words.
+STRUCTURE = frozenset(
+    (
+        *("<s>", "</s>", "<unk>", "<pad>", "<image>", "<im_patch>", "<im_start>", "<im_end>"),
+        *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|startoftext|>"),
+        *("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+        *("<|start_header_id|>", "<|end_header_id|>", "<img>", "</img>", "<imgpad>"),
+    )
+)
 
 
 class Tokenizer:
@@ -30,15 +43,16 @@ class Tokenizer:
 
     def __init__(self, description: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Build from what tokenizer.json and tokenizer_config.json hold; see `from_folder`."""
-        added = list(description.get("added_tokens") or ())
-        self._description = description
+        added = _marked(description.get("added_tokens") or (), config)
+        self._description = {**description, "added_tokens": added}
         self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
         self._special_ids = {token["id"] for token in added if token.get("special")}
         vocabulary = description["model"]["vocab"]
         _check_ids(vocabulary, added)
         _check_flags(added)
         _check_strips(description.get("decoder"))
-        self._plain = _build(_without_specials(description, added))
+        self._plain = _build(_without_spellings(self._description, added))
+        self._plain.encode_special_tokens = True  # as text, that is
         self.vocab_size = max([*vocabulary.values(), *self._added.values()]) + 1
         ends = (_token_name(config, "eos_token"), "<|endoftext|>", "</s>")
         self.eos_id = next(filter(None, (self.token_id(token) for token in ends if token)), None)
@@ -46,13 +60,15 @@ class Tokenizer:
         self._byte_level = '"ByteLevel"' in json.dumps(description.get("decoder"))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
+    def from_folder(cls, folder: Path, more: Sequence[str] = ()) -> "Tokenizer":
         """Read tokenizer.json, tokenizer.model or qwen.tiktoken, with the files beside it.
 
-        Special tokens named only in tokenizer_config.json or added_tokens.json are added. Raises
-        `CheckpointError` naming the file that is missing or damaged.
+        Tokens named only in tokenizer_config.json or added_tokens.json are added, and the special
+        ones of `more` that no file names are numbered on behind them. Raises `CheckpointError`
+        naming the file that is missing or damaged.
         """
-        config = _read_json(folder / "tokenizer_config.json", optional=True)
+        config = _read_json(folder / "special_tokens_map.json", optional=True)
+        config |= _read_json(folder / "tokenizer_config.json", optional=True)
         path = folder / "tokenizer.json"
         if path.exists():
             description = _read_json(path)
@@ -69,7 +85,9 @@ class Tokenizer:
             )
         named = _read_json(folder / "added_tokens.json", optional=True)
         try:
-            _add_named_tokens(description, config, named)
+            _add_named_tokens(description, config, named, more)
+            if path.name == "tokenizer.model":
+                _match_as_typed(description)
             return cls(description, config)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}", hint=error.hint) from None
@@ -82,16 +100,22 @@ class Tokenizer:
             ) from None
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ordinary text: no token in it is special, and no BOS is added."""
+        """Return the ids of ordinary text: no token in it is special, and no BOS is added.
+
+        Words of an extended vocabulary have their own ids, as the tokenizer's flags for them say.
+        """
         return list(self._plain.encode(_valid_unicode(text), add_special_tokens=False).ids)
 
     def encode_with_specials(self, text: str, bos: bool = True) -> list[int]:
         """Return the ids of text whose special tokens are meant, with BOS as the tokenizer adds it.
 
-        `bos` False leaves out what the tokenizer adds around a text.
+        A text that begins with BOS, as rendered templates do, gets no second one; `bos` False
+        leaves out what the tokenizer adds around a text.
         """
         ids = list(self._knowing.encode(_valid_unicode(text), add_special_tokens=False).ids)
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        if not bos or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens and ids without a token are left out."""
@@ -103,12 +127,19 @@ class Tokenizer:
         found: int | None = self._plain.token_to_id(token)
         return self._added.get(token, found)
 
-    def piece(self, token_id: int) -> str | None:
-        """Return the vocabulary's spelling of a token; None for special or unknown ids."""
-        if token_id in self._special_ids:
-            return None
+    def spelling(self, token_id: int) -> str | None:
+        """Return any token as it is spelled in the vocabulary, or None for an unknown id."""
         found: str | None = self._plain.id_to_token(token_id)
         return found
+
+    def special_id(self, token: str) -> int | None:
+        """Return the id of a special token by its spelling; None for all other texts."""
+        found = self._added.get(token)
+        return found if found in self._special_ids else None
+
+    def piece(self, token_id: int) -> str | None:
+        """Return the vocabulary's spelling of a token; None for special or unknown ids."""
+        return None if token_id in self._special_ids else self.spelling(token_id)
 
     @property
     def is_byte_level(self) -> bool:
@@ -188,20 +219,34 @@ def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return built
 
 
-def _without_specials(
+def _marked(
+    added: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """The added tokens, those special that are named as such or give prompts their structure."""
+    special = STRUCTURE | _named_special(config)
+    return [{**token, "special": True} if token["content"] in special else token for token in added]
+
+
+def _named_special(config: Mapping[str, Any]) -> set[str]:
+    """What tokenizer_config.json names by its role (`eos_token`) or among other special tokens."""
+    names = [_token_name(config, key) for key in config if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key) or ()
+        values = listed.values() if isinstance(listed, Mapping) else listed
+        if isinstance(values, Iterable) and not isinstance(values, str):
+            names += [_token_name({key: value}, key) for value in values]
+    return set(filter(None, names))
+
+
+def _without_spellings(
     description: Mapping[str, Any], added: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Drop the added tokens, and any merge that would spell one of them from ordinary text.
-
-    Those that are not special keep a vocabulary entry that no merge reaches, so that they decode.
-    """
+    """Drop any merge that would spell a special token from ordinary text."""
     model = dict(description["model"])
-    spellings = {token["content"] for token in added}
+    spellings = {token["content"] for token in added if token.get("special")}
     if "merges" in model:
         model["merges"] = [pair for pair in model["merges"] if _union(pair) not in spellings]
-        known = {token["content"]: token["id"] for token in added if not token.get("special")}
-        model["vocab"] = {**known, **model["vocab"]}
-    return {**description, "added_tokens": [], "model": model}
+    return {**description, "model": model}
 
 
 def _union(pair: str | Sequence[str]) -> str:
@@ -209,25 +254,40 @@ def _union(pair: str | Sequence[str]) -> str:
 
 
 def _add_named_tokens(
-    description: dict[str, Any], config: Mapping[str, Any], named: Mapping[str, Any]
+    description: dict[str, Any],
+    config: Mapping[str, Any],
+    named: Mapping[str, Any],
+    more: Sequence[str],
 ) -> None:
-    """Register special tokens that only the files beside the tokenizer name."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    wanted = [
-        {"id": int(index), "content": token["content"], **flags, "special": True}
-        for index, token in (config.get("added_tokens_decoder") or {}).items()
-    ]
-    wanted += [
-        {"id": index, "content": content, **flags, "special": True}
-        for content, index in named.items()
-    ]
-    present = list(description.get("added_tokens") or ())
-    known = {token["content"] for token in present}
-    for token in wanted:
-        if token["content"] not in known:
-            known.add(token["content"])
-            present.append(token)
-    description["added_tokens"] = sorted(present, key=lambda token: token["id"])
+    """Register tokens that only the files beside the tokenizer name, and then those of `more`.
+
+    Without flags, as in added_tokens.json, a token is a word of the vocabulary: transformers' rule.
+    """
+    tokens = {token["content"]: token for token in description.get("added_tokens") or ()}
+    for index, token in (config.get("added_tokens_decoder") or {}).items():
+        tokens.setdefault(token["content"], {**_FLAGS, "special": True, **token, "id": int(index)})
+    word = {**_FLAGS, "normalized": True, "special": False}
+    for content, index in named.items():
+        tokens.setdefault(content, {**word, "content": content, "id": index})
+    vocabulary = description["model"]["vocab"]
+    for content in more:
+        if content not in tokens and content not in vocabulary:
+            following = 1 + max([*vocabulary.values(), *(token["id"] for token in tokens.values())])
+            special = {**_FLAGS, "special": True, "content": content, "id": following}
+            tokens[content] = special
+    description["added_tokens"] = sorted(tokens.values(), key=lambda token: int(token["id"]))
+
+
+def _match_as_typed(description: dict[str, Any]) -> None:
+    """Find words in the text as it is typed, as SentencePiece's own tokenizers do.
+
+    Normalised, a word gets the space that goes in front of texts and is found behind spaces only.
+    """
+    words = [{**token, "normalized": False} for token in description["added_tokens"]]
+    description["added_tokens"] = words
+
+
+_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 def _check_ids(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> None:

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from engine.engine import Engine
+from engine.errors import CheckpointError
 from engine.families import recognise
 from engine.prompt import STYLES, build_prompt, parse_messages, raw_prompt
 from tests.checkpoints import (
     DEFAULT,
+    HUB_VOCAB,
     IMAGE_TOKEN,
     LAYOUTS,
     PIECES,
@@ -212,6 +214,30 @@ def test_tower_inside_the_checkpoint_wins_over_the_named_one(
     got = Engine.load(tmp_path, device="cpu", dtype="float32").logits("Hello", [noise(56, 56)])
     expected = engine_of(shape, "original").logits("Hello", [noise(56, 56)])
     assert (got - expected).abs().max() > 0.1
+
+
+def test_marks_around_pictures_are_what_the_original_code_adds(tmp_path: Path) -> None:
+    """The vocabulary is longer by the tokens, whether or not the tokenizer's files name them."""
+    write_llava(tmp_path, Shape(), "original")
+    edit_json(tmp_path / "config.json", mm_use_im_patch_token=True, mm_use_im_start_end=True)
+    engine = Engine.load(tmp_path, device="cpu", cache="full")
+    prompt = engine.render("Hi", [noise(56, 56)])
+    assert "USER: <im_start><image><im_end>\nHi" in prompt.text
+    tokens = ("<im_patch>", "<im_start>", "<im_end>")
+    ids = [engine.tokenizer.token_id(token) for token in tokens]
+    assert ids == [PIECES, PIECES + 1, PIECES + 2]
+    (picture,) = (segment for segment in prompt.segments if segment.kind == "image")
+    assert prompt.token_ids[picture.start - 1] == ids[1]
+    assert prompt.token_ids[picture.end] == ids[2]
+    with pytest.raises(CheckpointError, match=f"token {PIECES + 2} .*<im_end>.* have {PIECES}"):
+        engine.generate("Hi", [noise(56, 56)], max_new_tokens=1)
+    grown, full = spelled(draw(Shape()), "original"), spelled(draw(Shape()), "hub")
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        grown[table] = full[f"language_model.{table}"]
+    save(grown, tmp_path)
+    edit_json(tmp_path / "config.json", vocab_size=HUB_VOCAB)
+    engine = Engine.load(tmp_path, device="cpu", cache="full")
+    assert engine.generate("Hi", [noise(56, 56)], max_new_tokens=1).token_ids
 
 
 def test_a_style_decides_the_prompt_and_the_checkpoint_the_picture(

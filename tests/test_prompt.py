@@ -20,6 +20,7 @@ from engine.prompt import (
     raw_prompt,
 )
 from engine.tokenizer import Tokenizer
+from tests.toy_tokenizer import write_toy_sentencepiece
 
 CANONICAL = (
     "1 3148 1001 29901 29871 32000 29871 13 "
@@ -288,6 +289,33 @@ def test_raw_prompt_is_verbatim(toy: Tokenizer) -> None:
     assert prompt.token_ids == [1, *toy.encode("What"), *body]
     assert [segment.image for segment in prompt.segments] == [-1, 0, -1, 1, -1]
     assert prompt.text == "What<image>\n<image></s>"
+
+
+def test_a_raw_prompt_that_begins_with_bos_gets_no_second_one(toy: Tokenizer) -> None:
+    image_id = toy.token_id("<image>")
+    for text in ("<s>USER: <image>\nHi", "USER: <image>\nHi"):
+        ids = raw_prompt(text, toy, image_id, [1]).token_ids
+        assert ids == [1, *toy.encode("USER: "), image_id, *toy.encode("\nHi")]
+    assert raw_prompt("<s><image>", toy, 7, [1]).token_ids == [1, 7]
+    assert raw_prompt("<s><s>x", toy, 7, []).token_ids == [1, 1, *toy.encode("x")]  # as written
+
+
+def test_marks_stand_around_every_picture(tmp_path: Path) -> None:
+    """run_llava.py of the original repository, where mm_use_im_start_end is true."""
+    write_toy_sentencepiece(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path, ("<im_start>", "<im_end>"))
+    start, end = (tokenizer.token_id(token) for token in ("<im_start>", "<im_end>"))
+    messages, marks = parse_messages("Hi <im_end>", 2), ("<im_start>", "<im_end>")
+    prompt = build_prompt(messages, "llava-v1", tokenizer, 9999, [2, 1], image_marks=marks)
+    place = "<im_start><image><im_end>\n"
+    assert prompt.text == f"{V1_SYSTEM} USER: {place}{place}Hi <im_end> ASSISTANT:"
+    first = prompt.token_ids.index(9999)
+    assert prompt.token_ids[first - 1 : first + 3] == [start, 9999, 9999, end]
+    assert prompt.token_ids.count(start) == prompt.token_ids.count(end) == 2
+    later = continue_prompt(
+        messages, "llava-v1", tokenizer, 9999, [2, 1], ended=True, image_marks=marks
+    )
+    assert later.text == f"USER: {place}{place}Hi <im_end> ASSISTANT:"
 
 
 def test_raw_prompt_may_start_with_a_picture(toy: Tokenizer) -> None:

@@ -7,6 +7,7 @@ import json
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointError
+from engine.messages import ImagePlace, Message
 from engine.sentencepiece import Piece, merges_of, read_model
-from engine.tokenizer import StreamDecoder, Tokenizer
+from engine.templates import STYLES, Special
+from engine.tokenizer import STRUCTURE, StreamDecoder, Tokenizer
 from tests.toy_tokenizer import (
     sentencepiece_model,
     toy_pieces,
@@ -133,7 +136,7 @@ def test_a_merge_that_spells_a_special_token_is_not_used(tmp_path: Path) -> None
     assert content["model"]["vocab"]["</s"] in tokenizer.encode("x</s>")
 
 
-def test_added_tokens_that_are_not_special_decode_but_are_never_typed(tmp_path: Path) -> None:
+def test_added_tokens_that_are_not_special_are_words(tmp_path: Path) -> None:
     content = toy_tokenizer_json()
     count = len(content["model"]["vocab"])
     content["added_tokens"].append(content["added_tokens"][3] | {"id": count + 2, "content": "<x>"})
@@ -146,8 +149,133 @@ def test_added_tokens_that_are_not_special_decode_but_are_never_typed(tmp_path: 
     assert tokenizer.encode_with_specials("a <x></s>b") == ids
     assert tokenizer.decode(ids) == library.decode(ids) == "a <x> b"
     assert tokenizer.token_id("<x>") == count + 2
-    assert count + 2 not in tokenizer.encode("a <x>")
+    assert tokenizer.encode("a <x>") == library.encode("a <x>", add_special_tokens=False).ids
     assert tokenizer.vocab_size == count + 3
+
+
+# Words of extended vocabularies, under every combination of flags that a tokenizer can give them.
+WORDS = ["[SEG]", "<loc_7>", "<loc_77>", "▁new", "two words", "é", "你", "USER", "##"]
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+TYPED = [*WORDS, *SPELLINGS, " ", "  ", "\n", "a", "loc_7>", "What", "?", "x"]
+
+
+def extended(seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    first = len(toy_pieces()) + 2
+    fresh = [word for word in WORDS if word not in {piece[0] for piece in toy_pieces()}]
+    return [
+        {"id": first + number, "content": word, "special": False}
+        | {flag: rng.random() < 0.4 for flag in FLAGS}
+        for number, word in enumerate(fresh)
+    ]
+
+
+def write_extended(folder: Path, layout: str, seed: int) -> None:
+    write_toy_config(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    words = extended(seed)
+    config["added_tokens_decoder"] |= {
+        str(token["id"]): {key: token[key] for key in token if key != "id"} for token in words
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if layout == "tokenizer.json":
+        content = toy_tokenizer_json()
+        content["added_tokens"] += words
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    else:
+        write_toy_sentencepiece(folder)
+
+
+@pytest.mark.parametrize("layout", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("seed", range(8))
+def test_words_of_an_extended_vocabulary_are_transformers_ids(
+    seed: int, layout: str, tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    write_extended(tmp_path, layout, seed)
+    tokenizer, words = Tokenizer.from_folder(tmp_path), extended(seed)
+    if layout == "tokenizer.model":  # where words are found as they are typed
+        words = [token | {"normalized": False} for token in words]
+    content = toy_tokenizer_json()
+    content["added_tokens"] += words
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    oracle = PreTrainedTokenizerFast(tokenizer_object=library)
+    special = {0, 1, 2, len(toy_pieces()), len(toy_pieces()) + 1}
+    rng, seen = random.Random(1000 + seed), set()
+    for _ in range(150):
+        text = "".join(rng.choices(TYPED, k=rng.randint(0, 9)))
+        ids = tokenizer.encode(text)
+        assert not special & set(ids)
+        if not any(spelling in text for spelling in SPELLINGS):
+            assert ids == oracle(text, add_special_tokens=False)["input_ids"], text
+        assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+        assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+        seen |= set(ids)
+    assert len(seen & {token["id"] for token in words}) >= 4
+
+
+@pytest.mark.parametrize("layout", ["tokenizer.json", "tokenizer.model"])
+def test_answers_show_words_of_an_extended_vocabulary(layout: str, tmp_path: Path) -> None:
+    write_extended(tmp_path, layout, seed=3)
+    tokenizer, rng = Tokenizer.from_folder(tmp_path), random.Random(7)
+    for token in extended(3):
+        if "▁" not in token["content"]:
+            shown = tokenizer.decode([*tokenizer.encode("A"), token["id"]])
+            assert shown == f"A{token['content']}"
+    for _ in range(300):
+        ids = [rng.choice([*SOME_IDS, *range(455, 475)]) for _ in range(rng.randint(0, 12))]
+        assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_tokens_without_flags_are_words_unless_they_give_structure(tmp_path: Path) -> None:
+    """added_tokens.json says no more than ids: transformers takes them for words."""
+    write_toy_sentencepiece(tmp_path)
+    first = len(toy_pieces())
+    named = {"[SEG]": first, "<im_start>": first + 1, "[OWN]": first + 2, "[ROLE]": first + 3}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(named))
+    roles = {"additional_special_tokens": ["[OWN]"], "cls_token": {"content": "[ROLE]"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(roles))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode("x [SEG] [OWN] [ROLE] <im_start>")
+    assert {id_ for id_ in ids if id_ >= first} == {first}
+    assert tokenizer.decode([first, first + 1, first + 2, first + 3]) == "[SEG]"
+
+
+def test_structure_stays_special_whatever_a_file_says(tmp_path: Path) -> None:
+    """Some published vocabularies list ChatML's tokens as ordinary words."""
+    content = toy_tokenizer_json()
+    first = len(toy_pieces()) + 2
+    named = sorted(STRUCTURE - {token["content"] for token in content["added_tokens"]})
+    plain = content["added_tokens"][3] | {"special": False}
+    content["added_tokens"] += [
+        plain | {"id": first + number, "content": token} for number, token in enumerate(named)
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for token in STRUCTURE:
+        id_ = tokenizer.token_id(token)
+        assert id_ not in tokenizer.encode(f"a{token} {token}")
+        assert tokenizer.special_id(token) == id_
+        assert tokenizer.encode_with_specials(token, bos=False) == [id_]
+
+
+def test_every_token_that_a_style_places_gives_structure() -> None:
+    turns = [Message("user", ("Hi", ImagePlace(0))), Message("assistant", ("Yes",))]
+    for style in STYLES.values():
+        pieces = [*style.opening([*turns, turns[0]]), *style.turns(turns), Special(style.closing)]
+        placed = {piece.token for piece in pieces if isinstance(piece, Special)} - {""}
+        assert placed <= STRUCTURE
+
+
+def test_tokens_that_no_file_names_are_numbered_on(tmp_path: Path) -> None:
+    write_toy_sentencepiece(tmp_path)
+    first = len(toy_pieces())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_start>": first}))
+    tokenizer = Tokenizer.from_folder(tmp_path, ("<im_patch>", "<im_start>", "<im_end>", "<s>"))
+    ids = [tokenizer.token_id(token) for token in ("<im_start>", "<im_patch>", "<im_end>", "<s>")]
+    assert ids == [first, first + 1, first + 2, 1]
+    assert tokenizer.decode(ids) == ""
 
 
 @settings(max_examples=200, deadline=None)

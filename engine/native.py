@@ -2,7 +2,8 @@
 
 The module is optional. ``backend()`` says which of three is active and why: ``cuda`` (kernels for
 the GPU and the CPU), ``cpu`` (for the CPU alone) or ``torch`` (none: the twins in
-``engine.attention`` serve). Setting the environment variable ``AVL_NATIVE=0`` selects ``torch``.
+``engine.attention`` serve). Setting the environment variable ``AVL_NATIVE=0`` selects ``torch``;
+``AVL_ISA=avx2`` (or ``baseline``, ``avx512``) forces the CPU's kernels for that instruction set.
 
 An operator is checked once, when its plan is made, and then runs many times on the same tensors;
 the plan holds them, so that an address can never outlive its tensor.
@@ -18,6 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from engine.errors import OptionError
+
+ISAS = ("baseline", "avx2", "avx512")  # as cuda/cpu/dispatch.cpp names them
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 _MAX_GROUP = 64  # query heads that may share a kv head
@@ -44,9 +48,22 @@ def load() -> tuple[ModuleType | None, str]:
     if os.environ.get("AVL_NATIVE") == "0":
         return None, "AVL_NATIVE=0 in the environment"
     try:
-        return importlib.import_module("engine._native"), ""
+        module = importlib.import_module("engine._native")
     except ImportError as error:
         return None, f"engine._native cannot be imported ({error})"
+    _check_isa(module)
+    return module, ""
+
+
+def _check_isa(module: ModuleType) -> None:
+    """Refuse an instruction set that this processor, or this build, does not have."""
+    wanted = os.environ.get("AVL_ISA", "")
+    if wanted and not module.has_isa(wanted):
+        there = [isa for isa in ISAS if module.has_isa(isa)]
+        raise OptionError(
+            f"AVL_ISA={wanted}: this processor has no such kernels",
+            hint=f"use {' or '.join(there)}",
+        )
 
 
 def backend() -> Backend:

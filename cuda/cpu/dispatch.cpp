@@ -1,5 +1,6 @@
 // Chooses at run time among the instruction sets the kernels were compiled for.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels.h"
@@ -27,7 +28,14 @@ static bool has_avx2() {
 }
 #endif
 
+// The best that the processor runs, unless the environment variable AVL_ISA names another.
+static const char* chosen() {
+  static const char* forced = std::getenv("AVL_ISA");
+  return forced && *forced ? forced : nullptr;
+}
+
 const CpuKernels* cpu_kernels(const char* name) {
+  if (!name) name = chosen();
   auto wanted = [&](const CpuKernels& k) { return !name || !std::strcmp(name, k.name); };
 #ifdef AVL_X86
   if (has_avx512() && wanted(avx512::table)) return &avx512::table;

@@ -430,6 +430,103 @@ def test_the_most_attended_patch_in_the_browser_is_that_of_the_trace(
     assert first.startswith(f"row {row + 1}, column {column + 1}: {100 * best.max():.2f} %")
 
 
+def test_what_is_said_of_a_patch_agrees_with_the_counts(
+    browser: Browser, written: tuple[Path, Result]
+) -> None:
+    """Of all layers: shares of them, in the list, under the pointer and in the strip alike."""
+    browser.open(written[0])
+    slide(browser, 8)
+    tiers = ("core", "secondary", "minor")
+    counted = dict(zip(tiers, map(int, re.findall(r"\d+", text(browser, "counts"))), strict=False))
+    strip = str(browser.run("document.querySelector('#strip').textContent"))
+    assert {tier: int(re.search(rf"{tier} (\d+)", strip)[1]) for tier in tiers} == counted  # type: ignore[index]
+    layers = data_in(written[0])["layers"]
+    summed = dict.fromkeys(tiers, 0)
+    point_at(browser, "kept", 0, 0)
+    columns = data_in(written[0])["panels"][0]["columns"]
+    for row in range(columns):
+        for column in range(columns):
+            point_at(browser, "kept", row, column)
+            said = text(browser, "hover")
+            assert said.startswith(f"row {row + 1}, column {column + 1}: ")
+            found = re.findall(r"(core|secondary|minor) in (\d+)", said)
+            assert sum(int(count) for _, count in found) == layers
+            assert f"of {layers} layers" in said
+            for tier, count in found:
+                summed[tier] += int(count)
+    assert {tier: round(count / layers) for tier, count in summed.items()} == counted
+
+
+def test_what_is_pointed_at_follows_the_step(
+    browser: Browser, written: tuple[Path, Result]
+) -> None:
+    browser.open(written[0])
+    point_at(browser, "heat", 1, 1)
+    before = text(browser, "hover")
+    slide(browser, 8)
+    after = text(browser, "hover")
+    assert before.split(":")[0] == after.split(":")[0] == "row 2, column 2"
+    assert before != after
+    point_at(browser, "heat", 1, 1)
+    assert text(browser, "hover") == after
+    browser.run("document.querySelector('#heat canvas').dispatchEvent(new Event('mouseleave'))")
+    assert text(browser, "hover").startswith("Point at a patch")
+
+
+@pytest.mark.parametrize("width", [320, 375, 800])
+def test_nothing_overflows_a_narrow_screen(
+    browser: Browser, written: tuple[Path, Result], width: int
+) -> None:
+    screen = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": False}
+    browser.call("Emulation.setDeviceMetricsOverride", **screen)
+    try:
+        browser.open(written[0])
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        outside = browser.run(
+            "[...document.querySelectorAll('main *')]"
+            f".filter((node) => node.getBoundingClientRect().right > {width} + 1)"
+            ".map((node) => node.id || node.tagName)"
+        )
+        assert outside == []
+    finally:
+        browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_are_readable_in_either_scheme(
+    browser: Browser, written: tuple[Path, Result], scheme: str
+) -> None:
+    """WCAG 2.2's contrast of every text against the first background behind it: 4.5 at least."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.call("Emulation.setEmulatedMedia", features=features)
+    try:
+        browser.open(written[0])
+        worst, back = browser.run(
+            """(() => {
+                const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+                const light = (colour) => numbers(colour).slice(0, 3).map((c) => c / 255)
+                    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+                    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+                const behind = (node) => {
+                    const found = numbers(getComputedStyle(node).backgroundColor);
+                    return found.length < 4 || found[3] > 0 ? found : behind(node.parentElement);
+                };
+                let worst = 100;
+                const texts = 'p, li, td, th, h1, h2, figcaption, kbd, label, button, select, mark';
+                for (const node of document.querySelectorAll(texts + ', #answer span')) {
+                    if (!node.innerText) continue;
+                    const a = light(getComputedStyle(node).color), b = light(behind(node).join());
+                    worst = Math.min(worst, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
+                }
+                return [worst, light(behind(document.body).join())];
+            })()"""
+        )
+        assert worst >= 4.5
+        assert back > 0.7 if scheme == "light" else back < 0.05
+    finally:
+        browser.call("Emulation.setEmulatedMedia", features=[])
+
+
 def test_tiles_and_queries_are_drawn_too(browser: Browser, tmp_path: Path) -> None:
     """LLaVA-1.6 with two pictures, and Qwen-VL, whose queries are a list beside the picture."""
     for name, folder, pictures in (
@@ -462,6 +559,19 @@ def slide(browser: Browser, step: int) -> None:
     browser.run(
         f"document.querySelector('#slider').value = {step};"
         "document.querySelector('#slider').dispatchEvent(new Event('input'))"
+    )
+
+
+def point_at(browser: Browser, name: str, row: int, column: int) -> None:
+    """Move the mouse over a cell of the first grid; the picture of SHAPE has 4 x 4."""
+    browser.run(
+        f"""(() => {{
+            const canvas = document.querySelector('#{name} canvas');
+            const box = canvas.getBoundingClientRect(), cell = box.width / 4;
+            const clientX = box.left + ({column} + 0.5) * cell;
+            const clientY = box.top + ({row} + 0.5) * cell;
+            canvas.dispatchEvent(new MouseEvent('mousemove', {{ clientX, clientY }}));
+        }})()"""
     )
 
 

@@ -2,10 +2,11 @@
 // Tiers as they are stored, and how they are drawn: by colour and by pattern.
 const NAMES = ["minor", "secondary", "core"];
 const COLOURS = ["#30343b", "#e69f00", "#0072b2"];
+const FILLS = ["var(--gone)", "url(#stripes)", "#0072b2"];  // in the strip
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const tokens = data.positions.length, steps = data.steps.length;
-let parts, tiers, sinks = new Set(data.sinks), step = 0, playing = 0, panels = [];
+let parts, tiers, sinks = new Set(data.sinks), step = 0, playing = 0, panels = [], hovered;
 
 // -- the arrays ---------------------------------------------------------------------------------
 
@@ -52,20 +53,22 @@ function attention(pass) {
   return found;
 }
 
-// Tiers of the chosen layer; over all layers, the tier in most of them (the lower one if tied).
-function tiersNow(pass) {
+// Of every image token and tier the share of layers, the chosen one or all, in which it is there.
+function sharesNow(pass) {
   const layer = at("layer").value, base = pass * data.layers * tokens;
-  if (layer !== "mean") {
-    const from = base + Number(layer) * tokens;
-    return tiers.subarray(from, from + tokens);
-  }
-  const found = new Uint8Array(tokens);
-  for (let i = 0; i < tokens; i++) {
-    const votes = [0, 0, 0];
-    for (let l = 0; l < data.layers; l++) votes[tiers[base + l * tokens + i]]++;
-    found[i] = votes[0] >= votes[1] && votes[0] >= votes[2] ? 0 : votes[1] >= votes[2] ? 1 : 2;
-  }
+  const layers = layer === "mean" ? [...Array(data.layers).keys()] : [Number(layer)];
+  const found = Array.from({ length: tokens }, () => [0, 0, 0]);
+  for (const l of layers)
+    for (let i = 0; i < tokens; i++) found[i][tiers[base + l * tokens + i]] += 1 / layers.length;
   return found;
+}
+
+// "core", or "core in 5, minor in 3 of 8 layers".
+function inWords(shares) {
+  if (at("layer").value !== "mean") return NAMES[shares.indexOf(1)];
+  const counts = shares.map((share) => Math.round(share * data.layers));
+  const named = [2, 1, 0].filter((tier) => counts[tier]).map((tier) => `${NAMES[tier]} in ${counts[tier]}`);
+  return `${named.join(", ")} of ${data.layers} layers`;
 }
 
 // Mean count of each tier over the layers of a pass.
@@ -110,7 +113,17 @@ function ramp(v) {
   return `rgb(${stops[i].map((c, k) => Math.round(c + (stops[i + 1][k] - c) * t))})`;
 }
 
-function drawPanel(panel, tier, heat, high) {
+// A patch that is of different tiers in different layers is cut, core below.
+function drawShares(pen, shares, x, y, w, h) {
+  let bottom = y + h;
+  for (const tier of [2, 1, 0]) {
+    const part = shares[tier] * h;
+    bottom -= part;
+    if (part > 0.01) drawTier(pen, tier, x, bottom, w, part);
+  }
+}
+
+function drawPanel(panel, shares, heat, high) {
   const { columns, rows, tokens: cells, placed, seams } = panel.spec;
   for (const kind of ["kept", "heat"]) {
     const canvas = panel[kind], pen = canvas.getContext("2d");
@@ -121,7 +134,7 @@ function drawPanel(panel, tier, heat, high) {
     const w = canvas.width / columns, h = canvas.height / rows;
     cells.forEach((token, i) => {
       const x = (i % columns) * w, y = Math.floor(i / columns) * h;
-      if (kind === "kept") return drawTier(pen, tier[token], x, y, w, h);
+      if (kind === "kept") return drawShares(pen, shares[token], x, y, w, h);
       const masked = at("mask").checked && sinks.has(token);
       const v = masked || !high ? 0 : Math.min(1, heat[token] / high);
       pen.globalAlpha = placed ? 0.62 + 0.33 * v : 1;
@@ -154,25 +167,25 @@ function where(token) {
 }
 
 function show() {
-  const heat = attention(step), tier = tiersNow(step), masked = at("mask").checked;
+  const heat = attention(step), shares = sharesNow(step), masked = at("mask").checked;
   const visible = [...heat.keys()].filter((i) => heat[i] > 0 && !(masked && sinks.has(i)));
   visible.sort((a, b) => heat[b] - heat[a]);
   const high = visible.length ? heat[visible[0]] : 0;
-  for (const panel of panels) drawPanel(panel, tier, heat, high);
+  for (const panel of panels) drawPanel(panel, shares, heat, high);
   at("slider").value = step;
   at("slider").setAttribute("aria-valuetext", label(data.steps[step]));
   at("now").textContent = `token ${step + 1} of ${steps}: ${label(data.steps[step])}`;
   at("high").textContent = percent(high) + (panels[0].spec.placed ? " on one patch" : " on one query");
-  const counts = [0, 0, 0];
-  tier.forEach((t) => counts[t]++);
+  const counts = [0, 1, 2].map((tier) => shares.reduce((sum, of) => sum + of[tier], 0).toFixed(0));
   at("counts").textContent = `${counts[2]} core, ${counts[1]} secondary, ${counts[0]} minor of ${tokens}`
-    + (at("layer").value === "mean" ? " (the tier in most layers)" : ` in layer ${at("layer").value}`);
+    + (at("layer").value === "mean" ? " (mean over the layers; a patch is cut by its shares of them)" : ` in layer ${at("layer").value}`);
   at("top").replaceChildren(...visible.slice(0, 10).map((i) => {
     const item = document.createElement("li");
-    item.textContent = `${where(i)}: ${percent(heat[i])}, ${NAMES[tier[i]]}`;
+    item.textContent = `${where(i)}: ${percent(heat[i])}, ${inWords(shares[i])}`;
     return item;
   }));
   document.querySelectorAll("#answer span").forEach((s, i) => s.classList.toggle("now", i === step));
+  tellHover(heat, shares);
   const mark = at("cursor");
   if (mark) mark.setAttribute("transform", `translate(${mark.dataset.left * 1 + mark.dataset.wide * step} 0)`);
 }
@@ -207,6 +220,7 @@ async function buildPanel(spec) {
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `${spec.title}: ${kind}; the numbers are in the text beside`);
     canvas.addEventListener("mousemove", (event) => hover(panel, canvas, event));
+    canvas.addEventListener("mouseleave", () => { hovered = undefined; show(); });
     caption.textContent = `${spec.title}, ${spec.columns} x ${spec.rows}`
       + (spec.newlines.length ? `, and ${spec.newlines.length} newlines` : "");
     figure.append(canvas, caption);
@@ -221,11 +235,15 @@ function hover({ spec }, canvas, event) {
   const box = canvas.getBoundingClientRect();
   const column = Math.floor(((event.clientX - box.left) / box.width) * spec.columns);
   const row = Math.floor(((event.clientY - box.top) / box.height) * spec.rows);
-  const token = spec.tokens[row * spec.columns + column];
-  if (token === undefined) return;
-  at("hover").textContent = `${where(token)}: position ${data.positions[token]}, `
-    + `${NAMES[tiersNow(step)[token]]}, attention ${percent(attention(step)[token])}`
-    + (sinks.has(token) ? ", a sink" : "");
+  hovered = spec.tokens[row * spec.columns + column];
+  tellHover(attention(step), sharesNow(step));
+}
+
+// The numbers of the patch that is pointed at, as they are in the step that is shown.
+function tellHover(heat, shares) {
+  at("hover").textContent = hovered === undefined ? "Point at a patch to read its numbers."
+    : `${where(hovered)}: position ${data.positions[hovered]}, ${inWords(shares[hovered])}, `
+      + `attention ${percent(heat[hovered])}` + (sinks.has(hovered) ? ", a sink" : "");
 }
 
 function svg(name, attributes, text) {
@@ -240,7 +258,7 @@ function buildStrip() {
   const left = 150, wide = 1000 / steps, picture = svg("svg", { viewBox: "0 0 1160 150", role: "img" });
   picture.append(svg("title", {}, "Image tokens per tier and bytes kept after each token"));
   const stripes = svg("pattern", { id: "stripes", width: 5, height: 5, patternUnits: "userSpaceOnUse" });
-  stripes.append(svg("rect", { width: 5, height: 5, fill: "#fbe3b3" }), svg("path", { d: "M0 5L5 0", stroke: "#e69f00", "stroke-width": 2.4 }));
+  stripes.append(svg("rect", { width: 5, height: 5, class: "between" }), svg("path", { d: "M0 5L5 0", stroke: "#e69f00", "stroke-width": 2.4 }));
   picture.append(stripes);
   const most = Math.max(...data.bytes.full);
   for (let p = 0; p < steps; p++) {
@@ -249,17 +267,16 @@ function buildStrip() {
     for (const tier of [2, 1, 0]) {
       const h = (counts[tier] / Math.max(1, tokens)) * 60;
       y -= h;
-      const fill = ["#d6dbe3", "url(#stripes)", "#0072b2"][tier];
-      picture.append(svg("rect", { x, y, width: wide - gap, height: h, fill }));
+      picture.append(svg("rect", { x, y, width: wide - gap, height: h, fill: FILLS[tier] }));
     }
     const full = (data.bytes.full[p] / most) * 55, kept = (data.bytes.kept[p] / most) * 55;
-    picture.append(svg("rect", { x, y: 140 - full, width: wide - gap, height: full, fill: "#e4e8ee" }));
-    picture.append(svg("rect", { x, y: 140 - kept, width: wide - gap, height: kept, fill: "#4d7a57" }));
+    picture.append(svg("rect", { x, y: 140 - full, width: wide - gap, height: full, fill: "var(--line)" }));
+    picture.append(svg("rect", { x, y: 140 - kept, width: wide - gap, height: kept, fill: "var(--bytes)" }));
   }
   const counts = countTiers(steps - 1), mb = (bytes) => (bytes / 1e6).toFixed(2) + " MB";
   const lines = [
-    [20, `minor ${counts[0].toFixed(0)}`, "#d6dbe3"], [36, `secondary ${counts[1].toFixed(0)}`, "url(#stripes)"],
-    [52, `core ${counts[2].toFixed(0)}`, "#0072b2"], [68, `text kept ${data.text[steps - 1]}`],
+    [20, `minor ${counts[0].toFixed(0)}`, FILLS[0]], [36, `secondary ${counts[1].toFixed(0)}`, FILLS[1]],
+    [52, `core ${counts[2].toFixed(0)}`, FILLS[2]], [68, `text kept ${data.text[steps - 1]}`],
     [100, `full ${mb(data.bytes.full[steps - 1])}`, "#e4e8ee"], [116, `kept ${mb(data.bytes.kept[steps - 1])}`, "#4d7a57"],
     [132, (100 * data.bytes.kept[steps - 1] / data.bytes.full[steps - 1]).toFixed(0) + " % at the end"],
   ];
@@ -268,7 +285,7 @@ function buildStrip() {
     if (fill) picture.append(svg("rect", { x: 0, y: y - 10, width: 12, height: 10, fill }));
   }
   const cursor = svg("g", { id: "cursor", "data-left": left, "data-wide": wide });
-  cursor.append(svg("rect", { x: 0, y: 4, width: wide, height: 140, fill: "none", stroke: "#1d2430", "stroke-width": 2 }));
+  cursor.append(svg("rect", { x: 0, y: 4, width: wide, height: 140, fill: "none", stroke: "var(--ink)", "stroke-width": 2 }));
   picture.append(cursor);
   picture.addEventListener("click", (event) => {
     const box = picture.getBoundingClientRect();

@@ -2,7 +2,7 @@
 
 import sys
 
-from engine.cli import main
+from engine.__main__ import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

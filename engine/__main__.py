@@ -1,8 +1,28 @@
-"""``python -m engine``: the command line where nothing is installed."""
+"""Where the command line starts: ``python -m engine``, ``python main.py`` and ``avl``.
+
+It says in one line what it cannot do without: a Python that is too old, or a package that this
+Python does not have.
+"""
+
+from __future__ import annotations
 
 import sys
 
-from engine.cli import main
+from engine.terminal import complain, lacking
+
+
+def start() -> int:
+    """Run the command line; returns the exit code."""
+    if sys.version_info < (3, 11):
+        complain("Python 3.11 or later is needed", f"this is {sys.version.split()[0]}")
+        return 1
+    try:
+        from engine.cli import main
+    except ModuleNotFoundError as error:
+        complain(*lacking(error))
+        return 1
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

@@ -25,6 +25,7 @@ from engine.terminal import (
     complain,
     flush,
     forget_stdout,
+    lacking,
     need_stdout,
     prepare,
     say,
@@ -60,7 +61,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, MemoryError):
         complain("out of memory", CapacityError.usual_hint)
         return CapacityError.exit_code
-    if isinstance(error, OSError):
+    if isinstance(error, ModuleNotFoundError):
+        complain(*lacking(error))
+    elif isinstance(error, OSError):
         name = f": {error.filename}" if error.filename else ""
         complain(f"{error.strerror or error}{name}", EngineError.usual_hint)
         forget_stdout()

@@ -78,6 +78,12 @@ def complain(message: str, hint: str = "") -> None:
         print(f"hint: {escaped(hint)}", file=sys.stderr)
 
 
+def lacking(error: ModuleNotFoundError) -> tuple[str, str]:
+    """What to say of a package that this Python does not have, and the hint."""
+    hint = "run `make demo` once and then .venv/bin/python, or `pip install .` for this Python"
+    return f"the package {error.name} is not installed for {sys.executable}", hint
+
+
 def escaped(text: str) -> str:
     r"""``text`` on one line: a file's name may hold a newline, or worse.
 

@@ -377,3 +377,16 @@ def test_a_terminal_gets_no_control_characters(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     say(hostile)
     assert capsys.readouterr().out == printable(hostile)
+
+
+@pytest.mark.parametrize("start", [["main.py"], ["-m", "engine"]])
+def test_a_python_without_the_packages_is_told_so_in_a_line(start: list[str]) -> None:
+    """-S: the same Python, without what is installed beside it."""
+    command = [sys.executable, "-S", *start, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    said = done.stderr.splitlines()
+    assert len(said) == 2
+    assert re.fullmatch(r"error: the package \w+ is not installed for .+", said[0])
+    assert ".venv/bin/python" in said[1]

@@ -7,6 +7,7 @@ only then torch and the model are loaded, so that a typo fails in a fraction of 
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import os
 import sys
@@ -30,6 +31,14 @@ from engine.terminal import (
     prepare,
     say,
 )
+
+# What to do about the refusals of a system that a user is likely to meet.
+_HINTS = {
+    errno.ENOSPC: "make room there, or write to another place",
+    errno.EACCES: "check who may read and write there",
+    errno.EROFS: "write to another place",
+    errno.EBADF: "leave it open, or send it to a file or /dev/null",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +74,8 @@ def _explain(error: Exception) -> int:
         complain(*lacking(error))
     elif isinstance(error, OSError):
         name = f": {error.filename}" if error.filename else ""
-        complain(f"{error.strerror or error}{name}", EngineError.usual_hint)
+        hint = _HINTS.get(error.errno or 0, EngineError.usual_hint)
+        complain(f"{error.strerror or error}{name}", hint)
         forget_stdout()
     else:
         reason = (str(error).splitlines() or [""])[0][:200]

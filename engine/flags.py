@@ -59,7 +59,8 @@ def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
             return kind(text)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what}") from None
+            reason = "too long" if len(text) > 40 else f"not {what}"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is {reason}") from None
 
     return convert
 

@@ -111,7 +111,7 @@ def _from_path(path: str, limit: int) -> LoadedImage:
         with open(path, "rb") as stream:
             return _from_stream(stream, name, limit)
     except OSError as error:
-        raise ImageError(f"{name} cannot be read: {error.strerror}") from None
+        raise _unreadable(name, error.strerror or "no reason is given") from None
 
 
 def _check_regular_file(path: str, name: str) -> None:
@@ -124,11 +124,19 @@ def _check_regular_file(path: str, name: str) -> None:
         raise _missing(path, name) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "the name is not valid"
-        raise ImageError(f"{name or 'the empty path'} cannot be read: {reason}") from None
+        raise _unreadable(name, reason) from None
     if stat.S_ISDIR(mode):
         raise ImageError(f"{name} is a folder", hint="name one picture in it")
     if not stat.S_ISREG(mode):
         raise ImageError(f"{name} is not a regular file", hint="save the picture to a file first")
+
+
+def _unreadable(name: str, reason: str) -> ImageError:
+    """The system refuses a file; a picture of another kind would not help."""
+    return ImageError(
+        f"{name or 'the empty path'} cannot be read: {reason}",
+        hint="check the path, and who may read it",
+    )
 
 
 _URL_HINT = "download the picture first and give its path"

@@ -24,6 +24,7 @@ from engine.errors import OptionError
 ISAS = ("baseline", "avx2", "avx512")  # as cuda/cpu/dispatch.cpp names them
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+_NAMES = ("AttentionPlan", "PolicyPlan", "cpu_fused", "cpu_isa", "has_isa", "read", "with_cuda")
 _MAX_GROUP = 64  # query heads that may share a kv head
 
 
@@ -49,8 +50,11 @@ def load() -> tuple[ModuleType | None, str]:
         return None, "AVL_NATIVE=0 in the environment"
     try:
         module = importlib.import_module("engine._native")
-    except ImportError as error:
+    except Exception as error:  # a foreign module may do anything when it is run
         return None, f"engine._native cannot be imported ({error})"
+    lacking = [name for name in _NAMES if not hasattr(module, name)]
+    if lacking:
+        return None, f"engine._native is another module: it has no {', '.join(lacking)}"
     _check_isa(module)
     return module, ""
 

@@ -162,7 +162,10 @@ def _public_address(url: str, host: str, port: int, deadline: float) -> str:
     """The address to connect to; all that the name resolves to must be public."""
     addresses = _resolve(host, port, deadline)
     if not addresses:
-        raise ImageError(f"{shorten(url)}: no address is known for {shorten(host)}")
+        raise ImageError(
+            f"{shorten(url)}: no address is known for {shorten(host)}",
+            hint="check the name, and that this machine reaches the network",
+        )
     for address in addresses:
         if not is_public(address):
             raise ImageError(

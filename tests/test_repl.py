@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import pytest
 
 from engine.cli import main
 from engine.engine import Engine
-from engine.errors import EngineError, OptionError
+from engine.errors import ContextError, EngineError, OptionError
 from engine.image import open_image
-from engine.lines import read_lines
+from engine.lines import completions, read_lines
 from engine.noise import Noise
 from engine.repl import Repl
 from tests.checkpoints import Shape
@@ -129,6 +130,81 @@ def test_mistakes_leave_the_conversation_usable(
     assert capsys.readouterr().out.strip()
 
 
+def test_a_refused_picture_is_put_away(
+    engine: Engine, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be refused again with every question; the conversation goes on without it."""
+    repl, count = make_repl(engine), engine.model.decoder.config.context // SHAPE.image_tokens + 1
+    repl.show([open_image(picture)] * count)
+    assert repl.run(iter(["What?", "Hello", f"/image {picture}", "What?"])) == 5
+    chat = engine.chat()
+    expected = [chat.send("Hello", **OPTIONS).text]
+    expected.append(chat.send("What?", [noise(70, 50)], **OPTIONS).text)
+    said = capsys.readouterr()
+    assert said.out == "".join(f"{text}\n" for text in expected)
+    assert said.err.count("error: ") == 1
+    assert f"({count} pictures are put away" in said.err
+
+
+def test_an_answer_longer_than_the_context_is_cut_with_a_note(
+    engine_of: Callable[..., Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = engine_of(Shape(kv_heads=2, context=160))
+    repl = make_repl(engine)
+    repl._options["max_new_tokens"] = 10**30
+    repl.take("Hello")
+    said = capsys.readouterr()
+    room = engine.model.decoder.config.context - len(engine.render("Hello").token_ids)
+    assert f"note: the answer has at most {room:,} tokens" in said.err
+    expected = engine.generate("Hello", max_new_tokens=room, ignore_eos=True)
+    assert said.out == expected.text + "\n"
+    with pytest.raises(ContextError):  # nothing is left for an answer, or for the prompt itself
+        repl.take("word " * 2000)
+
+
+@pytest.mark.parametrize("command", ["/image {}", "/image {} {}", "/save {}"])
+@pytest.mark.parametrize("spell", ["plain", "quoted", "double", "escaped", "url", "home"])
+def test_paths_may_be_typed_as_terminals_drop_them(
+    command: str,
+    spell: str,
+    repl: Repl,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "it's my car.png"
+    if "/save" not in command:
+        noise(70, 50).save(path)
+    spelled = {
+        "plain": str(path),
+        "quoted": shlex.quote(str(path)),
+        "double": f'"{path}"',
+        "escaped": str(path).replace(" ", r"\ ").replace("'", r"\'"),
+        "url": path.as_uri(),
+        "home": r"~/it\'s\ my\ car.png",
+    }[spell]
+    if spell == "plain" and command.count("{}") == 2:
+        return  # spaces without quotes: nobody could say where one path ends
+    repl.take(command.format(spelled, spelled))
+    assert path.exists()
+    if "/image" in command:
+        assert capsys.readouterr().err.count("70 x 50 pixels") == command.count("{}")
+
+
+def test_the_tabulator_completes_commands_and_paths(tmp_path: Path) -> None:
+    (tmp_path / "my car.png").touch()
+    (tmp_path / "mine").mkdir()
+    commands = ["/image", "/clear", "/cache", "/save"]
+    assert completions("/c", commands) == ["/clear", "/cache"]
+    assert completions(f"/image {tmp_path}/m", commands) == [
+        f"/image {tmp_path}/mine/",
+        f"/image {tmp_path}/my car.png",
+    ]
+    for line in ("", "What", f"/cache {tmp_path}/m", f"/image {tmp_path}/[m"):
+        assert completions(line, commands) == []
+
+
 def test_a_path_is_a_question_and_no_command(
     repl: Repl, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +297,7 @@ def test_what_does_not_go_with_chat_is_refused(
 TYPED = """
 import sys
 from engine.lines import read_lines
-for line in read_lines():
+for line in read_lines(["/image", "/save"]):
     print("GOT", repr(line), flush=True)
 """
 
@@ -292,3 +368,10 @@ def test_a_terminal_edits_pastes_and_remembers(terminal: Terminal, tmp_path: Pat
     history = tmp_path / "avl-engine" / "history"
     assert "hello" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
+
+
+def test_a_terminal_completes_with_the_tabulator(terminal: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "some picture.png").touch()
+    terminal.wait_for("> ")
+    terminal.type(f"/im\t {tmp_path}/some\t\r")
+    terminal.wait_for(f"GOT '/image {tmp_path}/some picture.png'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def resolve(
         CheckpointError: saying where it was looked for.
         OptionError: a revision of what is a folder.
     """
-    folder = TINY if name_or_folder is None else Path(name_or_folder).expanduser()
+    folder = TINY if name_or_folder is None else Path(os.path.expanduser(name_or_folder))
+    _refuse_unreadable(folder)
     if folder.is_dir() or name_or_folder is None:
         if revision is not None:
             raise OptionError(
@@ -51,6 +53,17 @@ def resolve(
             hint="give a model's folder, or its hub name such as llava-hf/llava-1.5-7b-hf (14 GB)",
         )
     return _from_hub(name, revision, offline, pickled)
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    try:
+        next(folder.iterdir(), None)
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{folder} cannot be read: {error.strerror}", hint="check who may read this folder"
+        ) from None
+    except (OSError, ValueError):
+        pass  # no folder: it may be a hub name
 
 
 def _from_hub(name: str, revision: str | None, offline: bool, pickled: bool) -> Path:

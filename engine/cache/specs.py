@@ -41,7 +41,12 @@ def parse(spec: str | Policy) -> Policy:
     values: dict[str, Any] = {}
     for pair in filter(None, rest.split(",")):
         key, equals, text = pair.partition("=")
-        if key not in defaults or not equals:
+        if key in defaults and not equals:
+            raise OptionError(
+                f"cache policy {name}: {key} has no value",
+                hint=f"for example {name}:{key}={defaults[key]}",
+            )
+        if key not in defaults:
             raise OptionError(
                 f"cache policy {name}: unknown key {key!r}",
                 hint=_suggest(key, list(defaults), "keys"),
@@ -67,6 +72,7 @@ def _value(name: str, key: str, text: str, default: Any) -> Any:
 
 
 def _suggest(word: str, known: list[str], kind: str) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    listed = f"known {kind}: {', '.join(known)}" if known else f"it has no {kind}"
-    return f"did you mean {close[0]!r}? {listed}" if close else listed
+    if close := difflib.get_close_matches(word, known, n=1):
+        others = ", ".join(name for name in known if name != close[0])
+        return f"did you mean {close[0]!r}? Other {kind}: {others}"
+    return f"known {kind}: {', '.join(known)}" if known else f"it has no {kind}"

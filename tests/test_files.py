@@ -1,0 +1,139 @@
+"""Files that are written: whole or not at all, never over what is read, refused before the work."""
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from engine.cli import main
+from engine.engine import Engine
+from engine.errors import OptionError
+from engine.files import check_target, lock, write_whole, written_whole
+from tests.asking import Ask, refused
+from tests.checkpoints import Shape
+from tests.oracle import noise
+
+SHAPE = Shape(kv_heads=2)
+
+
+def write_half(path: Path) -> None:
+    with written_whole(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for before in (None, b"mine"):
+        if before is not None:
+            path.write_bytes(before)
+        with pytest.raises(KeyboardInterrupt):
+            write_half(path)
+        assert {each.name for each in tmp_path.iterdir()} == ({"a.txt"} if before else set())
+        assert not path.exists() or path.read_bytes() == before
+
+
+def test_a_file_that_is_replaced_keeps_its_place_and_its_permissions(tmp_path: Path) -> None:
+    path, link = tmp_path / "real.txt", tmp_path / "link.txt"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", Path("/dev/null"), Path("/dev/stdout")):
+        before = os.stat(place).st_mode
+        with pytest.raises(OSError):  # noqa: PT011 - whichever the system has for it
+            write_whole(place, b"x")
+        with pytest.raises(OptionError, match=r"--x .* cannot be written"):
+            check_target("--x", place)
+        assert os.stat(place).st_mode == before
+
+
+def test_what_cannot_be_written_is_known_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, words in {"no/a.html": "no folder", "a.jpg": "end it in .html or .htm"}.items():
+        with pytest.raises(OptionError, match="--x ") as caught:
+            check_target("--x", tmp_path / name, (".html", ".htm"))
+        assert words in f"{caught.value} {caught.value.hint}"
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "No")))
+    with pytest.raises(OptionError, match="cannot be written: No"):
+        check_target("--x", tmp_path / "a.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_at_a_time_has_the_lock(tmp_path: Path) -> None:
+    with (tmp_path / "a").open("w") as first, (tmp_path / "a").open() as second:
+        assert lock(first)
+        assert not lock(second)
+        first.close()
+        assert lock(second)
+
+
+@pytest.mark.parametrize("flag", ["--attention", "--draw-boxes"])
+@pytest.mark.parametrize("target", ["own", "link", "other kind", "folder", "no picture"])
+def test_a_picture_that_is_read_is_never_written_over(
+    flag: str, target: str, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is loaded before that is known."""
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    suffix = ".html" if flag == "--attention" else ".png"
+    own = tmp_path / f"own{suffix}"
+    noise(30, 20).save(own, "PNG")
+    (tmp_path / f"link{suffix}").symlink_to(own)
+    (tmp_path / f"folder{suffix}").mkdir()
+    before = own.read_bytes()
+    place = tmp_path / ("own.txt" if target == "other kind" else f"{target}{suffix}")
+    pictures = [] if target == "no picture" else ["--image", own]
+    refused(ask(*pictures, "-p", "What?", flag, place), 2, flag)
+    assert own.read_bytes() == before
+
+
+@pytest.mark.parametrize("moment", ["answer", "page"])
+def test_a_page_that_fails_leaves_the_old_one(
+    moment: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, picture = tmp_path / "page.html", tmp_path / "a.png"
+    page.write_text("old")
+    noise(30, 20).save(picture)
+    place = {"answer": "engine.engine.Engine.stream", "page": "engine.insight.page.page_data"}
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OptionError("enough")
+
+    monkeypatch.setattr(place[moment], broken)
+    flags = ["--model", str(checkpoint(SHAPE)), "--device", "cpu", "-n", "2"]
+    assert main([*flags, "-p", "What?", "--image", str(picture), "--attention", str(page)]) == 2
+    assert page.read_text() == "old"
+    assert {each.name for each in tmp_path.iterdir()} == {"page.html", "a.png"}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".webp"])
+def test_drawn_pictures_are_of_the_kind_of_their_name(suffix: str, tmp_path: Path) -> None:
+    from argparse import Namespace
+
+    from engine.boxes import Box
+    from engine.image import LoadedImage
+    from engine.noise import Noise
+    from engine.oneshot import _draw_boxes
+
+    class Answered:
+        boxes = (Box("", ((1, 1), (5, 5))),)
+
+    quiet = Noise(Namespace(quiet=True, verbose=False), [])
+    picture = LoadedImage(noise(30, 20), "a.png")
+    path = str(tmp_path / f"out{suffix}")
+    _draw_boxes(path, picture, Answered(), quiet)  # type: ignore[arg-type]
+    kinds = {".png": "PNG", ".webp": "WEBP"}
+    with Image.open(path) as image:
+        assert image.format == kinds.get(suffix, "JPEG")

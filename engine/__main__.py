@@ -13,7 +13,7 @@ from engine.terminal import complain, lacking
 
 def start() -> int:
     """Run the command line; returns the exit code."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - any Python may be told to run this file
         complain("Python 3.11 or later is needed", f"this is {sys.version.split()[0]}")
         return 1
     try:

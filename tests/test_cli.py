@@ -103,6 +103,28 @@ def test_compare_shows_both_answers(
     assert ask("--compare", "--cache", "full") == 2
 
 
+@pytest.mark.parametrize("mode", [[], ["--compare", "--cache", "h2o"]])
+def test_a_limit_beyond_the_context_is_cut_with_a_note(
+    mode: list[str],
+    checkpoint: Callable[..., Path],
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = ["--model", str(checkpoint(Shape(kv_heads=2, context=160))), "--device", "cpu"]
+    asked = [str(picture), "What?", "-n", "9" * 30, "--json", *mode]
+    assert main([*model, *asked]) == 0
+    said = capsys.readouterr()
+    values = json.loads(said.out)
+    answers = [values["full"], values["chosen"]] if mode else [values]
+    for answer in answers:
+        room = 160 - answer["prompt_tokens"]
+        assert said.err == f"note: the answer has at most {room} tokens: " + (
+            "the context leaves no more room\n"
+        )
+        assert len(answer["token_ids"]) <= room
+    assert main([*model, str(picture), "word " * 200, "-n", "5"]) == 5
+
+
 def test_compare_finds_the_first_difference() -> None:
     from engine.compare import first_difference
 
@@ -270,6 +292,11 @@ def test_refusals(
         ["-p", "x", "--temperature", "-1"],
         ["-p", "x", "--image", "https://127.0.0.1/", "--allow-url"],
         ["--chat", "--json"],
+        ["-p", "x", "--model", "no/such/folder"],
+        ["-p", "x", "--model", "nobody/has-this", "--offline"],
+        ["-p", "x", "--threads", "0"],
+        ["nothing.png", "What?"],
+        ["serve"],
         ["--version"],
     ],
 )

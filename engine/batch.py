@@ -20,6 +20,7 @@ from engine.capacity import memory_for
 from engine.errors import EngineError, OptionError
 from engine.generation import Answer, refuse_nan
 from engine.options import OptionValues, make_options
+from engine.pictures import listed
 from engine.result import Result, Timings
 from engine.session import Turn, make_pools, pool_memory, prefill
 from engine.stepping import Stepper
@@ -61,17 +62,13 @@ class Request:
             raise OptionError(
                 f"a request's raw is {raw!r:.40}", hint="use true (for a text prompt) or false"
             )
-        if not isinstance(images, Sequence):
-            raise OptionError(
-                f"a request's images are {type(images).__name__}", hint='write "images": ["a.jpg"]'
-            )
         unknown = rest.keys() - OptionValues.__annotations__.keys()
         if unknown:
             known = ", ".join(["prompt", "images", "raw", *OptionValues.__annotations__])
             raise OptionError(
                 f"a request has unknown keys: {', '.join(sorted(unknown))}", hint=f"known: {known}"
             )
-        return cls(prompt, images, raw, OptionValues(**rest))  # type: ignore[typeddict-item]
+        return cls(prompt, listed(images), raw, OptionValues(**rest))  # type: ignore[typeddict-item]
 
 
 @dataclass(frozen=True)

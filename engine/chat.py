@@ -36,7 +36,7 @@ class Chat:
         self._sizes: Sequence[tuple[int, int]] = ()
 
     def send(
-        self, text: Messages, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
+        self, text: Messages, images: Sequence[Picture] | None = (), **options: Unpack[OptionValues]
     ) -> Result:
         """Answer one user turn; the arguments are those of ``Engine.stream``."""
         *_, result = self.stream(text, images, **options)
@@ -44,7 +44,7 @@ class Chat:
         return result
 
     def stream(
-        self, text: Messages, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
+        self, text: Messages, images: Sequence[Picture] | None = (), **options: Unpack[OptionValues]
     ) -> Iterator[str | Result]:
         """Answer one user turn piece by piece, the Result last.
 

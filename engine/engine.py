@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any, Unpack
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from engine.batch import Failure, Request, generate_batch
@@ -24,7 +23,7 @@ from engine.generation import Answer, generate
 from engine.image import open_image
 from engine.loading import Loaded, load
 from engine.options import Options, OptionValues, check_threads, make_options
-from engine.pictures import EncodedImage, Picture, PictureEncoder
+from engine.pictures import EncodedImage, Picture, PictureEncoder, listed
 from engine.preprocess import ImageProcessor, Pixels
 from engine.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from engine.result import Result, Timings
@@ -136,7 +135,7 @@ class Engine:
     def generate(
         self,
         prompt: Messages,
-        images: Sequence[Picture] = (),
+        images: Sequence[Picture] | None = (),
         *,
         raw: bool = False,
         **options: Unpack[OptionValues],
@@ -149,7 +148,7 @@ class Engine:
     def stream(
         self,
         prompt: Messages,
-        images: Sequence[Picture] = (),
+        images: Sequence[Picture] | None = (),
         *,
         raw: bool = False,
         observer: Observer | None = None,
@@ -160,7 +159,9 @@ class Engine:
         Args:
             prompt: the text of one user turn, its pictures first; or messages {role, content},
                 where content is a text or a list of {type: "text", text} and {type: "image"}.
-            images: paths, bytes or Pillow images, in the order of their places.
+            images: pictures in the order of their places, each a path, a ``data:`` URL, the bytes
+                of a file, a file opened in binary mode, a Pillow image, an array or tensor of uint8
+                (``[height, width, 3]``), or an ``EncodedImage``; None is no picture.
             raw: take ``prompt`` verbatim: special tokens spelled in it are special, ``<image>``
                 stands where a picture goes, and no template is applied.
             observer: is told of every layer of every pass, such as an ``insight.trace.Trace``;
@@ -227,7 +228,7 @@ class Engine:
     def logits(
         self,
         prompt: Messages,
-        images: Sequence[Picture] = (),
+        images: Sequence[Picture] | None = (),
         continuation: str | Sequence[int] | None = None,
         *,
         raw: bool = False,
@@ -266,7 +267,7 @@ class Engine:
     def turn(
         self,
         prompt: Messages,
-        images: Sequence[Picture],
+        images: Sequence[Picture] | None,
         timings: Timings,
         *,
         raw: bool = False,
@@ -306,22 +307,20 @@ class Engine:
             )
 
     def render(
-        self, prompt: Messages, images: Sequence[Picture] = (), *, raw: bool = False
+        self, prompt: Messages, images: Sequence[Picture] | None = (), *, raw: bool = False
     ) -> Prompt:
         """The prompt as the model gets it: its rendered text, ids and segments; nothing is run."""
         return self._prepare(prompt, images, raw, None)[1]
 
     def _prepare(
-        self, prompt: Messages, images: Sequence[Picture], raw: bool, earlier: int | None
+        self, prompt: Messages, images: Sequence[Picture] | None, raw: bool, earlier: int | None
     ) -> tuple[list[Pixels | EncodedImage], Prompt]:
         """Open the pictures, and build the prompt around them.
 
         ``earlier`` is how many pictures the conversation holds that it continues, None at its
         start.
         """
-        if isinstance(images, str | bytes | PathLike | Image.Image | EncodedImage):
-            images = [images]
-        pictures = [self._open(image) for image in images]
+        pictures = [self._open(image) for image in listed(images)]
         counts = [
             len(picture.features)
             if isinstance(picture, EncodedImage)

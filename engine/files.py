@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from engine.errors import OptionError
-from engine.image import display_name
+from engine.naming import display_name
 
 _STREAMS = ("/dev/", "/proc/")
 PARTS = ".avl-*.part"  # what a killed process may leave of a file it was writing

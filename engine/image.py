@@ -27,12 +27,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from PIL import Image, ImageFile
 
+from engine.arrays import Array, from_array, is_array
+from engine.data_url import decode_data, is_data
 from engine.errors import ImageError
-from engine.sniff import HEAD, describe_other, picture_format
+from engine.naming import display_name, shorten
+from engine.refusals import hint_for
+from engine.sniff import FORMATS, HEAD, describe_other, picture_format
 
 # Pillow's own warning threshold, 89.5 million: a decoded picture then takes at most 358 MB.
 MAX_PIXELS = 89_478_485
@@ -40,10 +44,19 @@ MAX_PIXELS = 89_478_485
 # Decoders also log what is wrong with a file, and where nobody listens Python prints that.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-Source = str | os.PathLike[str] | bytes | Image.Image
+Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | Array
 
-# Formats whose decoder Pillow does not import by itself; importing all of them is slow.
-_DECODERS = {"WEBP": "PIL.WebPImagePlugin", "TIFF": "PIL.TiffImagePlugin"}
+# No stream is read further: an uncompressed picture of the most pixels is not longer.
+_MOST_BYTES = 4 * MAX_PIXELS
+
+# Formats whose decoder Pillow does not import by itself; importing all of them is slow. The last
+# two may be missing: Pillow can be built without AVIF, and HEIC is a package of its own.
+_DECODERS = {
+    "WEBP": "PIL.WebPImagePlugin",
+    "TIFF": "PIL.TiffImagePlugin",
+    "AVIF": "PIL.AvifImagePlugin",
+    "HEIF": "pillow_heif",
+}
 
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> how to undo it; 1 (and the 0 that some cameras write) means upright.
@@ -72,10 +85,12 @@ class LoadedImage:
 
 
 def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> LoadedImage:
-    """Open a picture from a path, its encoded bytes or a Pillow image, as upright 8-bit RGB.
+    """Open a picture, as upright 8-bit RGB.
 
-    `max_pixels` bounds width x height as the header states them, before anything is decoded;
-    Pillow's own guard `Image.MAX_IMAGE_PIXELS` applies as well. Raises `ImageError`.
+    `source` is a path, a `data:` URL, the bytes of a picture file, a file opened in binary mode, a
+    Pillow image, or an array or tensor of uint8 (see `engine.arrays`). `max_pixels` bounds width x
+    height as the header states them, before anything is decoded; Pillow's own guard
+    `Image.MAX_IMAGE_PIXELS` applies as well. Raises `ImageError`.
 
     >>> open_image(Image.new("L", (4, 2), 255)).pixels.getpixel((0, 0))
     (255, 255, 255)
@@ -83,25 +98,39 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> LoadedImage:
     limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
     if isinstance(source, Image.Image):
         return _from_pillow(source, limit)
-    if isinstance(source, bytes):
+    if isinstance(source, str) and is_data(source):
+        return _from_stream(BytesIO(decode_data(source)), shorten(source), limit)
+    if isinstance(source, bytes | bytearray | memoryview):
         return _from_stream(BytesIO(source), f"picture of {len(source)} bytes", limit)
     if isinstance(source, str | os.PathLike):
         return _from_path(os.fspath(source), limit)
+    if hasattr(source, "read"):
+        data = _read_all(cast(BinaryIO, source))
+        return _from_stream(BytesIO(data), f"picture of {len(data)} bytes", limit)
+    if is_array(source):
+        return _from_pillow(from_array(source), limit)
     raise ImageError(
         f"a picture cannot be opened from {type(source).__name__}",
-        hint="give a path, the bytes of a picture file or a Pillow image",
+        hint="give a path, bytes, an open file, a Pillow image or an array",
     )
 
 
-def display_name(path: str) -> str:
-    r"""Escape what a terminal must not receive: control, bidirectional and undecodable characters.
-
-    >>> display_name("car\n\u202e.jpg")
-    'car\\n\\u202e.jpg'
-    """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in path
-    )
+def _read_all(stream: BinaryIO) -> bytes:
+    """The content of an open file from its start, or of a stream from where it stands."""
+    parts: list[bytes] = []
+    try:
+        if stream.seekable():
+            stream.seek(0)
+        while part := stream.read(1 << 20):
+            parts.append(bytes(part))
+            if sum(map(len, parts)) > _MOST_BYTES:
+                raise ImageError(f"a stream holds more than {_MOST_BYTES:,} bytes", "give its path")
+    except TypeError:  # of bytes(): the stream gives texts
+        hint = 'open it in binary mode: open(path, "rb")'
+        raise ImageError("a picture's stream gives text, not bytes", hint) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ImageError(f"a picture's stream cannot be read: {str(error)[:100]}") from None
+    return b"".join(parts)
 
 
 def _from_path(path: str, limit: int) -> LoadedImage:
@@ -111,7 +140,7 @@ def _from_path(path: str, limit: int) -> LoadedImage:
         with open(path, "rb") as stream:
             return _from_stream(stream, name, limit)
     except OSError as error:
-        raise _unreadable(name, error.strerror or "no reason is given") from None
+        raise ImageError(f"{name} cannot be read: {error.strerror}", hint_for(error)) from None
 
 
 def _check_regular_file(path: str, name: str) -> None:
@@ -122,21 +151,15 @@ def _check_regular_file(path: str, name: str) -> None:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path, name) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "the name is not valid"
-        raise _unreadable(name, reason) from None
+    except ValueError:
+        problem = f"{name or 'the empty path'} cannot be read: the name is not valid"
+        raise ImageError(problem, hint="give another path") from None
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror}", hint_for(error)) from None
     if stat.S_ISDIR(mode):
         raise ImageError(f"{name} is a folder", hint="name one picture in it")
     if not stat.S_ISREG(mode):
         raise ImageError(f"{name} is not a regular file", hint="save the picture to a file first")
-
-
-def _unreadable(name: str, reason: str) -> ImageError:
-    """The system refuses a file; a picture of another kind would not help."""
-    return ImageError(
-        f"{name or 'the empty path'} cannot be read: {reason}",
-        hint="check the path, and who may read it",
-    )
 
 
 _URL_HINT = "download the picture first and give its path"
@@ -163,24 +186,39 @@ def _from_stream(stream: BinaryIO, name: str, limit: int) -> LoadedImage:
         what = f"too short to be an image ({len(head)} bytes)" if head else "empty (0 bytes)"
         raise ImageError(f"{name} is {what}", hint="fetch or save the picture again")
     kind = picture_format(head)
-    if not kind:
+    if not kind or not _has_decoder(kind):
         what, hint = describe_other(head, name)
         raise ImageError(f"{name} is {what}", hint=hint)
-    with _own_errors(name, kind):
+    hint = "fetch or save the picture again"
+    if kind not in FORMATS:  # whose decoders know less of what there is
+        hint = describe_other(head, name)[1]
+    with _own_errors(name, kind, hint):
         if kind == "PNG":  # the decoder itself skips the checksums of pixel data
             _open(stream, kind, name, limit).verify()
         image = _open(stream, kind, name, limit)
         # Phones store a second picture for depth or brightness in a JPEG: not worth a note.
         frames = 1 if kind == "JPEG" else getattr(image, "n_frames", 1)
         image.load()
+        _check_size(
+            image.size, name, limit
+        )  # HEIC's decoder may find another one than the header's
         notes = (f"{name} has {frames} frames; only the first is used",) if frames > 1 else ()
         return _normalise(image, name, notes)
 
 
+def _has_decoder(kind: str) -> bool:
+    """Import the decoder for ``kind`` where Pillow does not by itself; whether there is one."""
+    try:
+        plugin = importlib.import_module(_DECODERS[kind]) if kind in _DECODERS else None
+    except ImportError:
+        return False
+    if kind == "HEIF":
+        plugin.register_heif_opener(thumbnails=False)  # type: ignore[union-attr]
+    return bool(getattr(plugin, "SUPPORTED", True))
+
+
 def _open(stream: BinaryIO, kind: str, name: str, limit: int) -> Image.Image:
     """Read the header only, with the one decoder for `kind`, and check the size it states."""
-    if kind in _DECODERS:
-        importlib.import_module(_DECODERS[kind])
     with warnings.catch_warnings():  # our own check follows, and its message has the numbers
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(stream, formats=(kind,))
@@ -191,7 +229,7 @@ def _open(stream: BinaryIO, kind: str, name: str, limit: int) -> Image.Image:
 def _from_pillow(image: Image.Image, limit: int) -> LoadedImage:
     name = f"{image.width}x{image.height} image"
     _check_size(image.size, name, limit)
-    with _own_errors(name, image.mode):
+    with _own_errors(name, image.mode, "give its file, or another picture"):
         image.load()
         return _normalise(image, name, ())
 
@@ -208,7 +246,7 @@ def _check_size(size: tuple[int, int], name: str, limit: int) -> None:
 
 
 @contextmanager
-def _own_errors(name: str, kind: str) -> Iterator[None]:
+def _own_errors(name: str, kind: str, hint: str) -> Iterator[None]:
     """Turn whatever Pillow raises or warns about a size into one `ImageError` with our own text.
 
     Its decoders raise many unrelated classes on hostile input, and its messages can hold object
@@ -235,7 +273,7 @@ def _own_errors(name: str, kind: str) -> Iterator[None]:
     except Exception as error:
         cut = "truncated" in str(error).lower()
         state = f"a truncated {kind} file" if cut else f"a damaged or unsupported {kind} file"
-        raise ImageError(f"{name} is {state}", hint="fetch or save the picture again") from None
+        raise ImageError(f"{name} is {state}", hint) from None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from threading import Lock
@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.arrays import is_array
+from engine.errors import OptionError
+from engine.image import Source
 from engine.models.vision_language import VisionLanguageModel
 from engine.preprocess import Pixels
 
@@ -29,7 +32,19 @@ class EncodedImage:
     size: tuple[int, int]
 
 
-Picture = str | PathLike[str] | bytes | Image.Image | EncodedImage
+Picture = Source | EncodedImage
+
+
+def listed(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
+    """Pictures as a sequence: None is no picture, and one needs no list around it."""
+    if images is None:
+        return ()
+    single = isinstance(images, str | bytes | bytearray | memoryview | PathLike | Image.Image)
+    if single or isinstance(images, EncodedImage) or hasattr(images, "read") or is_array(images):
+        return [images]  # type: ignore[list-item]
+    if not isinstance(images, Iterable):
+        raise OptionError(f"images are {type(images).__name__}", hint='write images=["a.jpg"]')
+    return [*images]
 
 
 class PictureEncoder:

@@ -1,4 +1,4 @@
-"""Pictures that are no files: ``data:`` URLs, and https where the user allows it.
+"""Pictures that are no files: over https, where the user allows it.
 
 A URL may come from a stranger, and the machine may reach what strangers must not. So only https is
 spoken, to addresses of the public internet, and the address that was checked is the one that is
@@ -8,8 +8,6 @@ checked like the first address. Proxies of the environment are not used.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 import socket
 import ssl
@@ -20,13 +18,15 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from queue import Empty, SimpleQueue
 from threading import Thread, Timer
 from time import monotonic
-from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
+from engine.data_url import MAX_BYTES, is_data
 from engine.errors import ImageError
-from engine.image import LoadedImage, display_name, open_image
+from engine.image import LoadedImage, open_image
+from engine.naming import display_name, shorten
 
+_NETWORK = "check the address and the network, or download the picture and give its path"
 SECONDS = 10.0  # for a whole picture, redirects included
-MAX_BYTES = 20_000_000
 REDIRECTS = 3
 
 _NAT64 = IPv6Network("64:ff9b::/96")  # an IPv4 address in IPv6 clothes
@@ -37,18 +37,14 @@ def open_picture(source: str | bytes, max_pixels: int, allow_url: bool) -> Loade
 
     Raises ImageError; for a URL unless ``allow_url``.
     """
-    if isinstance(source, str):
-        start = source[:8].lower()
-        if start.startswith("data:"):
-            source = decode_data(source)
-        elif start.startswith(("http://", "https://")):
-            source = _allowed(source, allow_url)
+    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
+        source = _allowed(source, allow_url)
     return open_image(source, max_pixels)
 
 
 def is_address(source: str) -> bool:
     """Whether a picture's name is no path: a ``data:`` URL or one with ``://`` behind a scheme."""
-    return source[:5].lower() == "data:" or bool(re.match(r"(https?|file)://", source, re.I))
+    return is_data(source) or bool(re.match(r"(https?|file)://", source, re.I))
 
 
 def _allowed(url: str, allow_url: bool) -> bytes:
@@ -58,36 +54,6 @@ def _allowed(url: str, allow_url: bool) -> bytes:
             hint="add --allow-url, or download the picture and give its path",
         )
     return fetch(url)
-
-
-def shorten(text: str) -> str:
-    """At most 40 characters of what a stranger wrote, safe to print."""
-    return display_name(text[:40]) + ("..." if len(text) > 40 else "")
-
-
-def decode_data(url: str) -> bytes:
-    """The bytes of a ``data:[type][;base64],...`` URL; raises ImageError, quoting 40 characters.
-
-    >>> decode_data("data:text/plain;base64,aGk=")
-    b'hi'
-    """
-    head, comma, body = url[5:].partition(",")
-    if not comma:
-        raise ImageError(
-            f"{shorten(url)} is not a data: URL: it has no comma",
-            hint="write data:image/png;base64,... with the picture's bytes",
-        )
-    if len(body) > MAX_BYTES * 4 // 3 + 4:
-        raise ImageError(f"{shorten(url)} holds more than {MAX_BYTES:,} bytes")
-    data = unquote_to_bytes(body)
-    if not head.lower().endswith(";base64"):
-        return data
-    try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
-    except binascii.Error as error:
-        raise ImageError(
-            f"{shorten(url)} is not valid base64: {error}", hint="encode the picture again"
-        ) from None
 
 
 def fetch(url: str) -> bytes:
@@ -122,7 +88,7 @@ def _ask(url: str, deadline: float) -> bytes | str:
         ) from None
     except (OSError, HTTPException, ValueError) as error:
         reason = display_name(str(error) or type(error).__name__)[:120]
-        raise ImageError(f"{shorten(url)} cannot be fetched: {reason}") from None
+        raise ImageError(f"{shorten(url)} cannot be fetched: {reason}", hint=_NETWORK) from None
 
 
 @contextmanager
@@ -154,7 +120,10 @@ def _check_url(url: str) -> SplitResult:
             f"{shorten(url)} is not an https URL", hint="only https:// pictures are fetched"
         )
     if parts.username is not None:
-        raise ImageError(f"{shorten(url)} holds a user name, which is not sent")
+        raise ImageError(
+            f"{shorten(url)} holds a user name, which is not sent",
+            hint="leave out what stands before the @",
+        )
     return parts
 
 
@@ -162,10 +131,7 @@ def _public_address(url: str, host: str, port: int, deadline: float) -> str:
     """The address to connect to; all that the name resolves to must be public."""
     addresses = _resolve(host, port, deadline)
     if not addresses:
-        raise ImageError(
-            f"{shorten(url)}: no address is known for {shorten(host)}",
-            hint="check the name, and that this machine reaches the network",
-        )
+        raise ImageError(f"{shorten(url)}: no host {shorten(host)} is known", hint=_NETWORK)
     for address in addresses:
         if not is_public(address):
             raise ImageError(
@@ -231,12 +197,18 @@ def _body(url: str, response: HTTPResponse) -> bytes | str:
     if response.status in (301, 302, 303, 307, 308) and place:
         return place
     if response.status != 200:
-        raise ImageError(f"{shorten(url)}: the server answers {response.status}")
+        raise ImageError(f"{shorten(url)}: the server answers {response.status}", hint=_NETWORK)
     body = response.read(MAX_BYTES + 1)
     if len(body) > MAX_BYTES:
-        raise ImageError(f"{shorten(url)} is larger than {MAX_BYTES // 10**6} MB")
+        raise ImageError(
+            f"{shorten(url)} is larger than {MAX_BYTES // 10**6} MB",
+            hint="download the picture, make it smaller and give its path",
+        )
     if response.length:  # what the server announced and did not send
-        raise ImageError(f"{shorten(url)}: the connection broke, {response.length:,} bytes missing")
+        raise ImageError(
+            f"{shorten(url)}: the connection broke, {response.length:,} bytes missing",
+            hint=_NETWORK,
+        )
     return body
 
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from engine.capping import capped
 from engine.errors import EngineError, OptionError
 from engine.files import write_whole
-from engine.image import display_name
 from engine.lines import FENCE, typed_paths
 from engine.messages import with_system
+from engine.naming import display_name
 from engine.terminal import complain, say
 
 if TYPE_CHECKING:

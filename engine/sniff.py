@@ -11,6 +11,13 @@ from pathlib import PurePath
 # The formats that are opened. Rare decoders are never reached: most advisories are about those.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
+# Opened as well where this Pillow has the decoder, and for HEIC where pillow-heif is installed:
+# what their files call themselves ("brands").
+_BRANDS = (
+    ("AVIF", {b"avif", b"avis"}),
+    ("HEIF", {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}),
+)
+
 # How many bytes the functions below look at.
 HEAD = 1024
 
@@ -31,12 +38,8 @@ _MAGICK = "magick {source} {png}"
 
 # Pictures we do not open: (offset, signature, name, command that converts the first page to PNG).
 _REFUSED = (
-    *(
-        (4, b"ftyp" + brand, "a HEIC picture", "heif-convert {source} {png}")
-        for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-    ),
-    (4, b"ftypavif", "an AVIF picture", "avifdec {source} {png}"),
-    (4, b"ftypavis", "an AVIF picture", "avifdec {source} {png}"),
+    (4, b"ftypmif1", "a HEIC picture", "heif-convert {source} {png}"),
+    (4, b"ftypmsf1", "a HEIC picture", "heif-convert {source} {png}"),
     (4, b"ftyp", "a video", "ffmpeg -i {source} -frames:v 1 {png}"),
     (0, b"\x1aE\xdf\xa3", "a video", "ffmpeg -i {source} -frames:v 1 {png}"),
     (0, b"%PDF-", "a PDF document", "pdftoppm -png -r 150 -singlefile {source} {stem}"),
@@ -49,11 +52,17 @@ _REFUSED = (
     (0, b"\0\0\x01\0", "an icon file", _MAGICK),
 )
 
+# The same for formats whose decoder is missing or fails, with what would bring it.
+_MISSING = {
+    "HEIF": ("a HEIC picture", "pip install pillow-heif, or ", "heif-convert {source} {png}"),
+    "AVIF": ("an AVIF picture", "pip install -U pillow, or ", "avifdec {source} {png}"),
+}
+
 _SVG = ("an SVG drawing", "rsvg-convert {source} -o {png}")
 
 
 def picture_format(head: bytes) -> str:
-    """Return which of `FORMATS` the first bytes announce, or "" for none of them.
+    """Return which format the first bytes announce: of `FORMATS`, AVIF or HEIF; "" for others.
 
     >>> picture_format(b"GIF89a" + bytes(20))
     'GIF'
@@ -61,6 +70,8 @@ def picture_format(head: bytes) -> str:
     for offset, signature, name in _PICTURES:
         if head[offset : offset + len(signature)] == signature:
             return name if name != "WEBP" or head[:4] == b"RIFF" else ""
+    if kind := _by_brand(head):
+        return kind
     # "BM" alone also starts texts: the length of the second header must be one that exists.
     if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in (
         12,
@@ -75,14 +86,26 @@ def picture_format(head: bytes) -> str:
     return ""
 
 
+def _by_brand(head: bytes) -> str:
+    """AVIF or HEIF, which share a container: its first box lists what it is compatible with."""
+    if head[4:8] != b"ftyp":
+        return ""
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[8:12], *(head[at : at + 4] for at in range(16, end, 4))}
+    return next((name for name, known in _BRANDS if brands & known), "")
+
+
 def describe_other(head: bytes, file_name: str) -> tuple[str, str]:
-    """Say what a file that is not one of `FORMATS` is, and one thing to do about it.
+    """Say what a file that cannot be opened is, and one thing to do about it.
 
     `head` is its first `HEAD` bytes; `file_name` appears in the suggested command.
 
     >>> describe_other(b"%PDF-1.7", "bill.pdf")
     ('a PDF document', 'convert it first: pdftoppm -png -r 150 -singlefile bill.pdf bill')
     """
+    if kind := _by_brand(head):
+        name, install, command = _MISSING[kind]
+        return name, install + _conversion(command, file_name)
     for offset, signature, name, command in _REFUSED:
         if head[offset : offset + len(signature)] == signature:
             return name, _conversion(command, file_name)

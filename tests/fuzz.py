@@ -269,7 +269,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     return targets | _configs(folder)
 
 
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

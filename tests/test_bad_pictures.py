@@ -93,8 +93,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "row11-32-bit grey": (encoded(Image.new("I", (9, 9), 7), "TIFF"), "32-bit grey"),
     "row11-float beyond 1": (encoded(Image.new("F", (9, 9), 7.0), "TIFF"), "from 7 to 7"),
     "row16-PDF": (b"%PDF-1.7\n" + bytes(200), "a PDF document"),
-    "row16-HEIC": (b"\0\0\0\x18ftypheic" + bytes(200), "a HEIC picture"),
-    "row16-AVIF": (b"\0\0\0\x18ftypavif" + bytes(200), "an AVIF picture"),
+    "row16-HEIC": (b"\0\0\0\x18ftypheic" + bytes(200), "HEI"),
+    "row16-AVIF": (b"\0\0\0\x18ftypavif" + bytes(200), "AVIF"),
     "row16-SVG": (b"<svg xmlns='x'></svg>" + b" " * 50, "an SVG drawing"),
     "row16-PSD": (b"8BPS\0\x01" + bytes(200), "a Photoshop file"),
     "row16-FITS": (b"SIMPLE  =                    T" + bytes(200), "a FITS file"),
@@ -413,13 +413,16 @@ def test_row20_the_same_picture_twice_and_twenty_pictures(
 # -- the decoders' own dangers --------------------------------------------------------------------
 
 
-def test_pillow_is_new_enough_and_reaches_six_decoders_only() -> None:
+def test_pillow_is_new_enough_and_reaches_eight_decoders_only() -> None:
     from importlib.metadata import version
 
-    from engine.sniff import FORMATS
+    from engine.image import _DECODERS
+    from engine.sniff import _BRANDS, FORMATS
 
     assert tuple(map(int, version("pillow").split(".")[:2])) >= (12, 2)
     assert set(FORMATS) == {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"}
+    assert {name for name, _ in _BRANDS} == {"AVIF", "HEIF"}
+    assert set(_DECODERS) < {*FORMATS, "AVIF", "HEIF"}
 
 
 @pytest.mark.parametrize(

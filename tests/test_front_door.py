@@ -108,7 +108,7 @@ ATTACKS = {
     "slots and counts out of range": "attention.a_slot_out_of_range_is_refused",
     "templates in checkpoints": "prompt.rendered_text",
     "escapes for the terminal": "cli.a_terminal_gets_no_control_characters",
-    "rare decoders": "bad_pictures.pillow_is_new_enough_and_reaches_six_decoders_only",
+    "rare decoders": "bad_pictures.pillow_is_new_enough_and_reaches_eight_decoders_only",
     "decoders that print": "bad_pictures.pillow_says_nothing_by_itself",
     "special tokens in a user's text": "bad_options.row38_spellings_of_special_tokens_are_text",
 }

@@ -12,7 +12,19 @@ from tests.fuzz import Read, Report, Target, attempt, fuzz, make_targets, mutate
 INPUTS = {"batch": 80, "tokenizer-json": 60, "tokenizer-config": 60, "tokenizer-model": 100}
 OTHERS = 150
 NAMES = (
-    *("png", "jpeg", "webp", "gif", "tiff", "bmp", "safetensors", "index", "cache-spec", "batch"),
+    *(
+        "png",
+        "jpeg",
+        "webp",
+        "gif",
+        "tiff",
+        "bmp",
+        "avif",
+        "safetensors",
+        "index",
+        "cache-spec",
+        "batch",
+    ),
     *("tokenizer-json", "tokenizer-config", "tokenizer-model", "tiktoken"),
     *("llava-config", "llava-preprocessor-config", "llava-generation-config"),
     *("original-config", "original-generation-config", "qwen-config", "qwen-generation-config"),

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
+from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 
 from engine.errors import ImageError
-from engine.image import LoadedImage, display_name, open_image
+from engine.image import LoadedImage, open_image
+from engine.naming import display_name
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 LOSSLESS = ["PNG", "BMP", "TIFF"]
@@ -135,6 +136,13 @@ def test_opening_needs_no_torch() -> None:
 # --- contents that are no picture ----------------------------------------------------------------
 
 
+@pytest.fixture
+def no_newer_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Pillow built without AVIF, and no pillow-heif."""
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+
+
 @pytest.mark.parametrize(
     ("content", "words", "hint"),
     [
@@ -148,7 +156,9 @@ def test_opening_needs_no_torch() -> None:
         (b"<html lang=en>", "is a web page", "fetch it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer", "git lfs"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1", "is a HEIC picture", "heif-convert {} {stem}.png"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0heic", "is a HEIC picture", "heif-convert"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0heic", "is a HEIC picture", "pip install pillow-heif, or"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0miaf", "is a HEIC picture", "heif-convert"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0miafavif", "is an AVIF picture", "pip install -U pillow"),
         (b"\0\0\0\x1cftypavif\0\0\0\0", "is an AVIF picture", "avifdec {} {stem}.png"),
         (b"\0\0\0\x20ftypisom\0\0\0\0", "is a video", "ffmpeg"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is an SVG drawing", "rsvg-convert {}"),
@@ -163,7 +173,9 @@ def test_opening_needs_no_torch() -> None:
     ],
     ids=lambda value: repr(value[:16]),
 )
-def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes, words: str, hint: str) -> None:
+def test_what_is_no_picture_is_named(
+    tmp_path: Path, content: bytes, words: str, hint: str, no_newer_decoders: None
+) -> None:
     path = tmp_path / "picture.jpg"
     path.write_bytes(content)
     error = refusal(path)
@@ -173,7 +185,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes, words: str,
     assert words in str(refusal(content))
 
 
-def test_suggested_command_quotes_the_name(tmp_path: Path) -> None:
+def test_suggested_command_quotes_the_name(tmp_path: Path, no_newer_decoders: None) -> None:
     path = tmp_path / "my $(rm) photo.heic"
     path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1")
     assert f"'{path}'" in refusal(path).hint

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from engine import remote
+from engine.data_url import decode_data
 from engine.errors import ImageError
 from engine.image import MAX_PIXELS
-from engine.remote import decode_data, fetch, is_public, open_picture
+from engine.remote import fetch, is_public, open_picture
 
 PUBLIC = "93.184.216.34"
 

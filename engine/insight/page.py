@@ -25,7 +25,7 @@ from engine.image import open_image
 from engine.insight.panels import Panel, bytes_of, panels_of
 from engine.insight.recorder import Recorder, find_sinks
 from engine.options import OptionValues
-from engine.pictures import EncodedImage, Picture
+from engine.pictures import EncodedImage, Picture, listed
 from engine.result import Result
 from engine.tokenizer import StreamDecoder
 
@@ -40,7 +40,7 @@ def stream_with_page(
     engine: Engine,
     path: str | PathLike[str],
     prompt: Messages,
-    images: Sequence[Picture],
+    images: Sequence[Picture] | None,
     *,
     raw: bool = False,
     head_layer: int | None = None,
@@ -213,10 +213,9 @@ def _mean(counts: Sequence[int]) -> float:
     return round(sum(counts) / len(counts), 1)
 
 
-def _panels(engine: Engine, images: Sequence[Picture]) -> list[list[Panel]]:
+def _panels(engine: Engine, images: Sequence[Picture] | None) -> list[list[Panel]]:
     """The grids of every picture."""
-    if isinstance(images, str | bytes | PathLike | Image.Image | EncodedImage):
-        images = [images]
+    images = listed(images)
     if not images:
         raise OptionError("the attention page needs a picture", hint="add --image FILE")
     found = []

@@ -1,0 +1,23 @@
+"""How untrusted names and addresses appear in messages: printable, and never long."""
+
+LONGEST = 200
+
+
+def display_name(path: str) -> str:
+    r"""Escape what a terminal must not receive: control, bidirectional and undecodable characters.
+
+    Of more than 200 characters the middle is left out: a file's name stands at the end.
+
+    >>> display_name("car\n\u202e.jpg")
+    'car\\n\\u202e.jpg'
+    """
+    name = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in path
+    )
+    half = LONGEST // 2 - 2
+    return name if len(name) <= LONGEST else f"{name[:half]}...{name[-half:]}"
+
+
+def shorten(text: str) -> str:
+    """At most 40 characters of what a stranger wrote, safe to print."""
+    return display_name(text[:40]) + ("..." if len(text) > 40 else "")

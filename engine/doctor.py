@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from engine.chat_template import TemplateError, difference, find_template
 from engine.errors import CheckpointError, EngineError
 from engine.families import Family, recognise
 from engine.machine import describe, environment
@@ -37,17 +38,20 @@ _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Finding:
-    """How one check went: what was looked at, and in words what was found."""
+    """How one check went: what was looked at, and in words what was found.
+
+    One that warns is no damage.
+    """
 
     name: str
     ok: bool
     text: str
     hint: str = ""
+    warns: bool = False
 
     def __str__(self) -> str:
-        if self.ok:
-            return f"{self.name}: ok - {self.text}"
-        return f"{self.name}: FAILED - {self.text}" + (f" ({self.hint})" if self.hint else "")
+        state = ("WARNING" if self.warns else "ok") if self.ok else "FAILED"
+        return f"{self.name}: {state} - {self.text}" + (f" ({self.hint})" if self.hint else "")
 
 
 def check(
@@ -104,12 +108,15 @@ class Examination:
         self.folder, self.quiet = folder, quiet
         self._vision_tower, self._offline = vision_tower, offline
         self._family: Family | None = None
+        self._tokenizer: Tokenizer | None = None
         self._checkpoint: Checkpoint | None = None
 
     def run(self) -> Iterator[Finding]:
         """Run all checks; yields how each went as soon as it is known."""
         yield self._try("config", self._config)
-        yield self._try("tokenizer", self._tokenizer)
+        yield self._try("tokenizer", self._read_tokenizer)
+        if self._family and self._tokenizer:
+            yield self._template(self._family, self._tokenizer)
         yield self._try("hashes", self._hashes)
         yield self._try("headers", self._headers)
         if self._checkpoint:
@@ -132,9 +139,28 @@ class Examination:
         limit = model.decoder.config.limit
         return f"{kind}, prompts as {self._family.style}, a {limit} tokens"
 
-    def _tokenizer(self) -> str:
-        tokenizer = Tokenizer.from_folder(self.folder)
-        return f"'What is this?' is {len(tokenizer.encode('What is this?'))} tokens"
+    def _read_tokenizer(self) -> str:
+        new = self._family.new_tokens if self._family else ()
+        self._tokenizer = Tokenizer.from_folder(self.folder, new)
+        return f"'What is this?' is {len(self._tokenizer.encode('What is this?'))} tokens"
+
+    def _template(self, family: Family, tokenizer: Tokenizer) -> Finding:
+        """Compare our prompts with those of the checkpoint's own template."""
+        name, style = "template", family.style
+        try:
+            template = find_template(self.folder, with_tokenizers=not family.original)
+            if template is None:
+                return Finding(name, True, f"there is none; prompts as {style}")
+            found = difference(template, tokenizer, style)
+        except TemplateError as error:
+            text = f"not compared with {style}: {escaped(str(error))}"
+            return Finding(name, True, text, warns=True)
+        except EngineError as error:
+            return Finding(name, True, escaped(str(error)), escaped(error.hint), warns=True)
+        if found:
+            hint = "choose another --style, or write the prompt yourself with --raw"
+            return Finding(name, True, escaped(found), hint, warns=True)
+        return Finding(name, True, f"{template.file} renders what style {style} does")
 
     def _hashes(self) -> str:
         """Compare files with the checksums that the hub's cache has in their names."""

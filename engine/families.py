@@ -61,6 +61,7 @@ class Family:
         boxes: whether an answer may name regions of the picture; see ``engine.boxes``.
         image_marks: special tokens before and behind a picture's place, or none.
         new_tokens: special tokens that the vocabulary is longer by if the tokenizer lacks them.
+        original: the original repository's layout; its tokenizer may still hold its base's prompt.
     """
 
     model: VisionLanguageModel
@@ -74,6 +75,7 @@ class Family:
     boxes: bool = False
     image_marks: tuple[str, ...] = ()
     new_tokens: tuple[str, ...] = ()
+    original: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def _original(folder: Path, config: Config, wishes: Wishes) -> Family:
         tower=(tower, names) if tower else None,
         image_marks=marks,
         new_tokens=(*patch, *marks),
+        original=True,
     )
 
 

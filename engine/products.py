@@ -131,7 +131,7 @@ def gemv(x: Tensor, *layers: tuple[Tensor, Tensor | None], isa: str = "") -> lis
     module, problem = load()
     if module is None:
         raise RuntimeError(problem)
-    if x.ndim != 2 or not 1 <= x.shape[0] <= GEMV_ROWS or x.is_cuda:
+    if x.ndim != 2 or not 1 <= x.shape[0] <= GEMV_ROWS or x.device.type != "cpu":
         raise ValueError(f"x must have 1 to {GEMV_ROWS} rows on the CPU, got {describe(x)}")
     dtype, rows = layers[0][0].dtype, len(x)
     for weight, bias in layers:
@@ -151,7 +151,7 @@ def gemv(x: Tensor, *layers: tuple[Tensor, Tensor | None], isa: str = "") -> lis
 def _check_layer(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> None:
     """Raise ValueError unless ``gemv`` can multiply x with this weight of this dtype."""
     known = dtype in DTYPES and (x.dtype in (torch.float32, dtype))
-    if not known or weight.dtype != dtype or weight.is_cuda:
+    if not known or weight.dtype != dtype or weight.device.type != "cpu":
         raise ValueError(f"x is {describe(x)} but weight is {describe(weight)}")
     if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"x is {describe(x)}, which does not fit weight {describe(weight)}")

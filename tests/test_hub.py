@@ -160,6 +160,12 @@ def test_a_hub_model_with_pickles_only_names_the_conversion() -> None:
     assert f"--model {NAME} --convert some-llava-safetensors" in caught.value.hint
 
 
+def test_an_adapter_of_the_hub_is_no_model() -> None:
+    with pytest.raises(CheckpointError, match="is an adapter") as caught:
+        names_chosen("adapter_config.json", "adapter_model.bin", "config.json")
+    assert "merge it" in caught.value.hint
+
+
 @pytest.mark.parametrize("revision", ["../../etc", "a b", "\x1b[2J"])
 def test_a_revision_stays_in_the_cache(revision: str, cache: Path) -> None:
     with pytest.raises(CheckpointError, match="is no revision"):

@@ -465,6 +465,23 @@ def test_a_missing_newline_and_a_missing_tower_are_named(tmp_path: Path) -> None
         Engine.load(folder, device="cpu")
 
 
+def test_nested_picture_rules_are_those_of_the_file_of_their_own(tmp_path: Path) -> None:
+    """Transformers 5 writes them into processor_config.json, canvases and all."""
+    folder = write_next(tmp_path, "vicuna")
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.5, 0.25, 0.75])
+    wanted = recognise(folder).processor
+    rules = json.loads((folder / "preprocessor_config.json").read_text())
+    edit_json(folder / "processor_config.json", image_processor=rules)
+    (folder / "preprocessor_config.json").unlink()
+    assert recognise(folder).processor == wanted
+    edit_json(
+        folder / "processor_config.json",
+        image_processor=rules | {"image_grid_pinpoints": [[56, 112]]},
+    )
+    with pytest.raises(CheckpointError, match=r"image_processor: image_grid_pinpoints differ"):
+        recognise(folder)
+
+
 def test_files_that_disagree_about_canvases_are_refused(tmp_path: Path) -> None:
     folder = write_next(tmp_path, "vicuna")
     edit_json(folder / "preprocessor_config.json", image_grid_pinpoints=[[56, 112]])

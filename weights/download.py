@@ -82,6 +82,11 @@ def choose(name: str, files: Sequence[RemoteFile], pickled: bool = False) -> lis
     plain = [file for file in files if "/" not in file.name]
     wanted = [file for file in plain if any(fnmatch(file.name, pattern) for pattern in FILES)]
     if not any(file.name.endswith(".safetensors") for file in wanted):
+        if any(file.name == "adapter_config.json" for file in plain):
+            raise CheckpointError(
+                f"{name} is an adapter (LoRA), as its adapter_config.json says, and no model",
+                hint="merge it into its base first (peft: merge_and_unload)",
+            )
         instead = [file for file in plain if fnmatch(file.name, PICKLED)]
         if pickled and instead:
             return wanted + instead

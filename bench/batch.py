@@ -23,11 +23,11 @@ from PIL import Image
 from bench import common, subject
 from bench.common import paired_ratio, progress, write_report
 from bench.subject import QUESTION, THEIRS
-from engine.batch import Batch
 from engine.cache.report import allocated_bytes
 from engine.engine import Engine
-from engine.pictures import EncodedImage
-from engine.products import GEMV_ROWS
+from engine.ops.products import GEMV_ROWS
+from engine.pictures.encoded import EncodedImage
+from engine.running.batch import Batch
 
 Key = tuple[str, int]  # policy and batch size
 

@@ -96,7 +96,7 @@ def report_name(options: argparse.Namespace) -> str:
 
 def our_runners(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], Sample]]:
     """One runner per policy, all on one set of weights."""
-    from engine.cache.specs import parse
+    from engine.policies.specs import parse
 
     engine = load(folder, options)
     image = subject.picture(options)

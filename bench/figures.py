@@ -23,7 +23,6 @@ from typing import Any
 
 from bench.common import RESULTS, ROOT, progress
 from bench.quality import SWEEPS
-from engine.cache.specs import parse
 from engine.engine import Engine
 from engine.insight.measures import (
     agreement_between_layers,
@@ -32,6 +31,7 @@ from engine.insight.measures import (
     sparsity_per_layer,
 )
 from engine.insight.trace import Trace
+from engine.policies.specs import parse
 
 SHARES = (0.2, 0.3, 0.4, 0.5)
 MASSES = (0.5, 0.8, 0.9)

@@ -33,7 +33,7 @@ from bench import common
 from bench.gpu_cells import Cell, Device, Row, complete, merged
 from bench.gpu_parts import DRY, PARTS, REAL, Scale
 from bench.gpu_timing import read_peak
-from engine import native
+from engine.ops import native
 
 DRY_NOTE = "Dry: toy sizes on a CPU, to see that everything runs. The figures mean nothing."
 NOTES = [

@@ -113,7 +113,7 @@ def steps(dry: bool, skip_build: bool, out: Path) -> list[Step]:
 
 # The tests skip what the kernels cannot run: that the kernels are there is a step of its own.
 BACKEND = (
-    "import sys; from engine import native; found = native.backend(); "
+    "import sys; from engine.ops import native; found = native.backend(); "
     "print(found.reason); sys.exit(found.name != 'cuda')"
 )
 

@@ -14,8 +14,8 @@ from bench.gpu_cells import Contestant, Device, KernelCell
 from bench.gpu_steps import switched
 from bench.gpu_timing import Call
 from bench.predict import Shape, Way
-from engine import fused
-from engine.fused import Destination
+from engine.ops import fused
+from engine.ops.fused import Destination
 
 Inputs = tuple[object, ...]
 SLOTS = 4096

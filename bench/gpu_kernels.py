@@ -10,7 +10,7 @@ from bench.gpu_cells import Contestant, Device, KernelCell
 from bench.gpu_timing import Call
 from bench.policy_calls import Stored, policy_calls
 from bench.predict import SEVEN, Shape
-from engine.attention import AttentionPlan
+from engine.ops.attention import AttentionPlan
 
 # Inputs are rotated over this many bytes, so that the L2 cache (60 MB on an H200) does not help.
 ROTATED = 1 << 30

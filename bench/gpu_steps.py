@@ -16,13 +16,13 @@ from bench.common import SEED
 from bench.device_weights import DEVIATION, DecoderOnly, transformers_twin
 from bench.gpu_timing import timed
 from bench.predict import Prompt, Shape, Way, stored
-from engine import fused
-from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.row import Row
-from engine.cache.specs import parse
-from engine.session import Turn, make_pools, prefill
-from engine.stepping import Stepper, Stepping
+from engine.ops import fused
+from engine.policies.policy import Policy
+from engine.policies.specs import parse
+from engine.running.session import Turn, make_pools, prefill
+from engine.running.stepping import Stepper, Stepping
 
 
 def switched(way: Way) -> AbstractContextManager[object]:

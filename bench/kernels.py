@@ -22,8 +22,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
-from engine import native, products
-from engine.attention import AttentionPlan
+from engine.ops import native, products
+from engine.ops.attention import AttentionPlan
 
 HEADS, HEAD_DIM = 32, 128  # LLaVA-1.5/1.6 7B
 SECONDARY, CORE, EVERY = 0.45, 0.30, 3  # A-VL's S, C and K

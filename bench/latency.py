@@ -29,8 +29,8 @@ from torch import Tensor
 from bench import common
 from bench.kernels import CORE, EVERY, HEAD_DIM, HEADS, SECONDARY, interleaved, read_bandwidth
 from bench.policy_calls import Stored, policy_calls
-from engine.attention import AttentionPlan
-from engine.native import backend
+from engine.ops.attention import AttentionPlan
+from engine.ops.native import backend
 
 # Tokens before the picture, of the picture and after it: the average sequences of the memory table.
 SEQUENCES = {"LLaVA-1.5": (35, 576, 35), "LLaVA-1.6": (35, 2135, 78)}

@@ -78,7 +78,7 @@ def read_options() -> argparse.Namespace:
 
 def ours(engine: Engine, prompt_ids: list[int], tokens: int) -> Run:
     """Our engine with the exact cache, behind the prompt."""
-    from engine.batch import Batch
+    from engine.running.batch import Batch
 
     batch = Batch(engine)
     request = {"prompt": PROMPT, "max_new_tokens": tokens + 2, "ignore_eos": True}

@@ -70,7 +70,7 @@ def prepare(folder: Path, preset: str) -> tuple[int, int, Path]:
     from PIL import Image
 
     from bench.seeded import write_seeded_llava
-    from weights.checkpoint import Checkpoint
+    from engine.checkpoint.tensors import Checkpoint
 
     write_seeded_llava(folder, preset)
     generator = torch.Generator().manual_seed(0)

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from bench import common
-from engine.cache.avl import Avl
 from engine.cache.decode import Decoding
-from engine.cache.layout import Kept, Layout
-from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
-from engine.cache.received import Received
 from engine.cache.report import CacheReport, report
 from engine.cache.row import Row, Stored
-from engine.cache.specs import parse
 from engine.models.decoder import Decoder, DecoderConfig
+from engine.policies.avl import Avl
+from engine.policies.layout import Kept, Layout
+from engine.policies.policy import Policy
+from engine.policies.received import Received
+from engine.policies.specs import parse
 
 MB = 1e6
 Part = tuple[dict[str, Any], list[dict[str, Any]], list[str]]  # settings, rows, notes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine import ranking
+from engine.ops import ranking
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ import torch
 from bench import common
 from bench.common import ROOT, write_report
 from engine import Engine, Result
-from engine.cache.specs import parse
-from engine.pictures import EncodedImage
+from engine.pictures.encoded import EncodedImage
+from engine.policies.specs import parse
 from training.evaluate import FIRST_SEED, SCENE_TASKS, objects_right, questions_of, similarity
 from training.page import Page, Question
 

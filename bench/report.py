@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, ROOT, cell, origin, table
-from engine.cache.specs import parse
 from engine.errors import OptionError
+from engine.policies.specs import parse
 
 Record = dict[str, Any]
 Row = dict[str, Any]

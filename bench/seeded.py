@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.common import SEED
-from tests.toy_tokenizer import write_toy_tokenizer
+from bench.toy_tokenizer import write_toy_tokenizer
 
 SHARD_BYTES = 1_000_000_000
 

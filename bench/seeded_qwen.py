@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from bench.qwen_checkpoint import QwenShape, tensor_shapes, write_around
 from bench.seeded import write_once, write_shards
-from tests.qwen_checkpoint import QwenShape, tensor_shapes, write_around
 
 PRESETS = {
     "qwen-tiny": QwenShape(),

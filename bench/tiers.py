@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from bench.common import ROOT
 from engine.cache.observe import CORE, MINOR, SECONDARY
 from engine.engine import Engine
-from engine.image import open_image
 from engine.insight.panels import Panel, panels_of
 from engine.insight.trace import Trace
+from engine.pictures.image import open_image
 
 # Tiers differ in pattern as well as in colour: a frame, stripes, and dark with a dot.
 COLOURS = {CORE: (0, 114, 178), SECONDARY: (230, 159, 0), MINOR: (48, 52, 59)}

@@ -2,7 +2,7 @@
 // bind_fused.cpp.
 //
 // It knows no tensors, only addresses and sizes, so it fits every release of torch. The one caller
-// is engine/native.py, which checks tensors; what can be checked from numbers is checked here
+// is engine/ops/native.py, which checks tensors; what can be checked from numbers is checked here
 // again, so that no mistake in Python reaches a kernel.
 #include "bind.h"
 

@@ -1,5 +1,5 @@
 // The small kernels as functions of the Python module: numbers one by one, since they are called
-// several times in every layer of every step. engine/fused.py checks the tensors; what can be
+// several times in every layer of every step. engine/ops/fused.py checks the tensors; what can be
 // checked from numbers is checked here again.
 #include "bind.h"
 #include "fused.h"

@@ -1,4 +1,4 @@
-// What the small kernels around a decoder layer's products are told; engine/fused.py defines them.
+// What the small kernels around a decoder layer's products are told; engine/ops/fused.py defines them.
 #pragma once
 
 #include "args.h"

@@ -12,22 +12,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.cache.avl import Avl
-    from engine.cache.fastv import FastV
-    from engine.cache.full import Full
-    from engine.cache.h2o import H2o
-    from engine.cache.random import Random
-    from engine.cache.snapkv import SnapKv
-    from engine.cache.streaming import Streaming
-    from engine.engine import Engine
-    from engine.errors import (
+    from .engine import Engine
+    from .errors import (
         CapacityError,
         CheckpointError,
         EngineError,
         ImageError,
         OptionError,
     )
-    from engine.result import Result, Timings
+    from .policies.avl import Avl
+    from .policies.fastv import FastV
+    from .policies.full import Full
+    from .policies.h2o import H2o
+    from .policies.random import Random
+    from .policies.snapkv import SnapKv
+    from .policies.streaming import Streaming
+    from .result import Result, Timings
 
 # torch says so wherever numpy, which nothing here needs, is not installed.
 warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
@@ -35,21 +35,21 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 # Where each public name lives. They are imported at first use: importing torch takes a second,
 # and a command line with a mistyped path should not wait for it.
 _HOMES = {
-    "Avl": "engine.cache.avl",
-    "CapacityError": "engine.errors",
-    "CheckpointError": "engine.errors",
-    "Engine": "engine.engine",
-    "EngineError": "engine.errors",
-    "FastV": "engine.cache.fastv",
-    "Full": "engine.cache.full",
-    "H2o": "engine.cache.h2o",
-    "ImageError": "engine.errors",
-    "OptionError": "engine.errors",
-    "Random": "engine.cache.random",
-    "Result": "engine.result",
-    "SnapKv": "engine.cache.snapkv",
-    "Streaming": "engine.cache.streaming",
-    "Timings": "engine.result",
+    "Avl": ".policies.avl",
+    "CapacityError": ".errors",
+    "CheckpointError": ".errors",
+    "Engine": ".engine",
+    "EngineError": ".errors",
+    "FastV": ".policies.fastv",
+    "Full": ".policies.full",
+    "H2o": ".policies.h2o",
+    "ImageError": ".errors",
+    "OptionError": ".errors",
+    "Random": ".policies.random",
+    "Result": ".result",
+    "SnapKv": ".policies.snapkv",
+    "Streaming": ".policies.streaming",
+    "Timings": ".result",
 }
 
 __all__ = [
@@ -73,5 +73,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from engine.terminal import complain, lacking
+from .app.terminal import complain, lacking
 
 
 def start() -> int:
@@ -17,7 +17,7 @@ def start() -> int:
         complain("Python 3.11 or later is needed", f"this is {sys.version.split()[0]}")
         return 1
     try:
-        from engine.cli import main
+        from .app.cli import main
     except ModuleNotFoundError as error:
         complain(*lacking(error))
         return 1

@@ -11,27 +11,26 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from engine.batch import Failure, Request, generate_batch
-from engine.cache.observe import Observer
-from engine.cache.policy import Policy
-from engine.cache.prefill import Uncached
-from engine.cache.specs import parse
-from engine.capacity import memory_for
-from engine.chat import Chat
-from engine.errors import CheckpointError, OptionError
-from engine.generation import Answer, generate
-from engine.image import open_image
-from engine.loading import Loaded, load
-from engine.options import Options, OptionValues, check_threads, make_options
-from engine.pictures import EncodedImage, Picture, PictureEncoder, listed
-from engine.preprocess import ImageProcessor, Pixels
-from engine.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
-from engine.result import Result, Timings
-from engine.session import Session, Turn
-from engine.stepping import Stepping
-from weights.fingerprint import fingerprint
-
-Messages = str | Sequence[Mapping[str, Any]]
+from .cache.observe import Observer
+from .cache.prefill import Uncached
+from .checkpoint.fingerprint import fingerprint
+from .errors import CheckpointError, OptionError
+from .loading.capacity import memory_for
+from .loading.loading import Loaded, load
+from .options import Options, OptionValues, check_threads, make_options
+from .pictures.encoded import EncodedImage, Picture, PictureEncoder, listed
+from .pictures.image import open_image
+from .pictures.preprocess import ImageProcessor, Pixels
+from .policies.policy import Policy
+from .policies.specs import parse
+from .prompts.messages import Messages
+from .prompts.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
+from .result import Result, Timings
+from .running.batch import Failure, Request, generate_batch
+from .running.chat import Chat
+from .running.generation import Answer, generate
+from .running.session import Session, Turn
+from .running.stepping import Stepping
 
 # A mild A-VL: on dense print the paper's own settings cost the embedded model answers, these do not
 # (python -m bench.quality; docs/quality.md says why). "avl" alone has the paper's.
@@ -85,8 +84,8 @@ class Engine:
                 the checkpoint's own on CUDA; on CPU float32 below 2 GB of weights, else bfloat16.
             cache: a policy or its spec. "full" is the exact model; the default, a mild "avl",
                 approximates it; "avl" has the paper's settings and saves half of the memory.
-            style: how a prompt is written, one of ``engine.prompt.STYLES``; None: as the checkpoint
-                was trained. What becomes of a picture is the checkpoint's alone.
+            style: how a prompt is written, one of ``prompts.prompt.STYLES``; None: as the
+                checkpoint was trained. What becomes of a picture is the checkpoint's alone.
             revision: branch, tag or commit of a hub model.
             offline: never download.
             vision_tower: folder or hub name of the vision tower of a checkpoint that leaves it out,

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from engine.errors import OptionError
-from engine.naming import display_name
+from .errors import OptionError
+from .naming import display_name
 
 _STREAMS = ("/dev/", "/proc/")
 PARTS = ".avl-*.part"  # what a killed process may leave of a file it was writing

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import TypedDict
 
-from engine.errors import OptionError
+from .errors import OptionError
 
 
 @dataclass(frozen=True)

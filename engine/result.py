@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from engine.boxes import Box
-    from engine.cache.report import CacheReport
+    from .cache.report import CacheReport
+    from .pictures.boxes import Box
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from engine.cache.decode import CORE, Decoding
-from engine.cache.layout import Layout
-from engine.cache.policy import Policy
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.row import Row
 from engine.models.decoder import Decoder, DecoderConfig
+from engine.policies.layout import Layout
+from engine.policies.policy import Policy
 
 
 def seeded_decoder(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.toy_tokenizer import (
+from bench.toy_tokenizer import (
     toy_pieces,
     write_toy_config,
     write_toy_sentencepiece,

@@ -10,12 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from bench.toy_tokenizer import write_toy_tokenizer
 from engine.engine import Engine
-from engine.tokenizer import Tokenizer
+from engine.prompts.tokenizer import Tokenizer
 from tests.asking import Ask, asking
 from tests.checkpoints import DEFAULT, Shape, write_llava
 from tests.emulated import build
-from tests.toy_tokenizer import write_toy_tokenizer
 
 # Started in the background by a shell, a process ignores interrupts: the tests send some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -31,19 +31,19 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from engine.batch_file import BatchRun
-from engine.cache.specs import parse
+from bench.qwen_checkpoint import QwenShape, toy_tokens, write_qwen, write_tiktoken
+from bench.toy_tokenizer import sentencepiece_model as model_bytes
+from bench.toy_tokenizer import toy_pieces, toy_tokenizer_json, write_toy_config
+from engine.app.batch_file import BatchRun
+from engine.app.job import Job
+from engine.checkpoint.tensors import Checkpoint
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.families import recognise
-from engine.image import open_image
-from engine.job import Job
-from engine.tokenizer import StreamDecoder, Tokenizer
+from engine.loading.families import recognise
+from engine.pictures.image import open_image
+from engine.policies.specs import parse
+from engine.prompts.tokenizer import StreamDecoder, Tokenizer
 from tests.checkpoints import Shape, write_llava
-from tests.qwen_checkpoint import QwenShape, toy_tokens, write_qwen, write_tiktoken
-from tests.toy_tokenizer import sentencepiece_model as model_bytes
-from tests.toy_tokenizer import toy_pieces, toy_tokenizer_json, write_toy_config
-from weights.checkpoint import Checkpoint
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = 5.0  # longest computing time for one input; ten times that by the clock

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from engine.cache.layout import Layout
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.row import Row
-from engine.cache.specs import parse
 from engine.models.decoder import Decoder
-from engine.stepping import Stepper, Stepping
+from engine.policies.layout import Layout
+from engine.policies.specs import parse
+from engine.running.stepping import Stepper, Stepping
 from tests.cache_run import embeddings, seeded_decoder
 
 # Tokens and pictures of four prompts of different sizes; one has no picture, one has two.

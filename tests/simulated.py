@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine import ranking
 from engine.cache.listed import ListedAttention
+from engine.ops import ranking
 
 
 class Operation:

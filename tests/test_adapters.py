@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.qwen_checkpoint import QwenShape, write_qwen
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, edit_json, write_json, write_llava, write_original_with_tower
 from tests.next_checkpoints import write_next
-from tests.qwen_checkpoint import QwenShape, write_qwen
 
 BASE = "llava-hf/llava-1.5-7b-hf"
 

@@ -14,13 +14,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from engine.anyres import PINPOINTS, TileProcessor, best_canvas, plan, read_pinpoints
 from engine.errors import CheckpointError
 from engine.models.clip import ClipConfig
 from engine.models.decoder import DecoderConfig
 from engine.models.llava import LlavaConfig
 from engine.models.llava_next import LlavaNext
-from engine.preprocess import Pixels
+from engine.pictures.anyres import PINPOINTS, TileProcessor, best_canvas, plan, read_pinpoints
+from engine.pictures.preprocess import Pixels
 from tests.oracle import noise
 
 # Counted by the original code (width, height).

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import native, products
-from engine.attention import (
+from engine.ops import native, products
+from engine.ops.attention import (
     selective_attention,
     selective_attention_torch,
     selective_pv_torch,
     selective_qk_torch,
 )
-from engine.native import AttentionPlan, AttentionResult
+from engine.ops.native import AttentionPlan, AttentionResult
 
 HAVE_NATIVE = native.backend().name != "torch"
 needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="the native module is not built")

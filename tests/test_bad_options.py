@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.batch import Batch
-from engine.device import pick_device, why_no_cuda
 from engine.engine import Engine
 from engine.errors import CapacityError
+from engine.loading.device import pick_device, why_no_cuda
+from engine.running.batch import Batch
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, write_llava
 
@@ -138,7 +138,10 @@ def test_row39_a_megabyte_of_prompt_is_refused_before_prefill(
 def test_row44_out_of_memory_says_how_much_is_needed(
     where: str, fill: Any, ask: Ask, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    place = {"load": "engine.loading.load_weights", "decode": "engine.session.Session.decode"}
+    place = {
+        "load": "engine.loading.loading.load_weights",
+        "decode": "engine.running.session.Session.decode",
+    }
     name = place.get(where, "engine.models.decoder.Decoder.forward")
     monkeypatch.setattr(name, lambda *_, **__: fill())
     if where == "batch":
@@ -331,7 +334,7 @@ def test_row44_a_batch_keeps_what_was_answered_before(
 
 WITHOUT_TORCH = """
 import json, sys, time
-from engine.cli import main
+from engine.app.cli import main
 found, began = {}, 0.0  # the first one pays for the imports
 for row, arguments in json.load(sys.stdin).items():
     code = main(arguments)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageCms
 
-from engine import remote
+from engine.pictures import remote
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, write_llava
 from tests.oracle import noise
@@ -233,7 +233,7 @@ def test_row23_malformed_data_is_cut(url: str, ask: Ask) -> None:
 # The peak is VmHWM: what getrusage says begins with the parent's size at the fork.
 EACH = """
 import json, sys, time
-from engine.cli import main
+from engine.app.cli import main
 found, began = {}, 0.0  # the first one pays for the imports
 for row, arguments in json.load(sys.stdin).items():
     code = main(arguments)
@@ -416,8 +416,8 @@ def test_row20_the_same_picture_twice_and_twenty_pictures(
 def test_pillow_is_new_enough_and_reaches_eight_decoders_only() -> None:
     from importlib.metadata import version
 
-    from engine.image import _DECODERS
-    from engine.sniff import _BRANDS, FORMATS
+    from engine.pictures.image import _DECODERS
+    from engine.pictures.sniff import _BRANDS, FORMATS
 
     assert tuple(map(int, version("pillow").split(".")[:2])) >= (12, 2)
     assert set(FORMATS) == {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"}

@@ -245,9 +245,9 @@ def test_row34_a_file_that_changes_while_it_is_loaded(
     change: int, ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shortened, a map of it would end the process: nothing could be said any more."""
-    path, real = folder / WEIGHTS, "weights.checkpoint.fit_weights"
+    path, real = folder / WEIGHTS, "engine.checkpoint.tensors.fit_weights"
     size = path.stat().st_size
-    from weights.checkpoint import fit_weights
+    from engine.checkpoint.tensors import fit_weights
 
     def meanwhile(*arguments: Any) -> Any:
         os.truncate(path, size + change)
@@ -261,13 +261,13 @@ def test_row34_a_file_that_changes_while_it_is_loaded(
 def test_row34_a_file_that_vanishes_while_it_is_loaded(
     ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weights.checkpoint import fit_weights
+    from engine.checkpoint.tensors import fit_weights
 
     def meanwhile(*arguments: Any) -> Any:
         (folder / WEIGHTS).unlink()
         return fit_weights(*arguments)
 
-    monkeypatch.setattr("weights.checkpoint.fit_weights", meanwhile)
+    monkeypatch.setattr("engine.checkpoint.tensors.fit_weights", meanwhile)
     assert ask("--prompt", "Hi", "--model", folder, "-n", "1").code == 0  # it is open already
 
 

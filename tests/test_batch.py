@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from engine.batch import Failure
-from engine.batch_file import BatchRun
+from engine.app.batch_file import BatchRun
+from engine.app.cli import main
+from engine.app.job import Job
 from engine.cache import pool as pool_file
 from engine.cache.decode import Decoding
 from engine.cache.pool import Pool
 from engine.cache.report import allocated_bytes
-from engine.cli import main
 from engine.engine import Engine
 from engine.errors import OptionError
-from engine.generation import Answer
-from engine.job import Job
 from engine.result import Result, Timings
-from engine.session import make_pools, prefill
+from engine.running.batch import Failure
+from engine.running.generation import Answer
+from engine.running.session import make_pools, prefill
 from tests.checkpoints import Shape
 from tests.oracle import noise
 

@@ -16,12 +16,12 @@ from bench.batch import Plan, throughput
 from bench.common import ROOT, paired_ratio, peak_rss, rss, summary, write_report
 from bench.seeded import CANVASES, PRESETS, tensor_shapes, write_seeded_llava
 from bench.seeded_qwen import write_seeded_qwen
-from engine.anyres import plan as plan_tiles
+from engine.checkpoint.names import llava_names
+from engine.checkpoint.tensors import Checkpoint, load_weights, read_json
 from engine.engine import Engine
 from engine.models.llava import Llava, parse_hub
+from engine.pictures.anyres import plan as plan_tiles
 from tests import qwen_checkpoint
-from weights.checkpoint import Checkpoint, load_weights, read_json
-from weights.names import llava_names
 
 
 def test_paired_ratio_is_not_moved_by_what_slows_both() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from engine.boxes import Box, draw_boxes, parse_boxes
+from engine.pictures.boxes import Box, draw_boxes, parse_boxes
 
 SIZE = (640, 480)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.cache.avl import Avl
+from engine.policies.avl import Avl
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.reference_cache import ReferenceAvl, Settings
 from tests.reference_decoder import ReferenceDecoder

@@ -9,21 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention import selective_attention
-from engine.cache.avl import Avl
 from engine.cache.decode import CORE, FULL, Decoding
-from engine.cache.fastv import FastV
-from engine.cache.full import Full
-from engine.cache.h2o import H2o
-from engine.cache.layout import Layout
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
-from engine.cache.random import Random
 from engine.cache.report import report
 from engine.cache.row import Row
-from engine.cache.select import heavy_and_recent, top
-from engine.cache.snapkv import SnapKv
-from engine.cache.streaming import Streaming
+from engine.ops.attention import selective_attention
+from engine.policies.avl import Avl
+from engine.policies.fastv import FastV
+from engine.policies.full import Full
+from engine.policies.h2o import H2o
+from engine.policies.layout import Layout
+from engine.policies.random import Random
+from engine.policies.select import heavy_and_recent, top
+from engine.policies.snapkv import SnapKv
+from engine.policies.streaming import Streaming
 from tests.selection import lightest
 
 LAYERS, HEADS, KV, DIM = 3, 4, 2, 16

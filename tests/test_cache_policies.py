@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 
-from engine.cache.avl import Avl
 from engine.cache.decode import Decoding
-from engine.cache.fastv import FastV
-from engine.cache.full import Full
-from engine.cache.h2o import H2o
-from engine.cache.layout import Layout
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
-from engine.cache.random import Random
-from engine.cache.snapkv import SnapKv
-from engine.cache.streaming import Streaming
+from engine.policies.avl import Avl
+from engine.policies.fastv import FastV
+from engine.policies.full import Full
+from engine.policies.h2o import H2o
+from engine.policies.layout import Layout
+from engine.policies.random import Random
+from engine.policies.snapkv import SnapKv
+from engine.policies.streaming import Streaming
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 
 LAYERS, HEADS, KV, DIM = 3, 6, 2, 16

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cache.avl import Avl
-from engine.cache.fastv import FastV
-from engine.cache.full import Full
-from engine.cache.h2o import H2o
-from engine.cache.random import Random
-from engine.cache.snapkv import SnapKv
-from engine.cache.specs import POLICIES, parse
-from engine.cache.streaming import Streaming
 from engine.errors import OptionError
+from engine.policies.avl import Avl
+from engine.policies.fastv import FastV
+from engine.policies.full import Full
+from engine.policies.h2o import H2o
+from engine.policies.random import Random
+from engine.policies.snapkv import SnapKv
+from engine.policies.specs import POLICIES, parse
+from engine.policies.streaming import Streaming
 
 
 def test_every_policy_is_known_by_its_name():

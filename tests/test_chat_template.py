@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.chat_template import (
+from engine.prompts.chat_template import (
     CONVERSATIONS,
     ChatTemplate,
     TemplateError,
@@ -18,7 +18,7 @@ from engine.chat_template import (
     find_template,
     rendered,
 )
-from engine.tokenizer import Tokenizer
+from engine.prompts.tokenizer import Tokenizer
 from tests.asking import Ask
 from tests.checkpoints import CHAT_TEMPLATE, Shape, edit_json, write_original_with_tower
 from tests.llama3_checkpoint import TEMPLATE, llama3_tokenizer, write_llama3

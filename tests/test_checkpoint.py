@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.tensors import Checkpoint, read_json
 from engine.errors import CheckpointError
-from weights.checkpoint import Checkpoint, read_json
 
 INDEX = "model.safetensors.index.json"
 ONE = "model-00001-of-00002.safetensors"

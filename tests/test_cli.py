@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from engine.cli import main
+from engine.app.cli import main
+from engine.app.terminal import printable, say
 from engine.engine import Engine
 from engine.errors import OptionError
-from engine.image import MAX_PIXELS
-from engine.terminal import printable, say
+from engine.pictures.image import MAX_PIXELS
 from tests.checkpoints import Shape
 from tests.oracle import noise
 
@@ -126,7 +126,7 @@ def test_a_limit_beyond_the_context_is_cut_with_a_note(
 
 
 def test_compare_finds_the_first_difference() -> None:
-    from engine.compare import first_difference
+    from engine.insight.compare import first_difference
 
     assert first_difference([1, 2, 3], [1, 2, 3]) is None
     assert first_difference([1, 2, 3], [1, 9, 3]) == 1
@@ -190,7 +190,7 @@ def test_flags_of_the_model_reach_the_engine(monkeypatch: pytest.MonkeyPatch) ->
         raise OptionError("enough")
 
     monkeypatch.setattr(Engine, "load", load)
-    monkeypatch.setattr("engine.inputs.find_model", lambda _: None)
+    monkeypatch.setattr("engine.app.inputs.find_model", lambda _: None)
     flags = ["--model", "a/b", "--revision", "v1", "--dtype", "bf16", "--device", "cuda:1"]
     flags += ["--offline", "--style", "llava-v1", "--vision-tower", "c/d"]
     flags += ["--threads", "1"]
@@ -241,7 +241,7 @@ def test_what_nobody_expected_is_one_line_too(
     def broken(_: list[str]) -> int:
         raise error
 
-    monkeypatch.setattr("engine.cli._run", broken)
+    monkeypatch.setattr("engine.app.cli._run", broken)
     assert main([]) == code
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"error: {words}")
@@ -303,7 +303,7 @@ def test_refusals(
 def test_a_mistake_never_waits_for_torch(arguments: list[str]) -> None:
     """The seconds are torch's import; without it the rest is a fraction of one."""
     program = (
-        "import sys, time; began = time.process_time(); from engine.cli import main\n"
+        "import sys, time; began = time.process_time(); from engine.app.cli import main\n"
         f"main({arguments!r}); print('torch' in sys.modules, time.process_time() - began)"
     )
     done = run_python("-c", program)
@@ -371,7 +371,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     os.close(inlet)
     done = run_python("main.py", "--version", stdout=outlet)
     speaking = (
-        "from engine import cli; from engine.terminal import say\n"
+        "from engine.app import cli; from engine.app.terminal import say\n"
         "cli._run = lambda _: say('x' * 100000); cli.main([])"
     )
     streamed = run_python("-c", speaking, stdout=outlet)
@@ -383,7 +383,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_the_systems_words() -> None:
     program = (
-        "import sys; from engine import cli; from engine.terminal import say\n"
+        "import sys; from engine.app import cli; from engine.app.terminal import say\n"
         "cli._run = lambda _: say('x')\n"
     )
     with open("/dev/full", "wb") as full:

@@ -12,13 +12,13 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.clip import CLIPVisionConfig
 
-from engine.doctor import Examination
+from engine.app.doctor import Examination
+from engine.checkpoint.config import ConfigReader
 from engine.engine import Engine
 from engine.errors import CapacityError, CheckpointError
-from engine.families import recognise
-from engine.loading import load
+from engine.loading.families import recognise
+from engine.loading.loading import load
 from engine.models.clip import ClipConfig
-from engine.models.config import ConfigReader
 from engine.models.decoder import DecoderConfig
 from engine.models.llava import Llava, parse_hub, parse_original
 from tests.checkpoints import (

@@ -15,7 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.cli import main
+from engine.app.cli import main
+from engine.checkpoint.convert import MARKER, convert, find_tower
+from engine.checkpoint.pickled import BIN_INDEX
+from engine.checkpoint.tensors import Checkpoint
 from engine.engine import Engine
 from engine.errors import CheckpointError
 from tests.checkpoints import (
@@ -28,9 +31,6 @@ from tests.checkpoints import (
     write_original_with_tower,
 )
 from tests.oracle import noise
-from weights.checkpoint import Checkpoint
-from weights.convert import MARKER, convert, find_tower
-from weights.pickled import BIN_INDEX
 
 SHAPE = Shape(layers=2)
 SHARDS = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors")
@@ -406,7 +406,7 @@ def test_at_most_one_shard_is_in_memory(model: Path, tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from weights.convert import convert\n"
+        "from engine.checkpoint.convert import convert\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
         "before = peak()\n"
         "convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"

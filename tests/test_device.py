@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import fused, native, products
-from engine.device import pick_device, why_no_mps
+from engine.checkpoint.folder_files import read_file
 from engine.engine import Engine
 from engine.errors import CheckpointError, ImageError, OptionError
-from engine.image import open_image
+from engine.loading.device import pick_device, why_no_mps
+from engine.ops import fused, native, products
+from engine.pictures.image import open_image
 from engine.refusals import hint_for
 from tests.asking import Ask, refused
-from weights.files import read_file
 
 
 def test_mps_is_a_device_where_it_is_there(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import torch
 
 from bench.common import ROOT
 from bench.memory import Shape, run_prefill, seeded, shape_report
-from engine.cache.avl import Avl
-from engine.cache.policy import Policy
 from engine.cache.prefill import Prefill
+from engine.policies.avl import Avl
+from engine.policies.policy import Policy
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "cuda" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,11 +57,11 @@ def test_commands_in_documents_exist(document: Path) -> None:
 
 
 def test_a_name_that_is_not_there_is_found_missing() -> None:
-    assert holds(ROOT / "engine" / "cache" / "avl.py", "Avl.retain")
+    assert holds(ROOT / "engine" / "policies" / "avl.py", "Avl.retain")
     assert holds(ROOT / "cuda" / "levels.cuh", "level1_kernel")
     for file, name in (
-        ("engine/cache/avl.py", "Avl.retained"),
-        ("engine/cache/avl.py", "retain"),
+        ("engine/policies/avl.py", "Avl.retained"),
+        ("engine/policies/avl.py", "retain"),
         ("cuda/levels.cuh", "level1"),
     ):
         assert not holds(ROOT / file, name)

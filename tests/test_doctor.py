@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.cli import main
-from engine.doctor import Examination, blob_name, has_its_hash
+from engine.app.cli import main
+from engine.app.doctor import Examination, blob_name, has_its_hash
 from tests.checkpoints import Shape
 
 WEIGHTS = "model.safetensors"
@@ -78,7 +78,7 @@ def test_json_is_one_object_with_every_check(
 def test_without_a_model_the_machine_is_described(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.doctor.TINY", tmp_path)
+    monkeypatch.setattr("engine.app.doctor.TINY", tmp_path)
     assert main(["--check"]) == 0
     assert "backend: " in capsys.readouterr().out
 
@@ -113,7 +113,7 @@ def test_a_number_that_is_none_is_found(
 def test_numbers_beyond_the_first_piece_are_looked_at(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("engine.doctor.CHUNK", 64)
+    monkeypatch.setattr("engine.app.doctor.CHUNK", 64)
     tensors = load_file(folder / WEIGHTS)
     name = max(tensors, key=lambda name: tensors[name].numel())
     tensors[name].view(-1)[[0, 100, -1]] = float("nan")

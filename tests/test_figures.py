@@ -20,10 +20,10 @@ from bench.figures import (
 from bench.quality import SWEEPS, specs_of
 from bench.tiers import COLOURS, draw, tint
 from engine.cache.observe import CORE, MINOR, SECONDARY
-from engine.cache.specs import parse
 from engine.engine import Engine
 from engine.insight.panels import Panel
 from engine.insight.trace import Trace
+from engine.policies.specs import parse
 from tests.checkpoints import Shape
 from tests.oracle import noise
 

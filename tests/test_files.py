@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from engine.cli import main
+from engine.app.cli import main
 from engine.engine import Engine
 from engine.errors import OptionError
 from engine.files import check_target, lock, write_whole, written_whole
@@ -122,10 +122,10 @@ def test_a_page_that_fails_leaves_the_old_one(
 def test_drawn_pictures_are_of_the_kind_of_their_name(suffix: str, tmp_path: Path) -> None:
     from argparse import Namespace
 
-    from engine.boxes import Box
-    from engine.image import LoadedImage
-    from engine.noise import Noise
-    from engine.oneshot import _draw_boxes
+    from engine.app.noise import Noise
+    from engine.app.oneshot import _draw_boxes
+    from engine.pictures.boxes import Box
+    from engine.pictures.image import LoadedImage
 
     class Answered:
         boxes = (Box("", ((1, 1), (5, 5))),)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from engine.flags import build_parser
+from engine.app.flags import build_parser
 
 HERE = Path(__file__).parent
 ROWS = ("test_bad_pictures", "test_bad_weights", "test_bad_options")

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine import fused, native
+from bench.qwen_checkpoint import QwenShape, write_qwen
+from engine.checkpoint.tensors import Checkpoint, load_weights
 from engine.engine import Engine
-from engine.families import recognise
+from engine.loading.families import recognise
 from engine.models.decoder import GATE_UP, QKV, Decoder
+from engine.ops import fused, native
 from engine.result import Timings
-from engine.session import Session
+from engine.running.session import Session
 from tests.checkpoints import Shape
-from tests.qwen_checkpoint import QwenShape, write_qwen
-from weights.checkpoint import Checkpoint, load_weights
 
 QUESTION = "What is in this image?"
 TOLERANCE = 2e-4  # of logits whose deviation is about 2, in float32

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from engine.engine import Engine
 from engine.errors import CapacityError, CheckpointError, OptionError
-from engine.generation import StopTexts
 from engine.result import Result
+from engine.running.generation import StopTexts
 from tests.checkpoints import DEFAULT, Shape, draw, edit_json, save, spelled, write_llava
 from tests.oracle import noise
 

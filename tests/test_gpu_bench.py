@@ -19,8 +19,8 @@ from bench.gpu_check import FOUND, Step, run_all
 from bench.gpu_parts import DRY, REAL
 from bench.gpu_steps import OurRows
 from bench.predict import SEVEN, THIRTEEN, TOY, Prompt, Way
-from engine import native
 from engine.cache.prefill import Uncached
+from engine.ops import native
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
 CPU = torch.device("cpu")

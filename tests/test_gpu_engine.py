@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from engine import native, ranking
-from engine.cache.layout import Layout
 from engine.cache.listed import ListedAttention
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.report import allocated_bytes
-from engine.cache.specs import parse
+from engine.cache.streams import Beside
 from engine.engine import Engine
 from engine.models.decoder import Decoder, DecoderConfig
-from engine.streams import Beside
+from engine.ops import native, ranking
+from engine.policies.layout import Layout
+from engine.policies.specs import parse
 from tests.rows import Rows, state
 
 pytestmark = [

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import native
 from engine.cache.decode import Decoding
 from engine.cache.lengths import POSITION, RERANKS, USED
+from engine.cache.streams import InOrder
 from engine.engine import Engine
 from engine.errors import CapacityError, OptionError
-from engine.graphs import LINES, WARM_UPS, capture, obstacle
 from engine.insight.trace import Trace
-from engine.session import Session
-from engine.stepping import Stepping
-from engine.streams import InOrder
+from engine.ops import native
+from engine.running.graphs import LINES, WARM_UPS, capture, obstacle
+from engine.running.session import Session
+from engine.running.stepping import Stepping
 from tests.checkpoints import Shape
 from tests.oracle import noise
 from tests.pretend_cuda import PretendCuda

@@ -9,10 +9,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from engine.checkpoint.download import RemoteFile, choose
+from engine.checkpoint.hub import is_complete, resolve
+from engine.checkpoint.tensors import Checkpoint
 from engine.errors import CheckpointError, OptionError
-from weights.checkpoint import Checkpoint
-from weights.download import RemoteFile, choose
-from weights.hub import is_complete, resolve
 
 NAME = "some-org/some-llava"
 

@@ -22,10 +22,10 @@ import torch
 from huggingface_hub import constants, logging
 from safetensors.torch import load
 
+from engine.checkpoint.hub import resolve
+from engine.checkpoint.tensors import Checkpoint
 from engine.errors import CheckpointError
 from tests.asking import Ask
-from weights.checkpoint import Checkpoint
-from weights.hub import resolve
 
 NAME = "some-org/some-llava"
 COMMIT = "c" * 40

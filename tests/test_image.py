@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 
 from engine.errors import ImageError
-from engine.image import LoadedImage, open_image
 from engine.naming import display_name
+from engine.pictures.image import LoadedImage, open_image
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 LOSSLESS = ["PNG", "BMP", "TIFF"]
@@ -125,7 +125,7 @@ def test_other_types_are_refused(source: Any) -> None:
 
 def test_opening_needs_no_torch() -> None:
     code = (
-        "import sys; from engine.image import open_image\n"
+        "import sys; from engine.pictures.image import open_image\n"
         "try: open_image('missing.jpg')\n"
         "except Exception as error: print(error.exit_code, 'torch' in sys.modules)"
     )

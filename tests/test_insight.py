@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.cache.avl import Avl
 from engine.cache.decode import Decoding
-from engine.cache.fastv import FastV
-from engine.cache.full import Full
-from engine.cache.h2o import H2o
-from engine.cache.layout import Layout
 from engine.cache.observe import CORE, MINOR, SECONDARY
 from engine.cache.prefill import Prefill
-from engine.cache.snapkv import SnapKv
-from engine.cache.streaming import Streaming
 from engine.errors import OptionError
 from engine.insight.measures import (
     agreement_between_layers,
@@ -27,6 +20,13 @@ from engine.insight.measures import (
     tokens_for,
 )
 from engine.insight.trace import Trace
+from engine.policies.avl import Avl
+from engine.policies.fastv import FastV
+from engine.policies.full import Full
+from engine.policies.h2o import H2o
+from engine.policies.layout import Layout
+from engine.policies.snapkv import SnapKv
+from engine.policies.streaming import Streaming
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.reference_cache import ReferenceAvl, Settings
 from tests.reference_decoder import ReferenceDecoder

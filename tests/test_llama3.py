@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.families import recognise
-from engine.generation import Answer
+from engine.loading.families import recognise
 from engine.options import make_options
-from engine.prompt import build_prompt, continue_prompt, parse_messages
+from engine.prompts.prompt import build_prompt, continue_prompt, parse_messages
+from engine.running.generation import Answer
 from tests.llama3_checkpoint import write_llama3
 from tests.oracle import noise
 

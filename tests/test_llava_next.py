@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
-from engine.cli import main
+from engine.app.cli import main
 from engine.engine import Engine
 from engine.errors import CheckpointError, OptionError
-from engine.families import recognise
+from engine.loading.families import recognise
 from engine.models import llava
 from engine.models.llava_next import LlavaNext
 from tests import checkpoints as plain

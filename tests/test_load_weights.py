@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from engine.checkpoint.tensors import Checkpoint, load_weights
 from engine.errors import CheckpointError
-from weights.checkpoint import Checkpoint, load_weights
 
 
 class Toy(nn.Module):
@@ -193,7 +193,7 @@ import re, sys
 from pathlib import Path
 import torch
 from torch import nn
-from weights.checkpoint import Checkpoint, load_weights
+from engine.checkpoint.tensors import Checkpoint, load_weights
 
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import native
+from engine.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 JUDGES = ("ruff", "mypy", "clang-format")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from engine.checkpoint.names import clip_names, llava_names
 from engine.models.llava import Llava, parse_hub, parse_original
-from weights.names import clip_names, llava_names
 
 REFERENCE = Path(
     os.environ.get("AVL_REFERENCE_DATA", Path(__file__).parents[2] / "shared" / "data")

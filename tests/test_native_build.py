@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import native
+from engine.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +38,7 @@ def test_the_backend_gives_its_reason():
 
 
 def test_the_module_can_be_switched_off():
-    code = "from engine import native; print(native.backend().name, native.backend().reason)"
+    code = "from engine.ops import native; print(native.backend().name, native.backend().reason)"
     env = {**os.environ, "AVL_NATIVE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True

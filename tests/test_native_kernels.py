@@ -176,7 +176,7 @@ def test_planted_mistakes_are_caught(tmp_path, cases):
     "isa", [pytest.param("baseline", marks=pytest.mark.slow), "avx2", "avx512"]
 )
 def test_cpu_kernels_under_sanitizers(tmp_path, isa):
-    from engine import native
+    from engine.ops import native
 
     if isa != "baseline":
         if native.backend().name == "torch":

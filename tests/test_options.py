@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.batch_file import BatchRun
+from engine.app.batch_file import BatchRun
+from engine.app.job import Job
+from engine.checkpoint.tensors import read_json
 from engine.engine import Engine
 from engine.errors import EngineError, OptionError
-from engine.job import Job
 from engine.options import Sampling
 from engine.result import Result
-from engine.sampling import Sampler
+from engine.running.sampling import Sampler
 from tests.checkpoints import Shape
 from tests.oracle import noise
-from weights.checkpoint import read_json
 
 SHAPE = Shape(kv_heads=2)
 

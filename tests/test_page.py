@@ -17,11 +17,12 @@ from torch import Tensor
 
 from bench.browser import Browser, find_chromium
 from bench.common import ROOT
+from bench.qwen_checkpoint import QwenShape, write_qwen
+from engine.app.cli import main
 from engine.cache.observe import Observed
-from engine.cli import main
-from engine.compare import first_difference
 from engine.engine import Engine
 from engine.errors import OptionError
+from engine.insight.compare import first_difference
 from engine.insight.page import mean_over_layers, pack, render, stream_with_page
 from engine.insight.panels import panels_of
 from engine.insight.recorder import Recorder, find_sinks, image_heads
@@ -30,7 +31,6 @@ from engine.result import Result
 from tests.checkpoints import Shape
 from tests.next_checkpoints import write_next
 from tests.oracle import noise
-from tests.qwen_checkpoint import QwenShape, write_qwen
 
 SHAPE = Shape(kv_heads=2)
 CACHE = "avl:secondary=0.6,core=0.3,every=2,floor=3"

@@ -10,8 +10,8 @@ from PIL import Image
 
 from engine.engine import Engine
 from engine.errors import CheckpointError
-from engine.families import recognise
-from engine.prompt import STYLES, build_prompt, parse_messages, raw_prompt
+from engine.loading.families import recognise
+from engine.prompts.prompt import STYLES, build_prompt, parse_messages, raw_prompt
 from tests.checkpoints import (
     DEFAULT,
     HUB_VOCAB,

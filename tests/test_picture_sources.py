@@ -15,8 +15,8 @@ from PIL import AvifImagePlugin, Image, ImageFile
 
 from engine.engine import Engine
 from engine.errors import OptionError
-from engine.image import open_image
-from engine.pictures import listed
+from engine.pictures.encoded import listed
+from engine.pictures.image import open_image
 from tests.test_image import encoded, refusal
 
 
@@ -175,7 +175,7 @@ def test_streams_that_are_no_pictures_are_refused(monkeypatch: pytest.MonkeyPatc
     assert "cannot be read" in str(refusal(closed))
     assert 'open(path, "rb")' in refusal(io.StringIO("text")).hint
     assert "empty (0 bytes)" in str(refusal(io.BytesIO()))
-    monkeypatch.setattr("engine.image._MOST_BYTES", 3 << 20)
+    monkeypatch.setattr("engine.pictures.image._MOST_BYTES", 3 << 20)
 
     class Endless(io.RawIOBase):
         def readable(self) -> bool:

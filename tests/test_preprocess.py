@@ -14,8 +14,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from engine.errors import CheckpointError, ImageError
-from engine.image import open_image
-from engine.preprocess import ImageProcessor, pad_to_square, shortest_edge_size
+from engine.pictures.image import open_image
+from engine.pictures.preprocess import ImageProcessor, pad_to_square, shortest_edge_size
 
 LLAVA = {
     "crop_size": {"height": 336, "width": 336},
@@ -174,7 +174,7 @@ def test_cutting_long_sides_changes_next_to_nothing(
     image = image.convert("RGB")
     processor = ImageProcessor.from_config(TINY)
     whole = processor(image)
-    monkeypatch.setattr("engine.preprocess.MAX_PIXELS", 1)
+    monkeypatch.setattr("engine.pictures.preprocess.MAX_PIXELS", 1)
     level = 1 / 255 / 0.26
     assert (processor(image) - whole).abs().max() <= 1.01 * level
 

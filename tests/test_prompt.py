@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bench.toy_tokenizer import write_toy_sentencepiece
 from engine.errors import OptionError
-from engine.prompt import (
+from engine.prompts.prompt import (
     Prompt,
     Segment,
     build_prompt,
@@ -19,8 +20,7 @@ from engine.prompt import (
     parse_messages,
     raw_prompt,
 )
-from engine.tokenizer import Tokenizer
-from tests.toy_tokenizer import write_toy_sentencepiece
+from engine.prompts.tokenizer import Tokenizer
 
 CANONICAL = (
     "1 3148 1001 29901 29871 32000 29871 13 "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from engine import native
+from engine.ops import native
 
 
 class Kernel(NamedTuple):

@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.cache.avl import Avl
-from engine.cache.fastv import FastV
-from engine.cache.h2o import H2o
+from bench.qwen_checkpoint import QwenShape, config_of, draw, write_qwen
 from engine.engine import Engine
+from engine.policies.avl import Avl
+from engine.policies.fastv import FastV
+from engine.policies.h2o import H2o
 from engine.result import Timings
 from tests.cache_run import CacheRun, embeddings
 from tests.oracle import noise
-from tests.qwen_checkpoint import QwenShape, config_of, draw, write_qwen
 from tests.qwen_reference import QwenReference
 from tests.reference_cache import Reference, ReferenceAvl, ReferenceFastV, ReferenceH2o, Settings
 from tests.test_cache_avl import close, nearly_always_equal, same_sets, turn

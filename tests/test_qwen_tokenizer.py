@@ -15,10 +15,10 @@ import pytest
 import regex
 import tiktoken
 
+from bench.qwen_checkpoint import toy_tokens, write_tiktoken
 from engine.errors import CheckpointError
-from engine.tiktoken import SPECIALS, special_ids
-from engine.tokenizer import StreamDecoder, Tokenizer
-from tests.qwen_checkpoint import toy_tokens, write_tiktoken
+from engine.prompts.rank_vocabulary import SPECIALS, special_ids
+from engine.prompts.tokenizer import StreamDecoder, Tokenizer
 
 PATTERN = regex.compile(
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"""

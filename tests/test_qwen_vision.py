@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from bench.qwen_checkpoint import QwenShape, config_of, draw, write_qwen
+from engine.checkpoint.config import ConfigReader
 from engine.engine import Engine
 from engine.errors import CheckpointError
-from engine.families import recognise
-from engine.models.config import ConfigReader
+from engine.loading.families import recognise
 from engine.models.qwen_vision import QwenVisionConfig, interpolate
 from tests.oracle import noise
-from tests.qwen_checkpoint import QwenShape, config_of, draw, write_qwen
 from tests.qwen_reference import QwenReference, stretched
 
 SHAPES = {

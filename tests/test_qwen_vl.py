@@ -14,21 +14,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.boxes import Box
+from bench.qwen_checkpoint import QwenShape, config_of, draw, write_qwen
 from engine.cache.decode import Decoding
-from engine.cache.specs import parse
+from engine.checkpoint.header import TensorInfo
+from engine.checkpoint.names import target_names
 from engine.engine import Engine
 from engine.errors import CheckpointError, OptionError
-from engine.families import recognise
-from engine.generation import Answer, OuterSpace
-from engine.prompt import Prompt
+from engine.loading.families import recognise
+from engine.pictures.boxes import Box
+from engine.policies.specs import parse
+from engine.prompts.prompt import Prompt
 from engine.result import Timings
-from engine.session import Session, make_pools, prefill
+from engine.running.generation import Answer, OuterSpace
+from engine.running.session import Session, make_pools, prefill
 from tests.oracle import noise
-from tests.qwen_checkpoint import QwenShape, config_of, draw, write_qwen
 from tests.qwen_reference import QwenReference
-from weights.header import TensorInfo
-from weights.names import target_names
 
 CASES = (
     *("base_text", "base_image", "chat_text", "chat_image"),
@@ -475,8 +475,8 @@ def test_unsupported_relatives_are_refused_by_name(
 
 
 def test_draw_boxes_is_refused_before_loading() -> None:
-    from engine.flags import parse_flags
-    from engine.inputs import check_targets
+    from engine.app.flags import parse_flags
+    from engine.app.inputs import check_targets
 
     for arguments in (
         ["--draw-boxes", "out.png"],
@@ -494,7 +494,7 @@ def test_draw_boxes_paints_the_last_picture(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from engine.cli import main
+    from engine.app.cli import main
 
     words = "<ref>cat</ref><box>(0,5),(998,700)</box>"
     say(words, engine, monkeypatch)
@@ -515,7 +515,7 @@ def test_draw_boxes_says_when_there_is_nothing_to_draw(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from engine.cli import main
+    from engine.app.cli import main
 
     say("no region", engine, monkeypatch)
     picture, out = tmp_path / "a.png", tmp_path / "out.png"
@@ -542,7 +542,7 @@ def test_rows_of_a_fused_tensor_are_shared_out_in_order() -> None:
 
 
 def test_pickled_weights_are_converted_once(tmp_path: Path) -> None:
-    from engine.cli import main
+    from engine.app.cli import main
 
     shape = QwenShape(image=140)
     source, target = write_qwen(tmp_path / "source", shape), tmp_path / "target"

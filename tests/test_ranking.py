@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from engine import native, ranking
+from engine.ops import native, ranking
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
 WAYS = [

@@ -8,15 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine import fused, native, products, recorded, stepping
+from bench.qwen_checkpoint import QwenShape, write_qwen
 from engine.engine import Engine
-from engine.products import gemv
-from engine.recorded import CALLS_BEHIND, CALLS_PER_LAYER, RecordedDecoder
+from engine.ops import fused, native, products
+from engine.ops.products import gemv
+from engine.ops.tape import Tape, recording
 from engine.result import Timings
-from engine.session import Session
-from engine.tape import Tape, recording
+from engine.running import recorded, stepping
+from engine.running.recorded import CALLS_BEHIND, CALLS_PER_LAYER, RecordedDecoder
+from engine.running.session import Session
 from tests.checkpoints import Shape
-from tests.qwen_checkpoint import QwenShape, write_qwen
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="needs the native module")
 

@@ -12,11 +12,11 @@ from threading import Thread
 import pytest
 from PIL import Image
 
-from engine import remote
-from engine.data_url import decode_data
 from engine.errors import ImageError
-from engine.image import MAX_PIXELS
-from engine.remote import fetch, is_public, open_picture
+from engine.pictures import remote
+from engine.pictures.data_url import decode_data
+from engine.pictures.image import MAX_PIXELS
+from engine.pictures.remote import fetch, is_public, open_picture
 
 PUBLIC = "93.184.216.34"
 

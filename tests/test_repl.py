@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.cli import main
+from engine.app.cli import main
+from engine.app.lines import completions, read_lines
+from engine.app.noise import Noise
+from engine.app.repl import Repl
 from engine.engine import Engine
 from engine.errors import ContextError, EngineError, OptionError
-from engine.image import open_image
-from engine.lines import completions, read_lines
-from engine.noise import Noise
-from engine.repl import Repl
+from engine.pictures.image import open_image
 from tests.checkpoints import Shape
 from tests.oracle import noise
 
@@ -214,7 +214,7 @@ def test_a_path_is_a_question_and_no_command(
 
 def interrupt_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, presses: int) -> None:
     """Send SIGINT to this process after the second piece of every answer."""
-    from engine.chat import Chat
+    from engine.running.chat import Chat
 
     real = Chat.stream
 
@@ -296,7 +296,7 @@ def test_what_does_not_go_with_chat_is_refused(
 
 TYPED = """
 import sys
-from engine.lines import read_lines
+from engine.app.lines import read_lines
 for line in read_lines(["/image", "/save"]):
     print("GOT", repr(line), flush=True)
 """

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine import native
+from engine.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 # The embedded model about a drawing, the exact cache and the default: ids and the first scores.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.errors import OptionError
 from engine.options import Sampling
-from engine.sampling import Sampler
+from engine.running.sampling import Sampler
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -1.5, 3.0]
 

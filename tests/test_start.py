@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from engine import native
-from engine.cli import main
+from engine.app.cli import main
 from engine.engine import Engine
 from engine.errors import OptionError
+from engine.ops import native
 from tests.asking import Ask, refused
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def test_errors_never_go_to_stdout(closed: tuple[int, ...]) -> None:
 def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     """What is printed to a number, as libraries do, would be written into the user's file."""
     program = (
-        "import os; from engine.terminal import prepare; prepare(); "
+        "import os; from engine.app.terminal import prepare; prepare(); "
         f"file = open({str(tmp_path / 'a')!r}, 'w'); print(file.fileno())"
     )
     assert int(start([sys.executable, "-c", program], (0, 2)).stdout) > 2
@@ -90,7 +90,7 @@ def test_a_closed_stdin_is_an_empty_one() -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict", "utf-8"])
 def test_every_encoding_is_written(encoding: str) -> None:
-    say = "from engine import cli; from engine.terminal import say, say_json\n"
+    say = "from engine.app import cli; from engine.app.terminal import say, say_json\n"
     say += "def run(_):\n say('\\u6f22\\n'); say_json({'a': '\\u6f22'})\n"
     say += " raise cli.OptionError('\\u6f22')\n"
     say += "cli._run = run; raise SystemExit(cli.main([]))"
@@ -117,7 +117,7 @@ def test_what_could_not_be_said_is_an_error(flag: str) -> None:
 
 def test_warnings_decide_nothing() -> None:
     program = (
-        "import warnings; from engine import cli\n"
+        "import warnings; from engine.app import cli\n"
         "cli._run = lambda _: warnings.warn('of a library') or 0; raise SystemExit(cli.main([]))"
     )
     done = start([sys.executable, "-c", program], PYTHONWARNINGS="error")
@@ -146,11 +146,11 @@ def test_a_foreign_native_module_is_left_aside(monkeypatch: pytest.MonkeyPatch) 
     assert module is None
     assert "another module: it has no AttentionPlan" in reason
 
-    def broken(_: str) -> None:
+    def broken(*_: object) -> None:
         raise AttributeError("of its own making")
 
     monkeypatch.setattr("importlib.import_module", broken)
-    assert found() == (None, "engine._native cannot be imported (of its own making)")
+    assert found() == (None, "_native cannot be imported (of its own making)")
 
 
 NUMBERS = ["-n", "--temperature", "--top-k", "--top-p", "--seed", "--repetition-penalty"]

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine import stepping
+from engine.app.flags import build_parser
+from engine.app.inputs import load_engine
+from engine.app.noise import Noise
+from engine.cache.streams import FORMS, Beside, InOrder, side_for
 from engine.engine import Engine
 from engine.errors import OptionError
-from engine.flags import build_parser
-from engine.inputs import load_engine
-from engine.noise import Noise
-from engine.streams import FORMS, Beside, InOrder, side_for
+from engine.running import stepping
 from tests.checkpoints import Shape
 from tests.oracle import noise
 from tests.pretend_cuda import PretendCuda

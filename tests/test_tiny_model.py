@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from engine.checkpoint.hub import TINY
 from engine.engine import DEFAULT_CACHE, Engine
 from training.evaluate import questions_of
 from training.scenes import make_scene
-from weights.hub import TINY
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GOLDEN = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))

@@ -14,18 +14,18 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import CheckpointError
-from engine.messages import ImagePlace, Message
-from engine.sentencepiece import Piece, merges_of, read_model
-from engine.templates import STYLES, Special
-from engine.tokenizer import STRUCTURE, StreamDecoder, Tokenizer
-from tests.toy_tokenizer import (
+from bench.toy_tokenizer import (
     sentencepiece_model,
     toy_pieces,
     toy_tokenizer_json,
     write_toy_config,
     write_toy_sentencepiece,
 )
+from engine.errors import CheckpointError
+from engine.prompts.messages import ImagePlace, Message
+from engine.prompts.piece_vocabulary import Piece, merges_of, read_model
+from engine.prompts.templates import STYLES, Special
+from engine.prompts.tokenizer import STRUCTURE, StreamDecoder, Tokenizer
 
 SPELLINGS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<0x0A>"]
 TEXTS = [

@@ -8,7 +8,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import CheckpointError, OptionError
-from engine.families import CLIP_L_336, recognise
+from engine.loading.families import CLIP_L_336, recognise
 from engine.models.llava import Llava
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, edit_json, write_json, write_original_with_tower

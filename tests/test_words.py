@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.app.flags import build_parser, parse_flags
+from engine.app.modes import MODES
+from engine.app.words import is_picture
 from engine.errors import OptionError
-from engine.flags import build_parser, parse_flags
-from engine.modes import MODES
-from engine.words import is_picture
 from tests.asking import Ask, refused
 
 

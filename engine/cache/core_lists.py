@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine import ranking
-from engine.cache.policy import Policy
-from engine.cache.row import Row
+from ..ops import ranking
+from ..policies.policy import Policy
+from .row import Row
 
 
 class CoreRuns:

@@ -17,18 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.cache.core_lists import CoreRuns
-from engine.cache.lengths import ATTENDS_CORE, POSITION, RERANKS, WORDS, Lengths
-from engine.cache.observe import attended_positions, show_step
-from engine.cache.policy import Policy
-from engine.cache.pool import Pool
-from engine.cache.row import Row, Stored
-from engine.cache.slot_lists import CORE, FULL, MIXED, SPARE, SlotLists, rounded
-from engine.cache.text_slots import TextSlots
-from engine.cache.views import DecodeView, EdgeView
-from engine.errors import CapacityError
-from engine.fused import Destination
-from engine.streams import InOrder, Side
+from ..errors import CapacityError
+from ..ops.fused import Destination
+from ..policies.policy import Policy
+from .core_lists import CoreRuns
+from .lengths import ATTENDS_CORE, POSITION, RERANKS, WORDS, Lengths
+from .pool import Pool
+from .row import Row, Stored
+from .showing import attended_positions, show_step
+from .slot_lists import CORE, FULL, MIXED, SPARE, SlotLists, rounded
+from .streams import InOrder, Side
+from .text_slots import TextSlots
+from .views import DecodeView, EdgeView
 
 
 class StepPlan(NamedTuple):

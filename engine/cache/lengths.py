@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.cache.policy import Budget, Policy
-from engine.cache.row import Row
+from ..policies.policy import Budget, Policy
+from .row import Row
 
 # The words of a step, in order: the new token's position; whether the row attends its core list;
 # text tokens in use, the new one among them; how many may stay (-1: all) and how many of them for

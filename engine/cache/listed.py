@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine import native, tape
-from engine.attention import selective_attention
-from engine.cache.pool import Pool
-from engine.native import AttentionPlan
+from ..ops import native, tape
+from ..ops.attention import selective_attention
+from ..ops.native import AttentionPlan
+from .pool import Pool
 
 
 class ListedAttention:

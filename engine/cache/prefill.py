@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.cache.layout import Kept, Layout
-from engine.cache.observe import Observer, show_prefill
-from engine.cache.policy import Policy
-from engine.cache.pool import Pool
-from engine.cache.received import Received
-from engine.cache.row import Row, Stored
+from ..policies.layout import Kept, Layout
+from ..policies.policy import Policy
+from ..policies.received import Received
+from .observe import Observer
+from .pool import Pool
+from .row import Row, Stored
+from .showing import show_prefill
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

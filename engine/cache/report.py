@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.cache.policy import Policy
-from engine.cache.pool import Pool
-from engine.cache.row import Row, Stored
+from ..policies.policy import Policy
+from .pool import Pool
+from .row import Row, Stored
 
 
 @dataclass(frozen=True)

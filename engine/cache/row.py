@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engine.cache.layout import Layout
-from engine.cache.observe import Observer
+from ..policies.layout import Layout
+from .observe import Observer
 
 
 @dataclass

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.cache.lengths import ATTENDS_CORE, USED
-from engine.cache.listed import ListedAttention
-from engine.cache.pool import Pool
-from engine.cache.row import Row, Stored
+from .lengths import ATTENDS_CORE, USED
+from .listed import ListedAttention
+from .pool import Pool
+from .row import Row, Stored
 
 # The full list, the core list, and where rows differ: each row's own of the two. The spare takes
 # turns with the core list where selection writes one while the other is in use.

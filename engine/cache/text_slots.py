@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine import ranking
-from engine.cache.lengths import POSITION, RECENT, TOTAL, USED, Lengths
-from engine.cache.row import Row
+from ..ops import ranking
+from .lengths import POSITION, RECENT, TOTAL, USED, Lengths
+from .row import Row
 
 
 class TextSlots:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import proxy
 
 from torch import Tensor
 
-from engine.fused import Destination
+from ..ops.fused import Destination
 
-if TYPE_CHECKING:
-    from engine.cache.decode import Decoding
+
+class Stepped(Protocol):
+    """The decode step that views belong to; see ``Decoding``."""
+
+    parts: list[slice]
+
+    def destination(self, layer: int) -> Destination:
+        """Where the rows' new token goes."""
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attend the step's lists."""
+
+    def arrive(self, part: int) -> None:
+        """Before a part's first layer."""
+
+    def leave(self, part: int) -> None:
+        """Behind a part's last attention."""
 
 
 class DecodeView:
     """A layer's view of a decode step."""
 
-    def __init__(self, step: Decoding, layer: int) -> None:
+    def __init__(self, step: Stepped, layer: int) -> None:
         # Weakly: the step holds its views, and what it holds shall be freed as soon as it is.
-        self.step: Decoding = proxy(step)
+        self.step: Stepped = proxy(step)
         self.layer, self._destination = layer, step.destination(layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -38,7 +53,7 @@ class DecodeView:
 class EdgeView(DecodeView):
     """The view of the first or last layer of a part, where selection is awaited or started."""
 
-    def __init__(self, step: Decoding, layer: int, part: int) -> None:
+    def __init__(self, step: Stepped, layer: int, part: int) -> None:
         super().__init__(step, layer)
         layers = step.parts[part]
         self._part = part

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.cache.select import top
-from engine.errors import OptionError
-from engine.insight.trace import Trace
+from ..errors import OptionError
+from ..policies.select import top
+from .trace import Trace
 
 
 def ppci(first: Tensor, second: Tensor, share: float) -> float:

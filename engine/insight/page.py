@@ -18,19 +18,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.compare import first_difference
-from engine.errors import OptionError
-from engine.files import check_target, write_whole
-from engine.image import open_image
-from engine.insight.panels import Panel, bytes_of, panels_of
-from engine.insight.recorder import Recorder, find_sinks
-from engine.options import OptionValues
-from engine.pictures import EncodedImage, Picture, listed
-from engine.result import Result
-from engine.tokenizer import StreamDecoder
+from ..errors import OptionError
+from ..files import check_target, write_whole
+from ..options import OptionValues
+from ..pictures.encoded import EncodedImage, Picture, listed
+from ..pictures.image import open_image
+from ..prompts.tokenizer import StreamDecoder
+from ..result import Result
+from .compare import first_difference
+from .panels import Panel, bytes_of, panels_of
+from .recorder import Recorder, find_sinks
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Messages
+    from ..engine import Engine
+    from ..prompts.messages import Messages
 
 # Bytes, before compression, of the strongest patches of every layer and of one layer's heads.
 LAYER_BYTES, HEAD_BYTES = 800_000, 200_000
@@ -104,7 +105,7 @@ def page_data(
 def render(data: dict[str, Any]) -> str:
     """The page around ``data``. No text of the model can end the script that holds it."""
     page, style, script = (
-        files("engine.insight").joinpath(name).read_text(encoding="utf-8")
+        files(__package__).joinpath(name).read_text(encoding="utf-8")
         for name in ("page.html", "page.css", "page.js")
     )
     # In JSON these three stand in strings only; escaped there, no markup can be spelled.

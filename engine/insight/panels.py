@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.models.llava import Llava
-from engine.models.llava_next import LlavaNext
-from engine.models.vision_language import VisionLanguageModel
-from engine.preprocess import ImageProcessor, Pixels
+from ..models.llava import Llava
+from ..models.llava_next import LlavaNext
+from ..models.vision_language import VisionLanguageModel
+from ..pictures.preprocess import ImageProcessor, Pixels
 
 LIST_COLUMNS = 16
 

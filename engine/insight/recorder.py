@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.cache.observe import Observed
-from engine.insight.trace import Trace
+from ..cache.observe import Observed
+from .trace import Trace
 
 SINK_FACTOR = 10.0
 SINK_PASSES = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.cache.observe import Observed
+from ..cache.observe import Observed
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Moment:
         query: position of the token that looked.
         attention: ``[query + 1]`` fp32, what each position got, mean over heads; positions that
             were not attended got 0. Sums to 1.
-        tiers: ``[image tokens]`` uint8, see ``engine.cache.observe``.
+        tiers: ``[image tokens]`` uint8, see ``cache.observe``.
         text: ``[1 or kv_heads, t]`` positions kept of the evictable text, ascending.
         kept: tokens that the layer stores for each head.
     """

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.config import ConfigReader
-from engine.models.layers import Embedding, Linear
+from ..checkpoint.config import ConfigReader
+from .layers import Embedding, Linear
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from engine import fused
-from engine.fused import Destination, rope_write, silu_mul
-from engine.models.config import ConfigReader
-from engine.models.layers import Embedding, Linear, RMSNorm, SideBySide
+from ..checkpoint.config import ConfigReader
+from ..ops import fused
+from ..ops.fused import Destination, rope_write, silu_mul
+from .layers import Embedding, Linear, RMSNorm, SideBySide
 
 # On a CPU, hidden sizes up to this gain from prepared weights; larger ones only pay for the copy.
 PREPARE_UP_TO = 1024

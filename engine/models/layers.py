@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.fused import add_norm
-from engine.products import linear, linears, narrowed
-from engine.tape import kept
+from ..ops.fused import add_norm
+from ..ops.products import linear, linears, narrowed
+from ..ops.tape import kept
 
 
 class RMSNorm(nn.Module):

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.clip import ClipConfig, ClipVision
-from engine.models.config import ConfigReader
-from engine.models.decoder import Decoder, DecoderConfig
-from engine.models.vision_language import VisionLanguageModel
-from engine.preprocess import Pixels
+from ..checkpoint.config import ConfigReader
+from ..pictures.preprocess import Pixels
+from .clip import ClipConfig, ClipVision
+from .decoder import Decoder, DecoderConfig
+from .vision_language import VisionLanguageModel
 
 # What the original layout calls its models, and the decoder inside.
 DECODERS = {

@@ -1,6 +1,6 @@
 """LLaVA-1.6, also called LLaVA-NeXT (Liu et al. 2024): LLaVA with pictures of any resolution.
 
-The same tower, projector and decoder; a picture is several tiles (``engine.anyres``), and one
+The same tower, projector and decoder; a picture is several tiles (``pictures.anyres``), and one
 learned vector, ``image_newline``, ends every row of the joined patch grid. Published in the hub
 layout (``llava-hf/llava-v1.6-*``) and in the original one (``liuhaotian/llava-v1.6-*``), whose
 checkpoints hold a vision tower of their own.
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.anyres import Canvas, Grid, plan, read_pinpoints
-from engine.models.config import ConfigReader
-from engine.models.llava import Llava, LlavaConfig, parse_hub, parse_original
-from engine.preprocess import Pixels
+from ..checkpoint.config import ConfigReader
+from ..pictures.anyres import Canvas, Grid, plan, read_pinpoints
+from ..pictures.preprocess import Pixels
+from .llava import Llava, LlavaConfig, parse_hub, parse_original
 
 
 class LlavaNext(Llava):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.config import ConfigReader
+from ..checkpoint.config import ConfigReader
 
 NORM_EPS = 1e-6
 # The resampler's heads are this wide, whatever the model's width.

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.models.config import ConfigReader
-from engine.models.decoder import Decoder, DecoderConfig, Rotation, Tables, turned
-from engine.models.qwen_vision import QwenVision, QwenVisionConfig
-from engine.models.vision_language import VisionLanguageModel
-from engine.preprocess import Pixels
-from engine.tiktoken import SPECIALS, special_ids
+from ..checkpoint.config import ConfigReader
+from ..pictures.preprocess import Pixels
+from ..prompts.rank_vocabulary import SPECIALS, special_ids
+from .decoder import Decoder, DecoderConfig, Rotation, Tables, turned
+from .qwen_vision import QwenVision, QwenVisionConfig
+from .vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from engine.models.decoder import Decoder
-from engine.preprocess import Pixels
+from ..pictures.preprocess import Pixels
+from .decoder import Decoder
 
 
 class VisionLanguageModel(nn.Module):

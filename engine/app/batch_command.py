@@ -1,0 +1,88 @@
+"""``--batch``: a file of requests answered into another, with a progress bar on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OptionError
+from ..files import check_target
+from ..pictures.remote import is_address
+from .answers import read_answers
+from .inputs import (
+    load_engine,
+    open_pictures,
+    opener,
+    picture_path,
+    read_options,
+    read_prompt,
+)
+from .job import STDIN, Job
+from .noise import Noise
+from .terminal import complain, say
+
+if TYPE_CHECKING:
+    from ..running.batch import Failure
+
+STDOUT = "-"
+
+
+def answer_file(flags: argparse.Namespace) -> int:
+    """Answer all requests; returns the exit code, that of the first request that failed."""
+    if flags.rows < 1:
+        raise OptionError(f"--rows is {flags.rows}", hint="use 1 or more")
+    job = Job.read(flags.batch, _defaults(flags), opener(flags))
+    target = _target(flags)
+    if target is not None:
+        check_target("--output", target, inputs=[flags.batch])
+        read_answers(target, len(job), lambda number: {"request": job.digest(number)})
+    noise = Noise(flags, open_pictures(flags))
+    engine = load_engine(flags, noise)
+
+    from tqdm import tqdm
+
+    from .batch_file import BatchRun
+
+    run = BatchRun(engine, job, min(flags.rows, len(job)))
+    hidden = flags.quiet or None  # None: shown on a terminal only
+    with tqdm(total=len(job), unit="request", disable=hidden) as bar:
+        for done in run.to_stdout() if target is None else run.into(target):
+            bar.update(done - bar.n)
+    if target is not None:
+        say(f"{target}\n")
+    return _report(run.failures, len(job))
+
+
+def _defaults(flags: argparse.Namespace) -> dict[str, Any]:
+    """What stands for keys that a request lacks."""
+    if STDIN in (flags.prompt, *flags.image):
+        raise OptionError("--batch takes no - for --prompt or --image", hint="name a file")
+    defaults: dict[str, Any] = {**read_options(flags), "raw": flags.raw}
+    if flags.prompt is not None:
+        defaults["prompt"] = read_prompt(flags.prompt)
+    if flags.system is not None:
+        defaults["system"] = flags.system
+    if flags.image:
+        names = map(picture_path, flags.image)
+        defaults["images"] = [name if is_address(name) else os.path.abspath(name) for name in names]
+    return defaults
+
+
+def _target(flags: argparse.Namespace) -> Path | None:
+    """Where answers go; None is stdout."""
+    if flags.output is None and flags.batch != STDIN:
+        return Path(flags.batch).with_suffix(".answers.jsonl")
+    return None if flags.output in (None, STDOUT) else Path(flags.output)
+
+
+def _report(failures: list[Failure], requests: int) -> int:
+    if not failures:
+        return 0
+    first, count = min(failures, key=lambda failure: failure.index), len(failures)
+    complain(
+        f"{count} of {requests} requests failed, the first at index {first.index}: {first.error}",
+        hint=f"{first.error.hint}; the same command tries again what failed",
+    )
+    return first.error.exit_code

@@ -1,0 +1,249 @@
+"""The flags of the command line: what they are called, and the closest one to a typo."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from ..errors import OptionError
+from ..pictures.image import MAX_PIXELS
+from ..prompts.templates import STYLES
+from .modes import find_mode
+from .terminal import say
+from .words import sort_words
+
+EXAMPLES = """examples:
+  {0} car.jpg "What colour is the car?"
+  {0} page.png "Read all the text." --cache full --stats
+  {0} --model ./llava-1.5-7b-hf --image a.jpg --prompt "Describe it." --json
+  {0} --chat --image car.jpg
+  {0} --batch requests.jsonl --output answers.jsonl
+  {0} --check --model ./llava-1.5-7b-hf
+"""
+
+NOTES = """The default cache, a mild avl, is an approximation: it skips image tokens that are
+attended little and frees a tenth. --cache full is the exact model; --cache avl has the paper's
+settings and frees half. Without --model the embedded tiny model answers; it knows drawings and
+printed text only. Greedy by default: the same command gives the same text.
+
+A word that is a file, ends like a picture's name or begins with data: or https:// is a picture;
+another one is the prompt, and there is one prompt.
+
+--batch: a line is {"prompt": "...", "images": ["a.jpg"], "max_new_tokens": 64}; the flags of an
+answer, --prompt, --image, --system and --raw stand for what a line lacks, and pictures of a line
+are found beside the job file. Started again, the same command goes on where it was, and tries
+again what failed; answers of other requests, of another model or cache are refused. - as FILE is
+stdin, and as --output stdout. If requests failed, the exit code is that of the first of them.
+
+exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
+context too long, 130 interrupted"""
+
+
+DTYPES = ("auto", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+
+
+def program() -> str:
+    """How this program was started, for its help."""
+    names = {"main.py": "python main.py", "__main__.py": "python -m engine"}
+    return names.get(os.path.basename(sys.argv[0]), "avl")
+
+
+def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            reason = "too long" if len(text) > 40 else f"not {what}"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is {reason}") from None
+
+    return convert
+
+
+_whole, _real = _number(int), _number(float)
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}, use {', '.join(DTYPES)}")
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|mps", text):
+        raise argparse.ArgumentTypeError(
+            f"unknown device {text!r}, use auto, cpu, cuda, cuda:1 or mps"
+        )
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are our errors and name the closest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and leaving."""
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ", 1)[0]
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown.partition("=")[0], flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"{program()} --help lists all flags"
+        raise OptionError(message, hint=hint)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print; unlike argparse's own, say when that could not be done."""
+        say(self.format_help())
+
+
+def parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, str]:
+    """The flags, words without one sorted into pictures and the prompt; and the mode they ask for.
+
+    Raises OptionError for what does not go together.
+    """
+    parser = build_parser()
+    flags, words = parser.parse_known_args(arguments)
+    unknown = [word for word in words if word[:1] == "-" != word and " " not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = _given(arguments)
+    sort_words(flags, words)
+    given |= {name for name in ("image", "prompt") if getattr(flags, name)}
+    return flags, "version" if flags.version else find_mode(given)
+
+
+def _given(arguments: Sequence[str]) -> set[str]:
+    """Names of the flags that stand on the command line, whatever their value."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_args(arguments)[0]))
+
+
+def build_parser() -> Parser:
+    """All flags, in groups."""
+    parser = Parser(
+        prog=program(),
+        usage=f"{program()} [PICTURE ...] [PROMPT] [flags]",
+        description=f"Answers questions about pictures. {EXAMPLES.format(program())}",
+        epilog=NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("input").add_argument
+    add(
+        "--image",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="pictures: files, - (stdin) or data: URLs; repeatable",
+    )
+    add("--allow-url", action="store_true", help="fetch https:// pictures (10 s, 20 MB at most)")
+    add(
+        "--max-pixels",
+        type=_whole,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"refuse larger pictures unread ({MAX_PIXELS})",
+    )
+    add("--prompt", "-p", metavar="TEXT", help="the question; @FILE reads a file, - stdin")
+    add("--system", metavar="TEXT", help="a system message before the first question")
+    add("--chat", action="store_true", help="talk: one question a line, /help lists commands")
+    add(
+        "--batch",
+        metavar="FILE",
+        help="answer requests, one JSON object a line; - is stdin",
+    )
+    add("--output", metavar="FILE", help="where --batch writes (FILE.answers.jsonl); - is stdout")
+    add(
+        "--rows",
+        type=_whole,
+        default=8,
+        metavar="N",
+        help="requests answered together (8)",
+    )
+    add("--raw", action="store_true", help="take the prompt verbatim, with no chat template")
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        "-m",
+        metavar="DIR_OR_ID",
+        help="folder or hub name (default: the embedded model)",
+    )
+    add("--revision", metavar="SHA", help="branch, tag or commit of a hub model")
+    add("--offline", action="store_true", help="never download")
+    add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
+    add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
+    add("--threads", type=_whole, metavar="N", help="processors to use (default: torch's choice)")
+    add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
+    add(
+        "--vision-tower",
+        metavar="DIR_OR_ID",
+        help="vision tower of a model that leaves it out (default: the one that it names)",
+    )
+    add = parser.add_argument_group("conversion").add_argument
+    add(
+        "--convert",
+        metavar="DIR",
+        help="write --model's pickled weights (.bin) to DIR as safetensors, and leave",
+    )
+    add = parser.add_argument_group("generation").add_argument
+    add(
+        "--max-new-tokens", "-n", type=_whole, default=256, metavar="N", help="longest answer (256)"
+    )
+    add("--temperature", type=_real, default=0.0, metavar="T", help="0 is greedy, the default")
+    add("--top-k", type=_whole, default=0, metavar="K", help="draw among the K likeliest; 0 is all")
+    add("--top-p", type=_real, default=1.0, metavar="P", help="draw among the likeliest of mass P")
+    add("--seed", type=_whole, default=0, help="of the draw (0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    add("--repetition-penalty", type=_real, default=1.0, metavar="R", help="1 is off, the default")
+    add(
+        "--logprobs",
+        action="store_true",
+        help="log-probabilities of tokens, in --json or --batch",
+    )
+    add("--no-stream", action="store_true", help="print the answer only when it is complete")
+    add = parser.add_argument_group("cache").add_argument
+    add(
+        "--cache",
+        metavar="SPEC",
+        help="full (exact), avl, h2o, fastv, streaming, snapkv, random, with parameters; default: "
+        "avl:secondary=0.9,core=0.6,prefill=1,text=1",
+    )
+    add(
+        "--sync-selection",
+        action="store_true",
+        help="on a GPU, rank cached tokens in order, not beside the model (same text)",
+    )
+    add(
+        "--graphs",
+        action="store_true",
+        help="on a GPU, replay decode steps from captured CUDA graphs (same text)",
+    )
+    add = parser.add_argument_group("information").add_argument
+    add(
+        "--compare",
+        action="store_true",
+        help="answer with the full cache and with --cache, and say what differs",
+    )
+    add("--stats", action="store_true", help="times, tokens per tier and bytes, on stderr")
+    add("--json", action="store_true", help="print one JSON object with everything")
+    add(
+        "--attention",
+        metavar="FILE.html",
+        help="write a page that shows what each token looked at, and what the cache kept",
+    )
+    add(
+        "--draw-boxes",
+        metavar="FILE",
+        help="paint the regions the answer names on the last picture (Qwen-VL)",
+    )
+    add("--check", action="store_true", help="examine this machine and --model, and leave")
+    add("--quiet", "-q", action="store_true", help="nothing on stderr but errors")
+    add("--verbose", "-v", action="store_true", help="show the rendered prompt and its token ids")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--version", action="store_true", help="print the version, and leave")
+    return parser

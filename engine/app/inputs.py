@@ -1,0 +1,140 @@
+"""What the flags of a question name: its prompt, its pictures, its options, its files to
+write, its engine.
+
+All but the engine is checked before torch is imported: a typo fails in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..checkpoint.hub import resolve
+from ..errors import OptionError
+from ..files import check_target
+from ..options import OptionValues, check_threads, make_options
+from ..pictures.boxes import PICTURE_KINDS
+from ..pictures.image import MAX_PIXELS, LoadedImage
+from ..pictures.remote import is_address, open_picture
+from ..prompts.messages import EXAMPLE
+from .noise import Noise
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The text of --prompt, from a file (@) or stdin (-) where it says so; never empty."""
+    if prompt is None:
+        raise OptionError("no --prompt is given", hint='add --prompt "What is in the picture?"')
+    try:
+        text = _prompt_text(prompt)
+    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"--prompt {prompt}: cannot be read as text ({reason})") from error
+    if not text.strip():
+        raise OptionError("the prompt is empty", hint=EXAMPLE)
+    return text
+
+
+def _prompt_text(prompt: str) -> str:
+    if prompt == "-":
+        return sys.stdin.read()
+    if prompt.startswith("@"):
+        with open(prompt[1:], encoding="utf-8") as file:
+            return file.read()
+    return prompt
+
+
+def read_options(flags: argparse.Namespace) -> OptionValues:
+    """The flags of an answer, their ranges checked."""
+    values = OptionValues(
+        max_new_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        seed=flags.seed,
+        stop=flags.stop,
+        repetition_penalty=flags.repetition_penalty,
+        logprobs=flags.logprobs,
+    )
+    make_options(**values)
+    return values
+
+
+def opener(flags: argparse.Namespace) -> Callable[[str], LoadedImage]:
+    """How the flags say that a picture is opened; "-" is stdin."""
+    if not 1 <= flags.max_pixels <= MAX_PIXELS:
+        raise OptionError(
+            f"--max-pixels is {flags.max_pixels}", hint=f"use 1 to {MAX_PIXELS} pixels"
+        )
+
+    def open_named(name: str) -> LoadedImage:
+        source = sys.stdin.buffer.read() if name == "-" else picture_path(name)
+        return open_picture(source, flags.max_pixels, flags.allow_url)
+
+    return open_named
+
+
+def picture_path(name: str) -> str:
+    """A picture's name with ``~`` as a shell reads it, unless a file is really called so."""
+    return name if is_address(name) or os.path.exists(name) else os.path.expanduser(name)
+
+
+def open_pictures(flags: argparse.Namespace) -> list[LoadedImage]:
+    """The pictures of --image, in order."""
+    return list(map(opener(flags), flags.image))
+
+
+def check_targets(flags: argparse.Namespace) -> None:
+    """Refuse at once what could only fail after the answer: files that cannot be written."""
+    inputs = [*map(picture_path, flags.image), *_files_of(flags.prompt)]
+    targets = {
+        "--draw-boxes": (flags.draw_boxes, PICTURE_KINDS, "no picture to draw on"),
+        "--attention": (flags.attention, (".html", ".htm"), "no picture to show"),
+    }
+    for flag, (path, endings, lack) in targets.items():
+        if path is None:
+            continue
+        if not flags.image:
+            raise OptionError(f"{flag} has {lack}", hint="add --image FILE")
+        check_target(flag, path, endings, inputs)
+
+
+def _files_of(prompt: str | None) -> list[str]:
+    return [prompt[1:]] if prompt and prompt.startswith("@") else []
+
+
+def find_model(flags: argparse.Namespace) -> None:
+    """See that the model is there, downloaded if needed: a wrong name need not wait for torch."""
+    check_threads(flags.threads)
+    resolve(flags.model, flags.revision, flags.offline)
+
+
+def load_engine(flags: argparse.Namespace, noise: Noise) -> Engine:
+    """The engine that the flags ask for, and what is to be said of it; torch is imported here."""
+    find_model(flags)
+    gc.disable()  # all that torch makes while it is imported stays: searching it costs a tenth
+    from ..engine import DEFAULT_CACHE, Engine
+
+    gc.freeze()
+    gc.enable()
+    engine = Engine.load(
+        flags.model,
+        device=flags.device,
+        dtype=flags.dtype,
+        cache=flags.cache or DEFAULT_CACHE,
+        style=flags.style,
+        revision=flags.revision,
+        offline=flags.offline,
+        vision_tower=flags.vision_tower,
+        selection="sync" if flags.sync_selection else "branch",
+        graphs=flags.graphs,
+        threads=flags.threads,
+    )
+    noise.loaded(engine)
+    return engine

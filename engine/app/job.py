@@ -1,0 +1,180 @@
+"""The requests of a batch job: one JSON object a line, over the defaults of the command line.
+
+A line holds the arguments of ``Engine.generate``, and may hold a ``system`` text:
+``{"prompt": "What is it?", "images": ["a.jpg"], "max_new_tokens": 64}``. Pictures are found beside
+the job file, wherever the command is started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+from ..files import is_regular
+from ..options import make_options
+from ..pictures.image import MAX_PIXELS, LoadedImage
+from ..pictures.remote import is_address, open_picture
+from ..prompts.messages import with_system
+
+STDIN = "-"
+# What a request is without a word about it; all but the event that only a program can set.
+DEFAULTS: dict[str, Any] = {
+    name: option.default
+    for name, option in inspect.signature(make_options).parameters.items()
+    if name != "cancel"
+} | {"raw": False}
+KEYS = ("prompt", "images", "system", *DEFAULTS)
+
+
+def open_beside(source: str) -> LoadedImage:
+    """A picture of a job without limits of its own: a file or a ``data:`` URL."""
+    return open_picture(source, MAX_PIXELS, allow_url=False)
+
+
+class Job:
+    """Numbered requests, from 0. A line that is no request is one that fails.
+
+    Attributes:
+        folder: where the pictures of the lines are.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        folder: Path,
+        defaults: Mapping[str, Any] | None = None,
+        open_picture: Callable[[str], LoadedImage] = open_beside,
+    ) -> None:
+        """``defaults`` stand for keys that a line lacks; ``images`` there are opened pictures'
+        names, complete as they are."""
+        self.folder, self._open = folder, open_picture
+        self._defaults = {**DEFAULTS, **(defaults or {})}
+        # Not splitlines(): a JSON text may hold other line ends.
+        lines = io.StringIO(text, newline=None)
+        self._values = [_parse(line) for line in lines if line.strip()]
+
+    @classmethod
+    def read(
+        cls,
+        source: str | Path,
+        defaults: Mapping[str, Any] | None = None,
+        open_picture: Callable[[str], LoadedImage] = open_beside,
+    ) -> Job:
+        """The job of a file, "-" is stdin; raises OptionError if there is none in it."""
+        folder = Path() if source == STDIN else Path(source).parent
+        job = cls(_text(source), folder, defaults, open_picture)
+        if not len(job):
+            raise OptionError(
+                f"--batch {source} holds no requests", hint='write {"prompt": "..."} lines'
+            )
+        return job
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def request(self, number: int) -> dict[str, Any]:
+        """The arguments of ``Engine.generate``, pictures opened; raises what is wrong with them."""
+        values = self._merged(number)
+        unknown = sorted(values.keys() - set(KEYS))
+        if unknown:
+            raise OptionError(
+                f"a request has unknown keys: {', '.join(unknown)}",
+                hint=f"known: {', '.join(KEYS)}",
+            )
+        place = self._place if "images" in self._value(number) else str
+        names = map(place, _names(values.get("images")))
+        values["images"] = [self._open(name).pixels for name in names]
+        system = values.pop("system", None)
+        if system is not None:
+            values["prompt"] = _spoken_to(values, system)
+        return values
+
+    def digest(self, number: int) -> str:
+        """Tells apart requests that may be answered differently."""
+        value = self._values[number]
+        try:
+            content = self._merged(number) if isinstance(value, dict) else value
+            text = json.dumps(content, sort_keys=True)
+        except RecursionError:
+            text = "nested too deeply"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _merged(self, number: int) -> dict[str, Any]:
+        return {**self._defaults, **self._value(number)}
+
+    def _value(self, number: int) -> Mapping[str, Any]:
+        value = self._values[number]
+        if not isinstance(value, dict):
+            raise OptionError(
+                "a request is no JSON object", hint='write {"prompt": "...", "images": []}'
+            )
+        return value
+
+    def _place(self, name: str) -> str:
+        return name if is_address(name) else str(self.folder / os.path.expanduser(name))
+
+
+def _parse(line: str) -> Any:
+    """What a line holds; one that is no JSON comes as its text."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+
+
+def _text(source: str | Path) -> str:
+    """What a job file holds. A pipe by name could be waited for without end, and is refused."""
+    try:
+        if source == STDIN:
+            data = sys.stdin.buffer.read()
+        elif is_regular(source):
+            data = Path(source).read_bytes()
+        else:
+            raise OptionError(
+                f"--batch {source} is not a regular file", hint="--batch - reads stdin"
+            )
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(
+            f"--batch {source} cannot be read: {reason}", hint="name a text file of requests"
+        ) from error
+
+
+def _names(images: object) -> list[str]:
+    names = [images] if isinstance(images, str) else images
+    if names is None:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise OptionError(
+            f"a request's images are {images!r:.60}", hint='write "images": ["a.jpg"]'
+        )
+    if STDIN in names:
+        raise OptionError("a request names stdin as its picture", hint="name a file")
+    return names
+
+
+def _spoken_to(values: Mapping[str, Any], system: object) -> Any:
+    """The prompt behind a system text; messages that begin with one of their own keep it."""
+    prompt = values.get("prompt")
+    if not isinstance(system, str):
+        raise OptionError(f"a request's system is {system!r:.60}", hint="write a text")
+    if values.get("raw"):
+        raise OptionError(
+            "a raw request takes no system text", hint="write it into the prompt, or leave out raw"
+        )
+    if isinstance(prompt, str) and prompt.strip():
+        return with_system(prompt, len(values["images"]), system)
+    if not isinstance(prompt, list) or not prompt:
+        return prompt  # refused where prompts are read
+    first = prompt[0]
+    own = isinstance(first, dict) and first.get("role") == "system"
+    return prompt if own else [{"role": "system", "content": system}, *prompt]

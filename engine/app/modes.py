@@ -1,0 +1,56 @@
+"""What the command line can be asked to do, and which flags each of these takes.
+
+A flag that a mode does not take is refused by name: none is ignored in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from ..errors import OptionError
+
+_ALWAYS = {"quiet", "debug"}
+_FOLDER = {"model", "revision", "offline", "vision_tower"}
+_LOADED = _FOLDER | {"dtype", "device", "style", "threads", "cache", "sync_selection", "graphs"}
+_ASKED = {"image", "prompt", "allow_url", "max_pixels", "system", "max_new_tokens", "stop"}
+_DRAWN = {"temperature", "top_k", "top_p", "seed", "repetition_penalty"}
+_ANSWER = _ALWAYS | _LOADED | _ASKED | _DRAWN
+
+# The flag that asks for a mode, the first that is given decides; "" is one answer.
+MODES: dict[str, Set[str]] = {
+    "check": _ALWAYS | _FOLDER | {"json"},
+    "convert": _ALWAYS | _FOLDER,
+    "batch": _ANSWER | {"output", "rows", "raw", "logprobs"},
+    "chat": _ANSWER | {"stats"},
+    "compare": _ANSWER | {"raw", "json", "logprobs", "verbose"},
+    "": _ANSWER
+    | {"raw", "json", "logprobs", "verbose", "stats", "no_stream", "attention", "draw_boxes"},
+}
+
+# Flags that say nothing without another one, and flags that say the contrary of another one.
+_NEEDS = {"logprobs": "json"}
+_EXCLUDES = {"verbose": "quiet", "stats": "quiet", "system": "raw"}
+
+
+def find_mode(given: Set[str]) -> str:
+    """The mode that the flags ask for, by their names as attributes.
+
+    Raises OptionError for a flag that the mode does not take.
+    """
+    mode = next((name for name in MODES if name in given), "")
+    for name in sorted(given - MODES[mode] - {mode}):
+        if not mode:
+            needed = " or ".join(_flag(other) for other, takes in MODES.items() if name in takes)
+            raise OptionError(f"{_flag(name)} is of {needed}", hint=f"add {needed}")
+        raise OptionError(f"{_flag(mode)} takes no {_flag(name)}", hint="leave one out")
+    for name, other in _NEEDS.items():
+        if name in given and other in MODES[mode] and other not in given:
+            raise OptionError(f"{_flag(name)} needs {_flag(other)}", hint=f"add {_flag(other)}")
+    for name, other in _EXCLUDES.items():
+        if {name, other} <= given:
+            raise OptionError(f"{_flag(other)} takes no {_flag(name)}", hint="leave one out")
+    return mode
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

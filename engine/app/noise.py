@@ -1,0 +1,98 @@
+"""What goes to stderr beside errors: load line, notes and figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..pictures.image import LoadedImage
+    from ..prompts.prompt import Prompt
+    from ..result import Result
+
+
+class Noise:
+    """What goes to stderr beside errors: only on a terminal, or where it is asked for."""
+
+    def __init__(self, options: argparse.Namespace, pictures: Iterable[LoadedImage]) -> None:
+        self.options = options
+        self.wanted = not options.quiet and (sys.stderr.isatty() or options.verbose)
+        for picture in pictures:
+            for note in picture.notes:
+                self.note(f"{picture.name}: {note}")
+
+    def note(self, text: str) -> None:
+        """One line on stderr, unless --quiet."""
+        if not self.options.quiet:
+            print(f"note: {text}", file=sys.stderr)
+
+    def loaded(self, engine: Engine) -> None:
+        """The load line, and that the default cache is an approximation."""
+        for flag in ("graphs", "sync_selection"):
+            if getattr(self.options, flag) and engine.device.type == "cpu":
+                self.note(f"--{flag.replace('_', '-')} changes nothing on a CPU")
+        if not self.wanted:
+            return
+        from ..ops.native import backend
+
+        dtype = str(engine.dtype).removeprefix("torch.")
+        print(
+            f"{engine.name} loaded in {engine.load_seconds:.1f} s: {dtype} on {engine.device}, "
+            f"{backend().name} kernels, cache {engine.policy.spec}",
+            file=sys.stderr,
+        )
+        if self.options.model is None:
+            print(
+                "the embedded tiny model knows drawings and printed text; "
+                "--model FOLDER runs a real one",
+                file=sys.stderr,
+            )
+        if self.options.cache is None:
+            print(
+                "the default cache approximates the model; --cache full is exact", file=sys.stderr
+            )
+
+    def prompt(self, prompt: Prompt) -> None:
+        """The rendered prompt and its ids, a picture's as how many times its id."""
+        ids: list[str] = []
+        for segment in prompt.segments:
+            part = prompt.token_ids[segment.start : segment.end]
+            ids += map(str, part) if segment.kind == "text" else [f"{part[0]}*{len(part)}"]
+        print(f"prompt: {prompt.text!r}\nids: {' '.join(ids)}", file=sys.stderr)
+
+    def finished(self, result: Result) -> None:
+        """The summary line, or all figures with --stats."""
+        if self.options.quiet or not (self.wanted or self.options.stats):
+            return
+        if self.options.stats:
+            self.figures(result)
+        else:
+            self.summary(result)
+
+    def summary(self, result: Result) -> None:
+        """Tokens per tier, speed and bytes, in one line."""
+        times, cache = result.timings, result.cache
+        print(
+            f"{cache.image_tokens} image tokens: {cache.core.mean:.0f} core, "
+            f"{cache.stored.mean:.0f} stored, {cache.minor.mean:.0f} freed | "
+            f"first token {times.ttft * 1e3:.0f} ms, {times.tokens_per_second:.1f} tokens/s | "
+            f"cache {cache.bytes_used / 1e6:.2f} MB of {cache.bytes_full / 1e6:.2f} MB full",
+            file=sys.stderr,
+        )
+
+    def figures(self, result: Result) -> None:
+        """Everything that is known about an answer, in two lines."""
+        self.summary(result)
+        times, cache = result.timings, result.cache
+        print(
+            f"{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated, "
+            f"ended by {result.finish_reason} | load {times.load:.2f} s, "
+            f"picture {times.picture * 1e3:.0f} ms, prefill {times.prefill * 1e3:.0f} ms, "
+            f"{times.per_token * 1e3:.1f} ms per token | stored {cache.stored_share:.1%}, "
+            f"used {cache.used_share:.1%}, text {cache.text.mean:.0f} kept, "
+            f"{cache.bytes_allocated / 1e6:.2f} MB allocated",
+            file=sys.stderr,
+        )

@@ -1,0 +1,113 @@
+"""One question, one answer on stdout; or two of them, to compare."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..errors import ContextError
+from ..files import written_whole
+from ..prompts.messages import with_system
+from .capping import capped, shortened
+from .inputs import check_targets, load_engine, open_pictures, read_options, read_prompt
+from .noise import Noise
+from .terminal import INTERRUPTED, say, say_json
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..pictures.image import LoadedImage
+    from ..prompts.messages import Messages
+    from ..result import Result
+
+
+def answer_once(flags: argparse.Namespace) -> int:
+    """Answer --prompt about the pictures of --image; returns the exit code."""
+    text, options = read_prompt(flags.prompt), read_options(flags)
+    check_targets(flags)
+    pictures = open_pictures(flags)
+    noise = Noise(flags, pictures)
+    prompt = with_system(text, len(pictures), flags.system)
+    engine = load_engine(flags, noise)
+    pixels = [picture.pixels for picture in pictures]
+    if flags.verbose and not flags.quiet:
+        noise.prompt(engine.render(prompt, pixels, raw=flags.raw))
+    if flags.compare:
+        return _compare(engine, prompt, pictures, flags, noise)
+    stream = engine.stream
+    if flags.attention:
+        from ..insight.page import stream_with_page
+
+        stream = partial(stream_with_page, engine, flags.attention)
+    asked = partial(stream, prompt, pixels, raw=flags.raw)
+    return _answer(capped(asked, options, noise.note), flags, pictures, noise)
+
+
+def _compare(
+    engine: Engine,
+    prompt: Messages,
+    pictures: list[LoadedImage],
+    flags: argparse.Namespace,
+    noise: Noise,
+) -> int:
+    from ..insight.compare import compare
+
+    pixels = [picture.pixels for picture in pictures]
+    options = read_options(flags)
+    try:
+        found = compare(engine, prompt, pixels, options, raw=flags.raw)
+    except ContextError as error:
+        options = shortened(options, error, noise.note)
+        found = compare(engine, prompt, pixels, options, raw=flags.raw)
+    if flags.json:
+        say_json(found.as_dict())
+    else:
+        say("\n".join(found.lines()) + "\n")
+    return 0
+
+
+def _answer(
+    pieces: Iterable[str | Result],
+    flags: argparse.Namespace,
+    pictures: list[LoadedImage],
+    noise: Noise,
+) -> int:
+    """Print an answer as it comes; an interrupt keeps what was said so far."""
+    live = not (flags.json or flags.no_stream)
+    text = ""
+    try:
+        for piece in pieces:
+            if not isinstance(piece, str):
+                result = piece
+                continue
+            text += piece
+            if live:
+                say(piece)
+    except KeyboardInterrupt:
+        if not flags.json:
+            say("\n" if live else text + "\n")
+        return INTERRUPTED
+    if flags.json:
+        say_json(result.as_dict())
+    else:
+        say("\n" if live else result.text + "\n")
+    if flags.draw_boxes:
+        _draw_boxes(flags.draw_boxes, pictures[-1], result, noise)
+    noise.finished(result)
+    return 0
+
+
+def _draw_boxes(path: str, picture: LoadedImage, result: Result, noise: Noise) -> None:
+    """Write the picture with the answer's regions, if there are any."""
+    from PIL import Image
+
+    from ..pictures.boxes import draw_boxes
+
+    if result.boxes:
+        kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
+        with written_whole(path) as file:
+            draw_boxes(picture.pixels, result.boxes).save(file, format=kind)
+    else:
+        noise.note(f"the answer names no regions; {path} is not written")

@@ -1,0 +1,207 @@
+"""``--chat``: a conversation on the terminal, or over a pipe with one question a line.
+
+Answers go to stdout, everything else to stderr; ``app.lines`` says how lines are typed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from ..errors import EngineError, OptionError
+from ..files import write_whole
+from ..naming import display_name
+from ..prompts.messages import with_system
+from .capping import capped
+from .lines import FENCE, typed_paths
+from .terminal import complain, say
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..engine import Engine
+    from ..options import OptionValues
+    from ..pictures.image import LoadedImage
+    from ..result import Result
+    from .noise import Noise
+
+HELP = f"""/image FILE   show a picture with the next question; files may be dropped here
+/clear        forget the conversation
+/stats        figures of the last answer
+/cache SPEC   another cache policy, such as full or avl; forgets the conversation
+/save FILE    write the conversation as text
+/help         this list
+/exit         leave; Ctrl-D too
+Ctrl-C stops an answer, twice it leaves. {FENCE} on a line of its own begins and ends many lines."""
+
+
+class Repl:
+    """A conversation that is typed in.
+
+    Attributes:
+        code: the exit code: of the first error where stdin is a pipe, else 0.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        open_picture: Callable[[str], LoadedImage],
+        options: OptionValues,
+        noise: Noise,
+        system: str | None = None,
+    ) -> None:
+        """``open_picture`` opens what /image names; ``system`` stands before the first question."""
+        self.engine, self._chat = engine, engine.chat()
+        self.code = 0
+        self._open, self._options, self._noise = open_picture, options, noise
+        self._system = system
+        self._pictures: list[LoadedImage] = []
+        self._said: list[tuple[str, str]] = []
+        self._last: Result | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/clear": self._clear,
+            "/stats": self._stats,
+            "/cache": self._cache,
+            "/save": self._save,
+            "/help": lambda _: self._tell(HELP),
+        }
+
+    @property
+    def commands(self) -> list[str]:
+        """What a line may begin with instead of a question."""
+        return [*self._commands, "/exit"]
+
+    def show(self, pictures: list[LoadedImage]) -> None:
+        """Show pictures with the next question."""
+        self._pictures += pictures
+
+    def run(self, lines: Iterator[str]) -> int:
+        """Answer questions and obey commands until /exit; returns the exit code."""
+        for line in lines:
+            if line.strip() in ("/exit", "/quit"):
+                break
+            try:
+                self.take(line)
+            except EngineError as error:
+                complain(str(error), error.hint)
+                if not sys.stdin.isatty():
+                    self.code = self.code or error.exit_code
+        return self.code
+
+    def take(self, line: str) -> None:
+        """One question or command; raises EngineError, which leaves the conversation usable."""
+        command, _, rest = line.strip().partition(" ")
+        if command in self._commands:
+            self._commands[command](rest.strip())
+        elif command.startswith("/") and "/" not in command[1:]:
+            raise OptionError(
+                f"unknown command {display_name(command)[:40]}",
+                hint=f"use {', '.join(self.commands)}",
+            )
+        elif line.strip():
+            self._ask(line)
+
+    def _ask(self, question: str) -> None:
+        """Answer as it comes. Ctrl-C ends the answer; what was said stays in the conversation."""
+        pictures, self._pictures = [picture.pixels for picture in self._pictures], []
+        try:
+            self._answer(question, pictures)
+        except EngineError:
+            if pictures:  # shown again, they would be refused again
+                self._tell(f"({len(pictures)} pictures are put away; /image shows one again)")
+            raise
+
+    def _answer(self, question: str, pictures: list[Image]) -> None:
+        first = not self._chat.token_ids
+        prompt = with_system(question, len(pictures), self._system if first else None)
+        answer = ""
+        with _stop_button() as stopped:
+            ask = partial(self._chat.stream, prompt, pictures)
+            pieces = capped(ask, self._options, self._noise.note)
+            for piece in pieces:
+                if not isinstance(piece, str):
+                    self._last = piece
+                    continue
+                answer += piece
+                say(piece)
+                if stopped():
+                    break
+            pieces.close()  # type: ignore[attr-defined]  # a generator: this settles the chat
+        say("\n")
+        self._said.append((question, answer))
+        if stopped():
+            self._tell("(stopped)")
+        elif self._last is not None:
+            self._noise.finished(self._last)
+
+    # -- commands ---------------------------------------------------------------------------------
+
+    def _image(self, text: str) -> None:
+        paths = typed_paths(text)
+        if not paths or "-" in paths:  # stdin holds the conversation
+            raise OptionError("/image needs a file name", hint="/image car.jpg")
+        pictures = [self._open(path) for path in paths]
+        for picture in pictures:
+            for note in picture.notes:
+                self._noise.note(note)
+            self._tell(f"{picture.name}: {picture.pixels.width} x {picture.pixels.height} pixels")
+        self.show(pictures)
+
+    def _clear(self, _: str) -> None:
+        self._chat, self._pictures, self._said, self._last = self.engine.chat(), [], [], None
+        self._tell("the conversation is forgotten")
+
+    def _stats(self, _: str) -> None:
+        if self._last is None:
+            raise OptionError("there are no figures yet", hint="ask something first")
+        self._noise.figures(self._last)
+
+    def _cache(self, spec: str) -> None:
+        if not spec:
+            self._tell(f"cache {self.engine.policy.spec}")
+            return
+        self.engine = self.engine.with_cache(spec)
+        self._clear("")
+        self._tell(f"cache {self.engine.policy.spec}")
+
+    def _save(self, text: str) -> None:
+        if not text:
+            raise OptionError("/save needs a file name", hint="/save chat.txt")
+        path = " ".join(typed_paths(text))
+        text = "".join(f"> {q}\n\n{answer}\n\n" for q, answer in self._said)
+        try:
+            if os.path.lexists(path):  # never over what is there
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            write_whole(path, text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            reason = f"{display_name(path)} cannot be written: {error.strerror}"
+            raise OptionError(reason, hint="give another name") from None
+        self._tell(f"{len(self._said)} answers written to {display_name(path)}")
+
+    def _tell(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+@contextmanager
+def _stop_button() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C only sets a mark meanwhile, so that no step is cut in half; a second one raises."""
+    pressed: list[int] = []
+
+    def press(number: int, _: FrameType | None) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)

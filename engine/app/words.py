@@ -1,0 +1,57 @@
+"""Words without a flag: which of them are pictures, and which one is the prompt."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+
+from ..errors import OptionError
+from ..pictures.remote import is_address
+
+COMMANDS = ("serve", "batch")  # kept for commands to come
+
+_PICTURE = re.compile(
+    r".+\.(jpe?g|jfif|png|webp|bmp|gif|tiff?|hei[cf]|avif|jxl|svg|pdf|psd|ico|fits?)", re.I | re.S
+)
+# One word that could only be a path: with a folder, or with an ending.
+_PATH = re.compile(r"(?!@)(\S*/\S*|~\S*|[\w-]+\.[A-Za-z]\w{1,4})")
+
+
+def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
+    """Bring --image into one list, and share ``words`` out between --image and --prompt.
+
+    Of several values of one --image those behind the first are such words as well:
+    ``--image a.jpg b.jpg "Which one is larger?"``.
+
+    Raises OptionError unless at most one word is left for the prompt.
+    """
+    if words and words[0] in COMMANDS:
+        raise OptionError(
+            f"{words[0]!r} is kept for a command to come", hint="give a question with --prompt"
+        )
+    pictures: list[str] = []
+    prompts = [] if flags.prompt is None else [flags.prompt]
+    for first, *others in [*flags.image, ["", *words]]:
+        pictures += [first] if first else []
+        for word in others:
+            (pictures if is_picture(word) else prompts).append(word)
+    if len(prompts) > 1:
+        shown = " and ".join(f"{text[:40]!r}" for text in prompts[:2])
+        raise OptionError(f"there is more than one prompt: {shown}", hint="quote it as one word")
+    flags.image, flags.prompt = pictures, prompts[0] if prompts else None
+
+
+def is_picture(word: str) -> bool:
+    """Whether a word means a picture: it is a file, or could be nothing but a mistyped one.
+
+    >>> is_picture("car.jpg"), is_picture("photos/car"), is_picture("What is it?")
+    (True, True, False)
+    """
+    return (
+        word == "-"
+        or is_address(word)
+        or os.path.exists(os.path.expanduser(word))
+        or bool(_PICTURE.fullmatch(word) or _PATH.fullmatch(word))
+    )

@@ -1,0 +1,1 @@
+"""Files on disk: safetensors with checks, names, the hub, conversion."""

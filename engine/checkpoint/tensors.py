@@ -1,0 +1,306 @@
+"""A folder of safetensors files as one checked set of tensors, read one by one.
+
+Each tensor is read through a memory map of just its own bytes, straight to the device and dtype
+where it will live, so that beside the model itself never more than one tensor is in memory.
+"""
+
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from .adapters import is_quantised, quantised
+from .folder import read_folder
+from .folder_files import first_five, open_file, read_json, show
+from .header import TensorInfo
+from .names import Rename, target_names
+
+__all__ = ["Checkpoint", "Fit", "TensorInfo", "fit_weights", "load_weights", "read_json"]
+
+# Smaller tensors are copied: a map of its own costs more than they do.
+MAPPED_FROM = 1 << 16
+
+
+class Checkpoint:
+    """The tensors of one folder, by the names they have on disk.
+
+    >>> with Checkpoint.open(Path("weights/tiny")) as checkpoint:      # doctest: +SKIP
+    ...     weight = checkpoint.read("lm_head.weight", "cpu", torch.float32)
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        self.total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._files: dict[Path, tuple[BinaryIO, int]] = {}
+        for path in sorted({tensor.file for tensor in tensors.values()}):
+            file = open_file(path)
+            self._files[path] = file, os.fstat(file.fileno()).st_size
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Finds the weight files of a folder and checks all their headers; reads no tensor yet.
+
+        Accepts what `checkpoint.folder.read_folder` accepts; raises CheckpointError otherwise.
+        """
+        return cls(folder, read_folder(folder))
+
+    def read(
+        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Copies one tensor to a device and dtype (default: as stored), shape as in `tensors`.
+
+        Raises CheckpointError if the file has changed size since it was opened.
+        """
+        return self.read_part(self.tensors[name], device, dtype)
+
+    def read_part(
+        self,
+        info: TensorInfo,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        mapped: bool = False,
+        room: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Copies what `info` describes: a tensor, or rows of one (`TensorInfo.split`).
+
+        With `mapped`, a large tensor that a CPU can use as it lies in the file is not copied: it
+        stays a private map of the file for as long as it lives. With `room`, it is copied there.
+        """
+        dtype = dtype or info.dtype
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype, device=device)
+        view, source = self._map(info)
+        usable = torch.device(device).type == "cpu" and dtype == info.dtype
+        if mapped and room is None and usable and info.nbytes >= MAPPED_FROM:
+            return source
+        target = torch.empty(info.shape, dtype=dtype, device=device) if room is None else room
+        target.copy_(source)
+        del source  # nothing may point into the map when it is closed
+        view.close()
+        return target
+
+    def equal(self, one: str, other: str, chunk: int = 16 << 20) -> bool:
+        """Tells whether two tensors hold the same dtype, shape and bytes; reads 16 MB at a time."""
+        a, b = self.tensors[one], self.tensors[other]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        fd_a, fd_b = (self._files[info.file][0].fileno() for info in (a, b))
+        return all(
+            os.pread(fd_a, size, a.start + at) == os.pread(fd_b, size, b.start + at)
+            for at in range(0, a.nbytes, chunk)
+            for size in [min(chunk, a.nbytes - at)]
+        )
+
+    def close(self) -> None:
+        """Closes the files; tensors that were read stay valid: copies, or maps of their own."""
+        for file, _ in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _map(self, info: TensorInfo) -> tuple[mmap.mmap, torch.Tensor]:
+        """A map of just the tensor's bytes, and the tensor as it lies there.
+
+        Touching a map beyond the end of its file kills the process (SIGBUS): the size is checked
+        just before.
+        """
+        file, size = self._files[info.file]
+        now = os.fstat(file.fileno()).st_size
+        if now != size:
+            raise CheckpointError(
+                f"{info.file} changed while it was read: it had {size:,} bytes, now {now:,}",
+                hint="wait until nothing writes to it, then start again",
+            )
+        offset = info.start % mmap.ALLOCATIONGRANULARITY
+        start = info.start - offset
+        # A private writable map, never written to: torch warns about read-only memory.
+        view = mmap.mmap(file.fileno(), info.stop - start, access=mmap.ACCESS_COPY, offset=start)
+        raw = torch.frombuffer(view, dtype=torch.uint8, count=info.nbytes, offset=offset)
+        if offset % info.dtype.itemsize:  # legal in the format, but not for a typed view
+            raw = raw.clone()
+        return view, raw.view(info.dtype).view(info.shape)
+
+
+Room = Callable[[str, torch.dtype], torch.Tensor | None]
+
+
+def no_room(name: str, dtype: torch.dtype) -> None:
+    """Every parameter has memory of its own."""
+
+
+def load_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rename: Rename,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tied: Mapping[str, str] | None = None,
+    mapped: bool = False,
+    room: Room = no_room,
+) -> list[str]:
+    """Fills the parameters of a module built on the meta device, one tensor at a time.
+
+    Args:
+        module: parameters and persistent buffers still on "meta" are filled; others are left alone,
+            so that a second checkpoint can supply what the first one lacks.
+        checkpoint: where the tensors come from.
+        rename: name on disk -> name in `module`, or None for a tensor known to be unused, or
+            several names, which share the rows of a fused tensor equally and in this order.
+        device: where the parameters will live.
+        dtype: of all floating-point parameters; a submodule with the attribute
+            `keep_float32 = True` keeps its own ones in float32.
+        tied: name -> name of the parameter it shares, where the config ties them. The first may be
+            absent from the file; if it is present it must be equal.
+        mapped: leave large tensors in the file's map where a CPU can use them as they lie.
+        room: name in `module` and dtype -> memory of the parameter's shape on `device`, into which
+            it is read; None: memory of its own.
+
+    Returns:
+        The names on disk that `rename` said are unused.
+
+    Raises:
+        CheckpointError: with the missing, unexpected and mis-shaped tensors in three lists.
+    """
+    fit = fit_weights(module, checkpoint, rename, tied)
+    # In the order of the file: sequential reading is what a disk does best.
+    for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
+        own = _dtype(module, name, dtype)
+        tensor = checkpoint.read_part(info, device, own, mapped, room(name, own))
+        _assign(module, name, tensor)
+    for name, other in fit.shared.items():
+        owner, leaf = _owner(module, name)
+        owner._parameters[leaf] = module.get_parameter(other)
+    return fit.ignored
+
+
+class Fit(NamedTuple):
+    """How a checkpoint fills a module: by our names, where each tensor comes from.
+
+    `shared` are tied parameters and what they share; `ignored` the unused names on disk.
+    """
+
+    sources: dict[str, TensorInfo]
+    shared: dict[str, str]
+    ignored: list[str]
+
+
+def fit_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rename: Rename,
+    tied: Mapping[str, str] | None = None,
+    elsewhere: str = "",
+) -> Fit:
+    """Checks names, shapes and kinds of all tensors against a module, and reads none of them.
+
+    Arguments and errors are those of `load_weights`; what begins with `elsewhere` is not wanted
+    here, because another checkpoint supplies it.
+    """
+    wanted = {
+        name: tensor
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if tensor.is_meta and not (elsewhere and name.startswith(elsewhere))
+    }
+    sources, ignored, unexpected = _match_names(checkpoint, rename, wanted)
+    shared = {name: other for name, other in (tied or {}).items() if name in wanted}
+    for name, other in shared.items():
+        _check_tied(checkpoint, sources.pop(name, None), sources.get(other))
+    missing = [name for name in wanted if name not in sources and name not in shared]
+    misfits = [_misfit(info, wanted[name]) for name, info in sources.items()]
+    _refuse_differences(checkpoint, missing, unexpected, list(filter(None, misfits)))
+    return Fit(sources, shared, ignored)
+
+
+def _match_names(
+    checkpoint: Checkpoint, rename: Rename, wanted: Mapping[str, object]
+) -> tuple[dict[str, TensorInfo], list[str], list[str]]:
+    """Sorts the tensors on disk into: by the name they fill, known to be unused, unexpected."""
+    sources: dict[str, TensorInfo] = {}
+    ignored, unexpected = [], []
+    for info in checkpoint.tensors.values():
+        names = target_names(rename(info.name))
+        if not names:
+            ignored.append(info.name)
+            continue
+        if any(name not in wanted for name in names):
+            if is_quantised(info.name):
+                raise quantised(checkpoint.folder, f"tensor {show(info.name)}")
+            unexpected.append(show(info.name))
+            continue
+        for name, part in zip(names, info.split(len(names)), strict=True):
+            if name in sources:
+                both = f"{show(sources[name].name)} and {show(info.name)}"
+                raise CheckpointError(f"{checkpoint.folder}: {both} are both {name}")
+            sources[name] = part
+    return sources, ignored, unexpected
+
+
+def _check_tied(checkpoint: Checkpoint, info: TensorInfo | None, other: TensorInfo | None) -> None:
+    """A tied parameter may be stored a second time, but not with other values."""
+    if info and other and not checkpoint.equal(info.name, other.name):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {show(info.name)} differs from {show(other.name)}, "
+            "but the config ties them",
+            hint="set tie_word_embeddings to false in config.json if they are meant to differ",
+        )
+
+
+def _refuse_differences(
+    checkpoint: Checkpoint, missing: list[str], unexpected: list[str], misshaped: list[str]
+) -> None:
+    # A fused tensor that does not fit is mis-shaped for each of its parts.
+    misshaped = list(dict.fromkeys(misshaped))
+    lists = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+    found = [f"{len(names)} {kind} ({first_five(names)})" for kind, names in lists.items() if names]
+    if found:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tensors do not fit the model: {'; '.join(found)}",
+            hint="config.json and the weights may be of different models",
+        )
+
+
+def _misfit(info: TensorInfo, target: torch.Tensor) -> str | None:
+    """Why a stored tensor cannot fill a parameter, or None if it can."""
+    if info.shape != tuple(target.shape):
+        return f"{info.name} is {list(info.shape)}, the model needs {list(target.shape)}"
+    if target.is_floating_point() and not info.dtype.is_floating_point:
+        return f"{info.name} has {info.dtype}: quantised checkpoints are not supported"
+    return None
+
+
+def _dtype(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    owner, leaf = _owner(module, name)
+    own: torch.dtype = getattr(owner, leaf).dtype
+    if not own.is_floating_point:
+        return own
+    return torch.float32 if getattr(owner, "keep_float32", False) else dtype
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor where the meta tensor of that name was, as parameter or buffer alike."""
+    owner, leaf = _owner(module, name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf

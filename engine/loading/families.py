@@ -1,0 +1,361 @@
+"""Which model a checkpoint folder holds, and what goes with it: names, pictures, prompts, ends.
+
+A family is recognised by config.json alone. Adding one means one function here and one row in the
+table at the end. LLaVA's original layout is told by its `mm_vision_tower`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.adapters import refuse_adapter, refuse_quantised
+from ..checkpoint.config import ConfigReader, shown
+from ..checkpoint.folder import read_folder
+from ..checkpoint.folder_files import read_file, read_json
+from ..checkpoint.hub import resolve
+from ..checkpoint.names import Rename, clip_names, llava_names
+from ..checkpoint.qwen_names import qwen_names
+from ..errors import CheckpointError, OptionError
+from ..models.llava import DECODERS, Llava, LlavaConfig, parse_hub, parse_original
+from ..models.llava_next import LlavaNext, parse_next_hub, parse_next_original
+from ..models.qwen_vl import QwenVl, QwenVlConfig
+from ..models.vision_language import VisionLanguageModel
+from ..pictures.anyres import Canvas, TileProcessor, check_same, read_pinpoints
+from ..pictures.preprocess import ImageProcessor, Mode
+from ..prompts.templates import find_style
+
+Config = Mapping[str, Any]
+
+# The tower that all published LLaVAs of the original layout name, by its published configuration:
+# a checkpoint that brings the weights along needs nothing else of that model. Trainers write the
+# path that it had on their machine.
+CLIP_L_336_NAME = "openai/clip-vit-large-patch14-336"
+CLIP_L_336 = {
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A recognised checkpoint: its model on the meta device, and how to feed it.
+
+    Attributes:
+        model: built, without memory for its weights.
+        rename: names on disk to names of ``model``.
+        processor: pictures to pixels.
+        style: prompt style.
+        end_tokens: ids that end an answer, as far as the configuration names them.
+        tower: folder and names of a vision tower that the checkpoint may leave out.
+        window: earlier turns are left out of a prompt so that they have fewer tokens; None: never.
+        strip: whether white space around an answer is dropped.
+        boxes: whether an answer may name regions of the picture; see ``pictures.boxes``.
+        image_marks: special tokens before and behind a picture's place, or none.
+        new_tokens: special tokens that the vocabulary is longer by if the tokenizer lacks them.
+        original: the original repository's layout; its tokenizer may still hold its base's prompt.
+    """
+
+    model: VisionLanguageModel
+    rename: Rename
+    processor: ImageProcessor
+    style: str
+    end_tokens: frozenset[int]
+    tower: tuple[Path, Rename] | None = None
+    window: int | None = None
+    strip: bool = False
+    boxes: bool = False
+    image_marks: tuple[str, ...] = ()
+    new_tokens: tuple[str, ...] = ()
+    original: bool = False
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller says in place of the checkpoint; see ``Engine.load``."""
+
+    style: str | None = None
+    vision_tower: str | None = None
+    offline: bool = False
+
+
+def recognise(
+    folder: Path,
+    style: str | None = None,
+    vision_tower: str | None = None,
+    offline: bool = False,
+) -> Family:
+    """Read ``folder``'s config.json and build what it describes; ``style`` overrides its prompts.
+
+    ``vision_tower`` (a folder or hub name) is in place of the one that an original layout names.
+
+    Raises CheckpointError for an unknown model type, a wrong key, an adapter or quantised weights.
+    """
+    if style is not None:
+        find_style(style)
+    refuse_adapter(folder)
+    path = folder / "config.json"
+    config = read_json(path)
+    refuse_quantised(folder, config)
+    build = (
+        _original if "mm_vision_tower" in config else FAMILIES.get(str(config.get("model_type")))
+    )
+    if build is None:
+        raise CheckpointError(
+            f"{path}: model_type is {shown(config.get('model_type'))}",
+            hint=f"supported: {', '.join(FAMILIES)}, and LLaVA's original layout",
+        )
+    if vision_tower is not None and build is not _original:
+        raise OptionError(
+            f"{folder} has a vision tower of its own; another one would change the model",
+            hint="leave out --vision-tower",
+        )
+    try:
+        return build(folder, config, Wishes(style, vision_tower, offline))
+    except RuntimeError as error:  # each size is in its range, but their product is no size
+        if "overflow" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{path}: no tensor can have its sizes together",
+            hint="compare the file with the published one",
+        ) from None
+
+
+def _llava_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``llava-hf/llava-1.5-*`` and what transformers saves."""
+    parsed = parse_hub(config)
+    style = wishes.style or _style(folder, _text_model(config), "llava-hf")
+    return _llava(folder, parsed, style, None)
+
+
+def _next_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``llava-hf/llava-v1.6-*``."""
+    parsed, pinpoints = parse_next_hub(config)
+    return _llava(folder, parsed, wishes.style or _trained(folder, _text_model(config)), pinpoints)
+
+
+def _original(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``liuhaotian/llava-v1.*``: a flat configuration, whose vision tower may lie elsewhere."""
+    tower, vision = _tower(folder, config, wishes)
+    reader = ConfigReader(config, "config.json")
+    if _is_anyres(config):
+        parsed, pinpoints = parse_next_original(config, vision)
+        if wishes.vision_tower is None:
+            tower = None  # LLaVA-1.6 has trained its tower further: no other one is right
+    else:
+        parsed, pinpoints = parse_original(config, vision), None
+    aspect = "crop" if pinpoints else reader.text("image_aspect_ratio", "square", tuple(_ASPECTS))
+    style = wishes.style or _trained(folder, DECODERS[reader.text("model_type", "llava")])
+    family = _llava(folder, parsed, style, pinpoints, _ASPECTS.get(aspect, "crop"))
+    start_end = reader.flag("mm_use_im_start_end", False)
+    marks = ("<im_start>", "<im_end>") if start_end else ()
+    patch = ("<im_patch>",) if reader.flag("mm_use_im_patch_token", False) else ()
+    names = clip_names(parsed.vision.used_layers)
+    return replace(
+        family,
+        tower=(tower, names) if tower else None,
+        image_marks=marks,
+        new_tokens=(*patch, *marks),
+        original=True,
+    )
+
+
+# How LLaVA-1.5's original code makes a picture square, by its image_aspect_ratio.
+_ASPECTS: dict[str, Mode] = {"pad": "pad", "square": "crop"}
+
+
+def _is_anyres(config: Config) -> bool:
+    return str(config.get("image_aspect_ratio")).startswith("anyres")
+
+
+def _text_model(config: Config) -> str:
+    text = config.get("text_config")
+    return str(text.get("model_type", "llama")) if isinstance(text, Mapping) else "llama"
+
+
+def _trained(folder: Path, decoder: str) -> str:
+    """The prompts that the original repository trains a decoder with."""
+    return _style(
+        folder, decoder, {"mistral": "mistral", "qwen2": "chatml"}.get(decoder, "llava-v1")
+    )
+
+
+def _style(folder: Path, decoder: str, usual: str) -> str:
+    """The style whose tokens the checkpoint's own template holds, or its tokenizer without one.
+
+    Vicuna, Yi and Llama 3 are all Llamas; only Yi's tokenizer knows ChatML.
+    """
+    held = _content(folder, "chat_template.jinja", "chat_template.json") or _content(
+        folder, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+    )
+    if b"<|start_header_id|>" in held:
+        return "llama3"
+    if b"<|im_start|>" in held:
+        return "chatml" if decoder == "qwen2" else "yi"
+    return usual
+
+
+def _content(folder: Path, *names: str) -> bytes:
+    """The files of these names that are there, one after the other."""
+    return b"".join(read_file(folder / name) for name in names if (folder / name).is_file())
+
+
+def _llava(
+    folder: Path,
+    config: LlavaConfig,
+    style: str,
+    pinpoints: tuple[Canvas, ...] | None,
+    mode: Mode | None = None,
+) -> Family:
+    """Join the parts of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6."""
+    with torch.device("meta"):
+        model: Llava = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
+    return Family(
+        model=model,
+        rename=llava_names(config.vision.used_layers, image_newline=bool(pinpoints)),
+        processor=_llava_processor(folder, config.vision.image, pinpoints, mode),
+        style=style,
+        end_tokens=end_tokens(folder, config.end_tokens),
+    )
+
+
+def _qwen(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``Qwen/Qwen-VL-Chat``, and ``Qwen/Qwen-VL``, whose chat_format is "raw"."""
+    parsed = QwenVlConfig.parse(config)
+    path = folder / "generation_config.json"
+    values = ConfigReader(read_json(path) if path.exists() else {}, str(path))
+    form = values.text("chat_format", "raw", ("raw", "chatml"))
+    style = wishes.style or {"raw": "qwen-vl", "chatml": "qwen-vl-chat"}[form]
+    ends = ["<|endoftext|>"]
+    if style == "qwen-vl-chat":
+        ends += ["<|im_start|>", "<|im_end|>"]
+    with torch.device("meta"):
+        model = QwenVl(parsed)
+    side = parsed.vision.image
+    return Family(
+        model=model,
+        rename=qwen_names(),
+        processor=ImageProcessor(shortest_edge=None, exact_size=(side, side), crop_size=None),
+        style=style,
+        end_tokens=end_tokens(folder, ()) | {parsed.specials[token] for token in ends},
+        window=values.integer("max_window_size", 6144) if style == "qwen-vl-chat" else None,
+        strip=True,
+        boxes=True,
+    )
+
+
+def _tower(folder: Path, config: Config, wishes: Wishes) -> tuple[Path | None, Config]:
+    """Where the original layout's vision tower lies, and its configuration.
+
+    ``_test_only_vision_config`` stands in for the published tower's in small tests.
+    """
+    reader = ConfigReader(config, "config.json")
+    if "_test_only_vision_config" in config:
+        return None, reader.section("_test_only_vision_config").values
+    inside = _holds_tower(folder)
+    if inside and wishes.vision_tower is not None:
+        raise OptionError(
+            f"{folder} has a vision tower of its own; another one would change the model",
+            hint="leave out --vision-tower",
+        )
+    name = wishes.vision_tower or reader.text("mm_vision_tower")
+    if "siglip" in name.lower():
+        raise reader.unsupported("mm_vision_tower", f"is {shown(name)}; CLIP's are supported")
+    published = Path(name).name == Path(CLIP_L_336_NAME).name
+    if published and wishes.vision_tower is None and (inside or _is_anyres(config)):
+        return None, CLIP_L_336
+    tower = _find_tower(folder, name, wishes)
+    vision = read_json(tower / "config.json")
+    nested = vision.get("vision_config", vision)
+    if not isinstance(nested, Mapping):
+        raise CheckpointError(f"{tower / 'config.json'}: vision_config must be an object")
+    return tower, nested
+
+
+def _find_tower(folder: Path, name: str, wishes: Wishes) -> Path:
+    """The folder of a tower; a name of config.json may be a folder beside that."""
+    if wishes.vision_tower is not None:
+        return resolve(name, offline=wishes.offline)
+    beside = folder / name
+    try:
+        return beside if beside.is_dir() else resolve(name, offline=wishes.offline)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: mm_vision_tower, the vision tower it leaves out, is "
+            f"{shown(name)}: {error}",
+            hint=f"name its folder or hub name, such as --vision-tower {CLIP_L_336_NAME}",
+        ) from error
+
+
+def _holds_tower(folder: Path) -> bool:
+    """Whether the weights hold a vision tower; damaged ones are for whoever loads them."""
+    try:
+        return any("vision_tower." in name for name in read_folder(folder))
+    except CheckpointError:
+        return False
+
+
+def _llava_processor(
+    folder: Path, size: int, pinpoints: tuple[Canvas, ...] | None, mode: Mode | None
+) -> ImageProcessor:
+    """The checkpoint's own picture rules, else CLIP's at the tower's size; ``mode`` overrides."""
+    where, values = _picture_rules(folder, size)
+    if pinpoints:
+        # Here do_pad of the file is about the number of tiles in a batch, not about the picture.
+        plain = ImageProcessor.from_config(values, "crop", where)
+        if "image_grid_pinpoints" in values:
+            own = read_pinpoints(values, where, size, width_first=False)
+            check_same(pinpoints, own, where)
+        processor: ImageProcessor = TileProcessor(**vars(plain), pinpoints=pinpoints)
+    else:
+        processor = ImageProcessor.from_config(values, mode, where)
+    if processor.output_size != (size, size):
+        raise CheckpointError(
+            f"{where}: crop_size is {processor.output_size}, the vision tower takes "
+            f"{size} x {size}",
+            hint="this file and config.json may be of different models",
+        )
+    return processor
+
+
+def _picture_rules(folder: Path, size: int) -> tuple[str, Config]:
+    """Where the picture rules stand, and the rules; transformers 5 writes them into one file more.
+
+    As there, what it has nested comes before a file of its own.
+    """
+    path = folder / "processor_config.json"
+    if path.exists():
+        nested = ConfigReader(read_json(path), str(path)).section("image_processor")
+        if nested.values:
+            return nested.where, nested.values
+    path = folder / "preprocessor_config.json"
+    if path.exists():
+        return str(path), read_json(path)
+    return str(path), {"size": {"shortest_edge": size}, "crop_size": size}
+
+
+def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
+    """End tokens of generation_config.json, else of the model's configuration."""
+    path = folder / "generation_config.json"
+    value = read_json(path).get("eos_token_id") if path.exists() else None
+    if value is None:
+        return frozenset(default)
+    values = value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in values):
+        raise CheckpointError(f"{path}: eos_token_id is {shown(value)}; it must be token ids")
+    return frozenset(values)
+
+
+FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
+    "llava": _llava_hub,
+    "llava_next": _next_hub,
+    "qwen": _qwen,
+}

@@ -1,0 +1,140 @@
+"""From a model's name to a model in memory: where it lies, on which device, in which dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from ..checkpoint.hub import resolve
+from ..checkpoint.names import target_names
+from ..checkpoint.tensors import Checkpoint, Room, load_weights, no_room
+from ..errors import OptionError
+from ..models.decoder import Decoder
+from ..ops import fused
+from ..prompts.templates import find_style
+from ..prompts.tokenizer import Tokenizer
+from .capacity import memory_for
+from .device import pick_device
+from .families import Family, recognise
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+# With fewer bytes of weights all but CUDA runs in fp32: exact, and small models are fast anyway.
+FP32_LIMIT = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run; ``seconds`` is how long loading took."""
+
+    folder: Path
+    family: Family
+    tokenizer: Tokenizer
+    seconds: float
+
+
+def load(
+    name: str | PathLike[str] | None,
+    device: str,
+    dtype: str,
+    style: str | None,
+    revision: str | None,
+    offline: bool,
+    vision_tower: str | PathLike[str] | None = None,
+) -> Loaded:
+    """Load a model; see ``Engine.load``."""
+    began = perf_counter()
+    target = pick_device(device)
+    wanted = None if dtype == "auto" else pick_dtype(dtype)
+    if target.type == "mps" and wanted is torch.bfloat16:
+        raise OptionError("bfloat16 is not offered on mps", hint="use fp16 or fp32")
+    folder = resolve(None if name is None else Path(name), revision, offline)
+    tower = None if vision_tower is None else str(vision_tower)
+    family = recognise(folder, style, tower, offline)
+    tokenizer = Tokenizer.from_folder(folder, family.new_tokens)
+    _fill(family, folder, target, wanted)
+    return Loaded(folder, _with_ends(family, tokenizer), tokenizer, perf_counter() - began)
+
+
+def _with_ends(family: Family, tokenizer: Tokenizer) -> Family:
+    """With the tokenizer's own end where no file names one, and the style's closing token."""
+    ends = set(family.end_tokens or filter(None, [tokenizer.eos_id]))
+    closing = tokenizer.token_id(find_style(family.style).closing)
+    if closing is not None:
+        ends.add(closing)
+    return replace(family, end_tokens=frozenset(ends))
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The dtype called ``name``."""
+    if name not in DTYPES:
+        raise OptionError(f"unknown dtype {name!r}", hint=f"use auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _fill(family: Family, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Read the weights tensor by tensor into the model that was built on the meta device."""
+    model = family.model
+    with Checkpoint.open(folder) as checkpoint:
+        dtype = dtype or _auto_dtype(checkpoint, device)
+        with memory_for("loading the weights", _bytes_of(model, dtype), device):
+            _load_all(family, checkpoint, device, dtype)
+    model.decoder.prepare(device)
+    model.eval()
+
+
+def _bytes_of(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """What the weights take, without having any memory yet."""
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def _load_all(
+    family: Family, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Fill the model, its vision tower from a checkpoint of its own where it has one."""
+    model, rename = family.model, family.rename
+    tied = {"decoder.head.weight": "decoder.embed.weight"}
+    held = [ours for name in checkpoint.tensors for ours in target_names(rename(name))]
+    if family.tower and not any(name.startswith("vision.") for name in held):
+        tower, names = family.tower
+        with Checkpoint.open(tower) as tower_checkpoint:
+            load_weights(model.vision, tower_checkpoint, names, device, dtype, mapped=True)
+    shared = tied if model.decoder.config.tied_head else {}
+    room = _side_by_side(model.decoder, device)
+    load_weights(model, checkpoint, rename, device, dtype, shared, mapped=True, room=room)
+
+
+def _side_by_side(decoder: Decoder, device: torch.device) -> Room:
+    """Where weights go that are multiplied together: side by side from the start, but on a CPU.
+
+    There one product gains nothing, and weights stay in the file's map.
+    """
+    if device.type == "cpu" and not fused.switched_on():
+        return no_room
+
+    def room(name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        part, _, inner = name.partition(".")
+        return decoder.room(inner, dtype, device) if part == "decoder" else None
+
+    return room
+
+
+def _auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The checkpoint's own dtype on CUDA; elsewhere fp32 for small models, else 16 bits."""
+    if device.type == "cuda":
+        sizes: dict[torch.dtype, int] = {}
+        for info in checkpoint.tensors.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return max(sizes, key=lambda kind: sizes[kind])
+    large = torch.float16 if device.type == "mps" else torch.bfloat16
+    return torch.float32 if checkpoint.total_bytes < FP32_LIMIT else large

@@ -1,0 +1,1 @@
+"""Operators on tensors: readable torch twins, and the one door to the compiled kernels."""

@@ -1,0 +1,209 @@
+"""Attention over a chosen set of cache slots: the operators every cache policy is built on.
+
+A-VL keeps most cached tokens but multiplies with few of them. These operators take the *list of
+slots* to use and leave the rest of the pool unread, instead of slicing the pool and multiplying
+with the copy. Each has a plain torch twin here (``*_torch``, the readable definition, always
+tested) and native versions for CPU and CUDA behind ``ops.native``, chosen when available.
+
+Shapes, everywhere: q ``[rows, heads, head_dim]``, one query per row; k and v
+``[pool_slots, kv_heads, head_dim]``, token-major, shared by all rows; slots int32
+``[rows, 1 or kv_heads, max]``, pool-absolute (None: every slot of the pool, in order); count int32
+``[rows, 1 or kv_heads]``, how many entries of each list are used (None: all). Query head ``h``
+reads kv head ``h // (heads // kv_heads)``. Entries beyond count are never read.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .native import AttentionPlan, AttentionResult
+
+__all__ = [
+    "AttentionPlan",
+    "AttentionResult",
+    "selective_attention",
+    "selective_pv",
+    "selective_qk",
+]
+
+
+def selective_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None = None,
+    count: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    want_logits: bool = False,
+) -> AttentionResult:
+    """Softmax attention of every row over its own slots, computed in fp32.
+
+    Shapes as in the module's docstring; scale defaults to ``1 / sqrt(head_dim)``. With
+    ``want_logits`` the probabilities are ``exp(logits - lse[..., None])``. A row with nothing to
+    attend to gives zeros and an lse of -inf. Raises ValueError naming a wrong argument.
+
+    >>> one = torch.ones(1, 1, 2)
+    >>> pool = torch.tensor([[[1.0, 3.0]], [[7.0, 7.0]]])  # two slots, one head of size 2
+    >>> pick = torch.tensor([[[1]]], dtype=torch.int32)  # attend to slot 1 alone
+    >>> selective_attention(one, pool, pool, pick).out.tolist()
+    [[[7.0, 7.0]]]
+    """
+    if not native.usable(q, k):
+        return selective_attention_torch(
+            q, k, v, slots, count, scale=scale, want_logits=want_logits
+        )
+    plan = AttentionPlan(q, k, v, slots, count, scale=scale, want_logits=want_logits)
+    _run(plan, q)
+    return plan.result()
+
+
+def selective_qk(
+    q: Tensor, k: Tensor, slots: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """Dot products of q with the listed rows of k: fp32 ``[rows, heads, max]``, unscaled.
+
+    The first of A-VL's two operators (arXiv 2409.14846). Entries beyond count are -inf.
+    """
+    if not native.usable(q, k):
+        return selective_qk_torch(q, k, slots, count)
+    plan = AttentionPlan(q, k, None, slots, count, op="qk")
+    _run(plan, q)
+    assert plan.logits is not None
+    return plan.logits
+
+
+def selective_pv(
+    p: Tensor, v: Tensor, slots: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """Sum the listed rows of v, weighted by p ``[rows, heads, max]``: fp32, in the shape of q.
+
+    The second of A-VL's two operators. Weights beyond count are not read.
+    """
+    if not native.usable(p, v):
+        return selective_pv_torch(p, v, slots, count)
+    plan = AttentionPlan(None, None, v, slots, count, op="pv", p=p)
+    _run(plan, p)
+    assert plan.out is not None
+    return plan.out
+
+
+def _run(plan: AttentionPlan, q: Tensor) -> None:
+    """Run a plan used once; a plain call reports a wrong slot at once, also on a GPU."""
+    plan.run()
+    if q.is_cuda:
+        plan.check()
+
+
+# -- the torch twins ------------------------------------------------------------------------------
+
+
+def selective_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None = None,
+    count: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    want_logits: bool = False,
+) -> AttentionResult:
+    """Define ``selective_attention``: the two products with a softmax between them."""
+    native.check_inputs(q, q, k, v, slots, count)
+    used = _select(k, slots, count)
+    logits = _qk(q, k, used).mul_(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    lse = logits.logsumexp(-1)
+    shift = lse.masked_fill(lse == -math.inf, 0)  # an empty list: exp(-inf - 0) = 0, not NaN
+    out = _pv((logits - shift[..., None]).exp(), v, used).to(q.dtype)
+    if not want_logits:
+        return AttentionResult(out)
+    return AttentionResult(out, _widen(logits, used), lse)
+
+
+def selective_qk_torch(
+    q: Tensor, k: Tensor, slots: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """Define ``selective_qk``: gather the rows, multiply in fp32, mask what lies beyond count."""
+    native.check_inputs(q, q, k, None, slots, count)
+    used = _select(k, slots, count)
+    return _widen(_qk(q, k, used), used)
+
+
+def selective_pv_torch(
+    p: Tensor, v: Tensor, slots: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """Define ``selective_pv``: gather the rows, multiply in fp32, leave out those beyond count."""
+    native.check_inputs(p, None, None, v, slots, count)
+    used = _select(v, slots, count)
+    if p.shape[-1] != used.width:
+        raise ValueError(f"p has {p.shape[-1]} weights for each head, the lists {used.width}")
+    return _pv(p[..., : used.longest], v, used)
+
+
+class _Selection(NamedTuple):
+    """Checked lists: trimmed to the longest one in use, None for the pool in its own order."""
+
+    slots: Tensor | None  # [rows, 1 or kv_heads, longest]
+    valid: Tensor | None  # bool [rows, 1 or kv_heads, longest]; None when every entry is used
+    longest: int
+    width: int  # of the lists as given
+
+
+def _select(pool: Tensor, slots: Tensor | None, count: Tensor | None) -> _Selection:
+    """Find which entries of the lists are used; refuse a slot or a count that is out of range."""
+    width = pool.shape[0] if slots is None else slots.shape[-1]
+    longest, valid = width, None
+    if count is not None:
+        least, longest = (int(x) for x in count.aminmax()) if count.numel() else (0, 0)
+        if least < 0 or longest > width:
+            raise ValueError(f"count must be within 0..{width}, got {least}..{longest}")
+        if least < longest:
+            valid = torch.arange(longest, device=pool.device) < count[..., None]
+    if slots is None:
+        return _Selection(None, valid, longest, width)
+    slots = slots[..., :longest]
+    if valid is not None:
+        slots = slots.masked_fill(~valid, 0)
+    if slots.numel():
+        low, high = (int(x) for x in slots.aminmax())
+        if low < 0 or high >= pool.shape[0]:
+            raise ValueError(f"slots must be within 0..{pool.shape[0] - 1}, got {low}..{high}")
+    return _Selection(slots, valid, longest, width)
+
+
+def _qk(q: Tensor, k: Tensor, used: _Selection) -> Tensor:
+    rows, heads, size = q.shape
+    keys = _gather(k, used).float()  # [rows or 1, kv_heads, longest, head_dim]
+    scores = q.float().reshape(rows, k.shape[1], heads // k.shape[1], size) @ keys.mT
+    if used.valid is not None:
+        scores = scores.masked_fill(~used.valid[:, :, None], -math.inf)
+    return scores.reshape(rows, heads, used.longest)
+
+
+def _pv(p: Tensor, v: Tensor, used: _Selection) -> Tensor:
+    rows, heads, longest = p.shape
+    values = _gather(v, used).float()
+    weights = p.float().reshape(rows, v.shape[1], heads // v.shape[1], longest)
+    if used.valid is not None:  # a weight of zero does not hide a NaN: 0 * NaN is NaN
+        values = values.masked_fill(~used.valid[..., None], 0)
+        weights = weights.masked_fill(~used.valid[:, :, None], 0)
+    return (weights @ values).reshape(rows, heads, v.shape[2])
+
+
+def _gather(pool: Tensor, used: _Selection) -> Tensor:
+    """Give the used rows as ``[rows or 1, kv_heads, longest, head_dim]``; without lists a view."""
+    if used.slots is None:
+        return pool[: used.longest].transpose(0, 1)[None]
+    rows, lists, longest = used.slots.shape
+    if lists == 1:
+        picked = pool.index_select(0, used.slots.reshape(-1))
+        return picked.view(rows, longest, *pool.shape[1:]).transpose(1, 2)
+    return pool[used.slots.long(), torch.arange(lists, device=pool.device)[:, None]]
+
+
+def _widen(scores: Tensor, used: _Selection) -> Tensor:
+    """Give scores the width of the lists as they were passed."""
+    return torch.nn.functional.pad(scores, (0, used.width - used.longest), value=-math.inf)

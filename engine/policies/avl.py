@@ -1,0 +1,151 @@
+"""A-VL: image tokens in tiers, text in recent and heavy-hitter slots (arXiv 2409.14846, AAAI 2025).
+
+Image tokens are ranked per layer by the attention of one query, averaged over heads:
+
+- secondary: the best S of a picture's tokens at the last prompt token. Stored, the rest is freed.
+- core: the best C of the picture, a subset of the secondary ones. Attended at every step.
+- every K-th decode step attends all secondary tokens; its own weights choose the core that serves
+  from the next step on. With K = 3 those are steps 3, 6, 9, ...
+
+All shares are of the picture's original token count, truncated: S45 C30 of 576 store 259 and attend
+172. Text after the last picture keeps round(T * its length) tokens per head, at least ``floor``, by
+H2O's rule; everything before the last picture is never evicted. The filter P drops image tokens
+from the hidden states after layer L, once, during prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .policy import Budget, Policy, check_count, check_share
+from .select import heavy_and_recent, top
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .layout import Kept, Layout
+    from .received import Received
+
+
+@dataclass(frozen=True)
+class Avl(Policy):
+    """The paper's policy; the defaults are its S45 C30 K3 P90 T70 row.
+
+    Attributes:
+        secondary: S, share of the image tokens that is stored.
+        core: C, share attended at every step; None: no core tier, all secondary are attended.
+        every: K; 0: the core is chosen once and never again.
+        prefill: P, share of image tokens whose hidden states go on after ``layer``; 1: all.
+        layer: L, counted from 1.
+        text: T, share of the text after the last picture that a head keeps; 1: all.
+        heavy: share of the text budget that goes to heavy hitters, the rest to the most recent.
+        floor: text tokens that are always kept.
+    """
+
+    name: ClassVar[str] = "avl"
+
+    secondary: float = 0.45
+    core: float | None = 0.30
+    every: int = 3
+    prefill: float = 0.90
+    layer: int = 2
+    text: float = 0.70
+    heavy: float = 0.70
+    floor: int = 20
+
+    def __post_init__(self) -> None:
+        for key in ("secondary", "prefill", "text", "heavy"):
+            check_share(self, key)
+        if self.core is not None:
+            check_share(self, "core", high=self.secondary, limit="secondary")
+        check_share(self, "prefill", low=self.secondary, limit="secondary")
+        for key in ("every", "floor"):
+            check_count(self, key)
+        check_count(self, "layer", low=1)
+
+    def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
+        """Secondary and core of every picture, and the text budget."""
+        import torch
+
+        from .layout import Kept
+
+        shared, core = [layout.fixed()], []
+        for index, size in enumerate(layout.image_sizes):
+            columns = layout.picture(index)
+            if index >= layout.settled and self.secondary < 1:
+                columns = best(columns, received, int(self.secondary * size))
+            shared.append(columns)
+            if self.core is not None:
+                core.append(best(columns, received, self.core_size(size)))
+        text, scores = self._keep_text(layout, received)
+        return Kept(
+            shared=torch.cat(shared).sort().values,
+            text=text,
+            core=torch.cat(core).sort().values if core else None,
+            text_scores=scores,
+        )
+
+    def _keep_text(self, layout: Layout, received: Received) -> tuple[Tensor, Tensor | None]:
+        """The text columns each head keeps, and the attention they have received."""
+        budget = self.text_budget(*layout.lengths())
+        if budget is None:
+            return layout.text(), None
+        scores = received.accumulated(layout.text_seen)[:, layout.text_start :]
+        positions = layout.positions[:, layout.text_start :].expand(len(scores), -1)
+        total = min(budget.total, scores.shape[1])
+        kept = heavy_and_recent(scores, positions, total, min(budget.recent, total))
+        return kept + layout.text_start, scores.gather(1, kept)
+
+    def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
+        """After layer L: the best P of every new picture, and everything that is no picture."""
+        if layer + 1 != self.layer or self.prefill == 1:
+            return None
+        return without_the_least(layout, received, lambda size: int(self.prefill * size))
+
+    def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
+        """round(T * length) tokens, at least ``floor``; ``heavy`` of them heavy hitters.
+
+        Without a picture nothing is evicted.
+        """
+        if self.text == 1 or text_seen is None:
+            return None
+        total = max(self.floor, round(self.text * text_seen))
+        return Budget(total, total - int(self.heavy * total))
+
+    def attends_core(self, step: int) -> bool:
+        """All steps but every K-th."""
+        return self.core is not None and not self.reranks(step)
+
+    def reranks(self, step: int) -> bool:
+        """Every K-th step."""
+        return self.core is not None and self.every > 0 and step % self.every == 0
+
+    def core_size(self, image_tokens: int) -> int:
+        """int(C * I)."""
+        return image_tokens if self.core is None else int(self.core * image_tokens)
+
+
+def best(columns: Tensor, received: Received, count: int) -> Tensor:
+    """The ``count`` of ``columns`` that the last query attended most, averaged over heads."""
+    return columns[top(received.from_last(1).mean(0)[columns], count)]
+
+
+def without_the_least(layout: Layout, received: Received, share: Callable[[int], int]) -> Tensor:
+    """New tokens that go on when of each new picture only the best ``share(size)`` do (FastV's
+    cut).
+
+    Returns ascending indices into the new tokens, which are the last of ``layout``. The very last
+    token always goes on, even if it is an image token: the answer begins from its hidden state.
+    """
+    import torch
+
+    first_new = layout.columns - len(received.q)
+    gone = torch.zeros(layout.columns, dtype=torch.bool, device=layout.image_of.device)
+    for index in range(layout.settled, len(layout.image_sizes)):
+        columns = layout.picture(index)
+        gone[columns] = True
+        gone[best(columns, received, share(layout.image_sizes[index]))] = False
+    gone[-1] = False
+    return (~gone[first_new:]).nonzero()[:, 0]

@@ -1,0 +1,98 @@
+"""What a policy may decide: it turns scores into index sets; storage belongs to the cache.
+
+Policies import torch where they compute: a wrong spec is refused before it is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .layout import Kept, Layout
+    from .received import Received
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many text tokens a head may keep, and how many of them for being the latest."""
+
+    total: int
+    recent: int
+
+
+class Policy:
+    """The base: keep everything, attend everything. Subclasses override what they change.
+
+    The order within a forward pass: for each layer ``retain`` and then ``narrow`` during prefill;
+    for each decode step (counted from 1) ``attends_core``, then after the step ``text_budget``
+    evicts and ``reranks`` lets the step's own weights choose the next core.
+    """
+
+    name: ClassVar[str]
+
+    def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
+        """What ``layer`` stores once its attention over ``layout``'s columns has run."""
+        from .layout import Kept
+
+        return Kept.everything(layout)
+
+    def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
+        """Ascending new tokens whose hidden states go on after ``layer``; None: all of them."""
+        return None
+
+    def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
+        """Tokens a head may keep of the evictable part; None: no limit.
+
+        ``text_seen`` counts tokens after the last picture (None without a picture), ``seen`` all.
+        """
+        return None
+
+    def attends_core(self, step: int) -> bool:
+        """Whether decode step ``step`` (1, 2, ...) attends the core only."""
+        return False
+
+    def reranks(self, step: int) -> bool:
+        """Whether decode step ``step`` chooses a new core, which serves from the next step on."""
+        return False
+
+    def core_size(self, image_tokens: int) -> int:
+        """Core tokens of a picture that had ``image_tokens``."""
+        return image_tokens
+
+    @property
+    def spec(self) -> str:
+        """The text that parses back to this policy: ``name:key=value,...``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        pairs = ",".join(f"{key}={_spelled(value)}" for key, value in values.items())
+        return f"{self.name}:{pairs}" if pairs else self.name
+
+
+def check_share(
+    policy: Policy, key: str, low: float = 0.0, high: float = 1.0, limit: str = ""
+) -> None:
+    """Refuse a share outside [low, high]; ``limit`` names the parameter that bounds it."""
+    value = getattr(policy, key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        bound = f" ({limit})" if limit else ""
+        raise OptionError(
+            f"cache policy {policy.name}: {key} is {value}",
+            hint=f"use a share from {low:g} to {high:g}{bound}",
+        )
+
+
+def check_count(policy: Policy, key: str, low: int = 0) -> None:
+    """Refuse a count below ``low`` or not whole."""
+    value = getattr(policy, key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise OptionError(
+            f"cache policy {policy.name}: {key} is {value}", hint=f"use a whole number from {low}"
+        )
+
+
+def _spelled(value: object) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,78 @@
+"""Cache policies by name: ``avl:secondary=0.45,core=0.30`` to a policy object."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from ..errors import OptionError
+from .avl import Avl
+from .fastv import FastV
+from .full import Full
+from .h2o import H2o
+from .policy import Policy
+from .random import Random
+from .snapkv import SnapKv
+from .streaming import Streaming
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Full, Avl, H2o, FastV, Streaming, SnapKv, Random)
+}
+
+
+def parse(spec: str | Policy) -> Policy:
+    """The policy that ``spec`` names; a policy object passes through.
+
+    Raises OptionError that lists the known names or keys.
+
+    >>> parse("avl:core=none,text=1").spec
+    'avl:secondary=0.45,core=none,every=3,prefill=0.9,layer=2,text=1.0,heavy=0.7,floor=20'
+    """
+    if isinstance(spec, Policy):
+        return spec
+    name, _, rest = spec.partition(":")
+    if name not in POLICIES:
+        raise OptionError(
+            f"unknown cache policy {name!r}", hint=_suggest(name, list(POLICIES), "policies")
+        )
+    policy = POLICIES[name]
+    defaults = {field.name: field.default for field in fields(policy)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, text = pair.partition("=")
+        if key in defaults and not equals:
+            raise OptionError(
+                f"cache policy {name}: {key} has no value",
+                hint=f"for example {name}:{key}={defaults[key]}",
+            )
+        if key not in defaults:
+            raise OptionError(
+                f"cache policy {name}: unknown key {key!r}",
+                hint=_suggest(key, list(defaults), "keys"),
+            )
+        if key in values:
+            raise OptionError(f"cache policy {name}: {key} is given twice", hint="give it once")
+        values[key] = _value(name, key, text, defaults[key])
+    return policy(**values)
+
+
+def _value(name: str, key: str, text: str, default: Any) -> Any:
+    """``text`` as the type of ``default``; "none" only where a key may be absent."""
+    if text == "none" and (name, key) == ("avl", "core"):
+        return None
+    try:
+        return int(text) if isinstance(default, int) else float(text)
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise OptionError(
+            f"cache policy {name}: {key}={text!r} is not {kind}",
+            hint=f"for example {key}={default}",
+        ) from None
+
+
+def _suggest(word: str, known: list[str], kind: str) -> str:
+    if close := difflib.get_close_matches(word, known, n=1):
+        others = ", ".join(name for name in known if name != close[0])
+        return f"did you mean {close[0]!r}? Other {kind}: {others}"
+    return f"known {kind}: {', '.join(known)}" if known else f"it has no {kind}"

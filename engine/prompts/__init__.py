@@ -1,0 +1,1 @@
+"""From messages to token ids with places for pictures, and back to text."""

@@ -1,0 +1,180 @@
+"""The one prefill and decode loop, and the rules that end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ..cache.report import CacheReport
+from ..errors import CheckpointError
+from ..options import Options
+from ..pictures.boxes import parse_boxes
+from ..prompts.tokenizer import StreamDecoder, Tokenizer
+from ..result import FinishReason, Result, Timings
+from .sampling import Sampler
+from .session import Session, Turn
+
+
+class StopTexts:
+    """Passes text on until a stop text appears; holds back what may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop, self.held, self.found = stop, "", False
+
+    def push(self, piece: str) -> str:
+        """The part of the text so far that is certain to be shown."""
+        self.held += piece
+        starts = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        if starts:
+            self.found = True
+            shown, self.held = self.held[: min(starts)], ""
+            return shown
+        keep = max((_overlap(self.held, text) for text in self.stop), default=0)
+        split = len(self.held) - keep
+        shown, self.held = self.held[:split], self.held[split:]
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class OuterSpace:
+    """Drops the white space before and after a text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._held, self._begun = "", False
+
+    def drop(self, piece: str) -> str:
+        """The part of the text so far that is certain to be shown."""
+        text = self._held + piece
+        if not self._begun:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._held = text[len(shown) :]
+        self._begun = self._begun or bool(shown)
+        return shown
+
+
+class Answer:
+    """One answer in the making: takes logits, chooses tokens, and knows when it is over."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        options: Options,
+        end_tokens: frozenset[int],
+        prompt_ids: Sequence[int] = (),
+        *,
+        strip: bool = False,
+        boxes: bool = False,
+    ) -> None:
+        """``strip`` and ``boxes`` are those of ``Family``."""
+        self.token_ids: list[int] = []
+        self.finish: FinishReason | None = None
+        self._options = options
+        named = {tokenizer.special_id(text) for text in options.stop} - {None}
+        self._end_tokens = named if options.ignore_eos else end_tokens | named
+        self._sampler, self._stream = (
+            Sampler(options.sampling, prompt_ids),
+            StreamDecoder(tokenizer),
+        )
+        self._stops = StopTexts(options.stop)
+        self._space = OuterSpace() if strip else None
+        self._boxes = boxes
+        self._pieces: list[str] = []
+        self._logprobs: list[float] = []
+
+    @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return "".join(self._pieces)
+
+    def choose(self, logits: Tensor) -> int:
+        """Draw the next token from ``logits [vocab]``."""
+        token = self._sampler.choose(logits)
+        if self._options.logprobs:
+            self._logprobs.append(float(logits.log_softmax(-1)[token]))
+        return token
+
+    def take(self, token: int) -> str:
+        """Add a chosen token; returns the text that is now certain, the rest of it at the end."""
+        if token in self._end_tokens:
+            self.finish = "stop"
+            return self._say(self._rest())
+        self.token_ids.append(token)
+        piece = self._stops.push(self._stream.push(token))
+        if self._stops.found:
+            self.finish = "stop"
+        elif len(self.token_ids) == self._options.max_new_tokens:
+            self.finish = "length"
+            piece += self._rest()
+        elif self._options.cancel is not None and self._options.cancel.is_set():
+            self.finish = "cancelled"
+            piece += self._rest()
+        return self._say(piece)
+
+    def _rest(self) -> str:
+        """What was held back, once nothing more can follow."""
+        last = self._stops.push(self._stream.flush())
+        return last if self._stops.found else last + self._stops.held
+
+    def _say(self, piece: str) -> str:
+        if self._space:
+            piece = self._space.drop(piece)
+        if piece:
+            self._pieces.append(piece)
+        return piece
+
+    def result(self, turn: Turn, timings: Timings, cache: CacheReport) -> Result:
+        """The finished answer."""
+        assert self.finish is not None, "the answer is not over"
+        return Result(
+            text=self.text,
+            token_ids=self.token_ids,
+            prompt_tokens=len(turn.token_ids),
+            image_tokens=turn.image_tokens,
+            finish_reason=self.finish,
+            timings=timings,
+            cache=cache,
+            logprobs=self._logprobs[: len(self.token_ids)] if self._options.logprobs else None,
+            boxes=parse_boxes(self.text, turn.sizes[-1]) if self._boxes and turn.sizes else [],
+        )
+
+
+def generate(
+    session: Session, turn: Turn, answer: Answer, new_tokens: int, timings: Timings
+) -> Iterator[str | Result]:
+    """Answer a turn: yields pieces of text as they become certain, and the Result at the end."""
+    began = perf_counter()
+    with session.memory("reading the prompt", len(turn.token_ids)):
+        logits = session.prefill(turn, new_tokens)
+    refuse_nan(logits)
+    timings.prefill = perf_counter() - began
+    token = answer.choose(logits)
+    while True:
+        piece = answer.take(token)
+        if piece:
+            yield piece
+        if answer.finish:
+            break
+        began = perf_counter()
+        with session.memory("writing the answer", 1):
+            token = answer.choose(session.decode(token))
+        timings.steps += 1
+        timings.decode += perf_counter() - began
+    yield answer.result(turn, timings, session.report())
+
+
+def refuse_nan(logits: Tensor) -> None:
+    """One check per answer: numbers that are not finite would only decode to noise."""
+    if not bool(torch.isfinite(logits).all()):
+        raise CheckpointError(
+            "the model's first logits are not finite",
+            hint="the weights may be damaged (run --check), or overflow here: try fp32 or bf16",
+        )

@@ -1,0 +1,170 @@
+"""A decode step captured once and replayed: CUDA graphs over static buffers.
+
+Started one by one, the hundreds of kernels of a step keep a fast GPU waiting for the host. A graph
+starts them with one call, but repeats exactly what was captured: the same addresses, shapes and
+launches. So everything that changes from step to step lies in tensors that keep their place:
+
+- the rows' tokens go into one buffer and their logits come out of another;
+- all that follows from lengths (positions, counts, which list a row attends, budgets) is written
+  down for many steps ahead, see ``Lengths``, and every replay moves on by a line;
+- lists, scores and write places are those of ``Decoding``, which it changes in place.
+
+Two graphs serve a batch size: one for steps in which no row's core is ranked again, and one for
+steps in which some row's is, with logits and the ranking on a forked branch. They outlive the rows
+they were captured for: others are loaded into the same buffers if they fit. If they do not, or if
+a pool has grown since, the step is captured anew. Pools never grow while rows decode: what an
+answer may need is reserved when its prompt is read.
+
+Without a CUDA device ``replay`` runs the very function that would be captured: a dry run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from ..cache.decode import Decoding, no_slot
+from ..cache.lengths import RERANKS, WORDS, Lengths
+from ..cache.slot_lists import FULL, MIXED
+from ..models.vision_language import VisionLanguageModel
+from ..ops import native
+
+# Steps whose words are written down at once.
+LINES = 64
+# Steps before a capture, in which libraries and plans allocate what they will keep.
+WARM_UPS = 3
+# torch allows one capture at a time in a process.
+_capturing = Lock()
+
+
+def obstacle(model: VisionLanguageModel, decoding: Decoding) -> str | None:
+    """Why the steps of ``decoding`` cannot be captured; None if they can."""
+    if decoding.side.per_layer:
+        return "selection by layers runs on into the next step, and a graph ends with its step"
+    if any(row.observer is not None for row in decoding.rows):
+        return "an observer reads every step"
+    pool, config = decoding.pools[0].k, model.decoder.config
+    queries = pool.new_empty(1, config.heads, config.head_dim)
+    if pool.is_cuda and not native.usable(queries, pool):
+        return "no compiled attention kernel serves, and plain torch reads counts on the host"
+    return None
+
+
+class CapturedStep:
+    """The decode step of as many rows as ``make()`` decodes.
+
+    Attributes:
+        decoding: the state of the rows that are being decoded.
+        done: steps since they were loaded that are not accounted for; see ``finish``.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: VisionLanguageModel, make: Callable[[], Decoding]) -> None:
+        """``make`` packs the rows anew at each call, with static shapes and the same side."""
+        self.model, self.decoding = model, make()
+        rows, device = len(self.decoding.rows), self.decoding.device
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._logits = torch.empty(rows, model.decoder.config.vocab, device=device)
+        self._schedule = torch.zeros(LINES, WORDS, rows, dtype=torch.int32, device=device)
+        self._line = torch.zeros(1, dtype=torch.int64, device=device)
+        self._pools = _addresses(self.decoding)
+        variants = (False, True) if self.decoding.tiered else (False,)
+        self._replay = {reranks: self._captured(reranks, make) for reranks in variants}
+        self.load(make())
+
+    def fits(self, decoding: Decoding) -> bool:
+        """Whether ``decoding`` can be loaded: nothing of it is larger, and no pool has moved."""
+        return self._pools == _addresses(decoding) and self.decoding.fits(decoding)
+
+    def load(self, decoding: Decoding) -> None:
+        """Decode the rows of ``decoding`` from now on."""
+        self.decoding.adopt(decoding)
+        self.done = 0
+        self._ahead = self.decoding.lengths.ahead()
+        self._refill()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Process ``tokens [rows]`` int64; returns logits ``[rows, vocab]`` fp32.
+
+        The next step overwrites them.
+        """
+        if self._next == len(self._reranks):
+            self._refill()
+        if not self._reranks:
+            raise no_slot(self._ahead.overfull()[0])
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._replay[self._reranks[self._next]]()
+        self._next += 1
+        self.done += 1
+        return self._logits
+
+    def finish(self) -> None:
+        """Account for the steps that were replayed, so that rows can be settled."""
+        for _ in range(self.done):
+            self.decoding.account()
+        self.done = 0
+
+    def _refill(self) -> None:
+        """Write down the words of the next steps, as many as there are lines and slots for."""
+        lines = _lines(self._ahead)
+        self._reranks = [self.decoding.tiered and any(line[RERANKS]) for line in lines]
+        self._next = 0
+        if lines:
+            self._schedule[: len(lines)] = torch.tensor(lines, dtype=torch.int32)
+        self._line.zero_()
+
+    def _run(self, reranks: bool) -> None:
+        """One step, from buffers to buffers; the host neither reads nor decides anything."""
+        decoder, decoding = self.model.decoder, self.decoding
+        words = self._schedule.index_select(0, self._line)[0]
+        decoding.plan(words, MIXED if decoding.tiered else FULL, reranks)
+        hidden = decoder(decoder.embed(self._tokens), decoding)
+        self._logits.copy_(decoder.logits(hidden))
+        decoding.side.join()
+        self._line += 1
+
+    def _captured(self, reranks: bool, make: Callable[[], Decoding]) -> Callable[[], None]:
+        """A call that repeats the step."""
+        run, device = partial(self._run, reranks), self.decoding.device
+        if device.type != "cuda":
+            return run
+        # Rows as they were before every run: a second one would write where the first has evicted.
+        return capture(run, lambda: self.load(make()), device)
+
+
+def capture(
+    run: Callable[[], None], prepare: Callable[[], None], device: torch.device
+) -> Callable[[], None]:
+    """Capture ``run`` as a CUDA graph; ``prepare`` is called before every trial run.
+
+    Returns what replays it on the current stream.
+    """
+    with _capturing, torch.cuda.device(device):
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        for _ in range(WARM_UPS):
+            prepare()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                run()
+            current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
+    return graph.replay
+
+
+def _lines(ahead: Lengths) -> list[list[list[int]]]:
+    """The words of the coming steps, ``[steps][WORDS][rows]``, until a row has no slot left."""
+    lines: list[list[list[int]]] = []
+    while len(lines) < LINES and not ahead.overfull():
+        lines.append([list(word) for word in ahead.words()])
+        ahead.advance()
+    return lines
+
+
+def _addresses(decoding: Decoding) -> list[int]:
+    return [pool.k.data_ptr() for pool in decoding.pools]

@@ -1,0 +1,151 @@
+"""One sequence and its cache: a turn is prefilled, then tokens are decoded one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cache.observe import Observer
+from ..cache.pool import Pool
+from ..cache.prefill import Prefill
+from ..cache.report import CacheReport, report
+from ..cache.row import Row
+from ..errors import ContextError
+from ..loading.capacity import memory_for
+from ..models.decoder import DecoderConfig
+from ..models.vision_language import VisionLanguageModel
+from ..policies.layout import Layout
+from ..policies.policy import Policy
+from .stepping import Stepper, Stepping
+
+
+@dataclass(frozen=True)
+class Turn:
+    """New tokens for a sequence.
+
+    Attributes:
+        token_ids: their ids.
+        spans: where pictures lie among them.
+        features: ``[image tokens, hidden]`` of each picture.
+        sizes: (width, height) of the conversation's pictures, earlier turns' first.
+    """
+
+    token_ids: Sequence[int]
+    spans: list[tuple[int, int]]
+    features: Sequence[Tensor]
+    sizes: Sequence[tuple[int, int]] = ()
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens among the ids."""
+        return sum(end - start for start, end in self.spans)
+
+
+def make_pools(model: VisionLanguageModel) -> list[Pool]:
+    """Empty pools for the layers of ``model``'s decoder."""
+    config, weight = model.decoder.config, model.decoder.norm.weight
+    return [
+        Pool(config.kv_heads, config.head_dim, weight.dtype, weight.device)
+        for _ in range(config.layers)
+    ]
+
+
+def pool_memory(pools: Sequence[Pool], doing: str, tokens: int) -> AbstractContextManager[None]:
+    """A block that says how much ``tokens`` take if memory runs out in it; see ``memory_for``."""
+    size = sum(2 * pool.k.element_size() * pool.k.shape[1] * pool.k.shape[2] for pool in pools)
+    return memory_for(doing, tokens * size, pools[0].k.device)
+
+
+@torch.inference_mode()
+def prefill(
+    model: VisionLanguageModel,
+    pools: Sequence[Pool],
+    policy: Policy,
+    turn: Turn,
+    new_tokens: int,
+    past: Row | None = None,
+    observer: Observer | None = None,
+) -> tuple[Row, Tensor]:
+    """Process a turn on top of ``past``; returns the sequence and the next token's logits
+    ``[vocab]``.
+
+    Raises CapacityError if the turn and ``new_tokens`` more do not fit the model's context.
+    """
+    decoder = model.decoder
+    _check_context(turn, past.seen if past else 0, new_tokens, decoder.config)
+    device = decoder.norm.weight.device
+    layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
+    step = Prefill(pools, policy, layout, new_tokens, past, observer)
+    ids = torch.tensor(turn.token_ids, device=device)
+    hidden = decoder(model.embed(ids, turn.spans, turn.features), step)
+    return step.row, decoder.logits(hidden[-1])
+
+
+def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig) -> None:
+    prompt = seen + len(turn.token_ids)
+    if prompt + new_tokens > config.context:
+        raise ContextError(
+            f"prompt {prompt:,} tokens ({turn.image_tokens:,} image) + {new_tokens:,} requested "
+            f"exceed the model's {config.limit}",
+            hint="shorten the prompt, give fewer pictures, or lower --max-new-tokens",
+            room=config.context - prompt,
+        )
+
+
+class Session:
+    """One sequence with pools of its own; ``observer`` is told of every layer of every pass."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        policy: Policy,
+        observer: Observer | None = None,
+        stepping: Stepping | None = None,
+    ) -> None:
+        self.model, self.policy, self.observer = model, policy, observer
+        self.pools = make_pools(model)
+        self.row: Row | None = None
+        self.stepper = Stepper(model, self.pools, policy, stepping or Stepping())
+        self._device = self.pools[0].k.device
+
+    @property
+    def seen(self) -> int:
+        """Tokens in the sequence so far, evicted ones included."""
+        if self.stepper.decoding:
+            return self.stepper.seen(0)
+        return self.row.seen if self.row else 0
+
+    def prefill(self, turn: Turn, new_tokens: int) -> Tensor:
+        """Process a turn; returns the next token's logits ``[vocab]``."""
+        past = self._settled()
+        self.row, logits = prefill(
+            self.model, self.pools, self.policy, turn, new_tokens, past, self.observer
+        )
+        return logits
+
+    def memory(self, doing: str, tokens: int) -> AbstractContextManager[None]:
+        """A block that says how much ``tokens`` more take if memory runs out in it."""
+        return pool_memory(self.pools, doing, self.seen + tokens)
+
+    def decode(self, token_id: int) -> Tensor:
+        """Process one more token; returns the next token's logits ``[vocab]``."""
+        if not self.stepper.decoding:
+            assert self.row is not None, "prefill comes first"
+            self.stepper.begin([self.row])
+        return self.stepper.step(torch.tensor([token_id], device=self._device)).flatten()
+
+    def report(self) -> CacheReport:
+        """Count what the cache holds now."""
+        row = self._settled()
+        assert row is not None, "prefill comes first"
+        return report(row, self.pools, self.policy)
+
+    def _settled(self) -> Row | None:
+        """The sequence with its decode state written back."""
+        if self.stepper.decoding:
+            [self.row] = self.stepper.settle()
+        return self.row

@@ -1,1 +1,0 @@
-"""Reading checkpoints: safetensors with checks, on-disk key names, the embedded tiny model."""

@@ -27,7 +27,8 @@ from engine.cache.report import allocated_bytes
 from engine.engine import Engine
 from engine.ops.products import GEMV_ROWS
 from engine.pictures.encoded import EncodedImage
-from engine.running.batch import Batch
+from engine.running.batch import job_of
+from engine.running.scheduler import Over
 
 Key = tuple[str, int]  # policy and batch size
 
@@ -110,7 +111,8 @@ class Cell:
     """Rows under one policy in the middle of answers of ``tokens``."""
 
     def __init__(self, engine: Engine, size: int, image: EncodedImage, tokens: int) -> None:
-        self.engine, self.size, self.batch = engine, size, Batch(engine)
+        self.engine, self.size, self.scheduler = engine, size, engine.scheduler(size)
+        self.over: list[Over] = []
         for index in range(size):
             request = {
                 "prompt": f"{QUESTION} ({index})",
@@ -118,26 +120,27 @@ class Cell:
                 "max_new_tokens": tokens,
                 "ignore_eos": True,
             }
-            failed = self.batch.admit(index, request)
-            if failed:
-                raise failed.error
-        self.batch.step()  # packs the rows and plans the attention
+            job = self.scheduler.submit(job_of(engine, request))
+            self.scheduler.step()
+            if job.failed:
+                raise job.failed
+        self.scheduler.step()  # packs the rows and plans the attention
 
     def go_on(self, steps: int) -> float:
         """Seconds of one decode step, mean of so many."""
         began = perf_counter()
         for _ in range(steps):
-            self.batch.step()
+            self.over += [e for e in self.scheduler.step() if isinstance(e, Over)]
         return (perf_counter() - began) / steps
 
     def end(self) -> dict[str, float]:
         """Bytes that the finished answers held, that a step read, and that are allocated."""
-        reports = [result.cache for result in self.batch.finished()]
+        reports = [event.cache for event in self.over if event.cache]
         attended = sum(report.used_share * report.bytes_full for report in reports)
         return {
             "used": sum(report.bytes_used for report in reports),
             "read": attended + decode_weights(self.engine, self.size),
-            "allocated": allocated_bytes(self.batch.pools),
+            "allocated": allocated_bytes(self.scheduler.pools),
         }
 
 

@@ -21,8 +21,8 @@ from engine.cache.row import Row
 from engine.ops import fused
 from engine.policies.policy import Policy
 from engine.policies.specs import parse
-from engine.running.session import Turn, make_pools, prefill
 from engine.running.stepping import Stepper, Stepping
+from engine.running.turn import Turn, make_pools, prefill
 
 
 def switched(way: Way) -> AbstractContextManager[object]:
@@ -99,7 +99,7 @@ def decoder_of(
     model: DecoderOnly, pools: list[Pool], policy: Policy, rows: list[Row], way: Way
 ) -> Callable[[Tensor], Tensor]:
     """The engine's step as ``way`` asks for it: tokens ``[rows]`` to logits ``[rows, vocab]``."""
-    stepper = Stepper(model, pools, policy, Stepping(way.selection, way.graphs))
+    stepper = Stepper(model, pools, Stepping(way.selection, way.graphs))
     stepper.begin(rows)
     if way.graphs and stepper.eager_because:
         raise RuntimeError(f"steps are not replayed: {stepper.eager_because}")

@@ -78,20 +78,20 @@ def read_options() -> argparse.Namespace:
 
 def ours(engine: Engine, prompt_ids: list[int], tokens: int) -> Run:
     """Our engine with the exact cache, behind the prompt."""
-    from engine.running.batch import Batch
+    from engine.running.batch import job_of
 
-    batch = Batch(engine)
+    scheduler = engine.scheduler()
     request = {"prompt": PROMPT, "max_new_tokens": tokens + 2, "ignore_eos": True}
-    failed = batch.admit(0, request)
-    if failed:
-        raise failed.error
-    [row] = batch.running
-    assert row.turn.token_ids == prompt_ids
+    job = scheduler.submit(job_of(engine, request))
+    scheduler.step()
+    if job.failed:
+        raise job.failed
+    assert job.turn.token_ids == prompt_ids
 
     def run(count: int) -> list[int]:
         for _ in range(count):
-            batch.step()
-        return row.answer.token_ids
+            scheduler.step()
+        return job.answer.token_ids
 
     return run
 

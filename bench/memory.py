@@ -119,7 +119,7 @@ def shape_report(shape: Shape, spec: str) -> CacheReport:
     generator = torch.Generator().manual_seed(0)
     for layer in range(shape.layers):
         step.lay_out(layer, shape, generator)
-    return report(step.row, pools, policy)
+    return report(step.row, pools)
 
 
 def table() -> list[dict[str, Any]]:
@@ -255,7 +255,7 @@ def peaks(decoder: Decoder, tokens: int = 646, image: int = 576) -> list[dict[st
             before = live_bytes(decoder.config.kv_heads, decoder.config.head_dim)
             step, pools = run_prefill(decoder, parse(spec), order, tokens, image, 1)
             assert isinstance(step, Watched)
-            counted = report(step.row, pools, step.policy)
+            counted = report(step.row, pools)
             rows.append(
                 {
                     "policy": spec,
@@ -276,7 +276,7 @@ def peaks(decoder: Decoder, tokens: int = 646, image: int = 576) -> list[dict[st
 @torch.inference_mode()
 def decode_times(decoder: Decoder, row: Row, pools: list[Pool], policy: Policy, n: int) -> float:
     """Median milliseconds of ``n`` decode steps."""
-    decoding = Decoding(pools, policy, [row])
+    decoding = Decoding(pools, [row])
     generator, times = torch.Generator().manual_seed(2), []
     for _ in range(n):
         hidden = torch.randn(1, decoder.config.hidden, generator=generator)
@@ -294,7 +294,7 @@ def steps(decoder: Decoder, n: int = 48) -> list[dict[str, Any]]:
     for spec in ("full", S40, f"{S45},text=0.7"):
         step, pools = run_prefill(decoder, parse(spec), Prefill, 2248, 2135, n + 1)
         median = decode_times(decoder, step.row, pools, step.policy, n)
-        counted = report(step.row, pools, step.policy)
+        counted = report(step.row, pools)
         rows.append(
             {
                 "policy": spec,

@@ -26,11 +26,13 @@ from .policies.specs import parse
 from .prompts.messages import Messages
 from .prompts.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from .result import Result, Timings
+from .running.asked import new_job
 from .running.batch import Failure, Request, generate_batch
 from .running.chat import Chat
-from .running.generation import Answer, generate
-from .running.session import Session, Turn
+from .running.generation import Answer, Forced, stream
+from .running.scheduler import Job, Scheduler
 from .running.stepping import Stepping
+from .running.turn import Turn
 
 # A mild A-VL: on dense print the paper's own settings cost the embedded model answers, these do not
 # (python -m bench.quality; docs/quality.md says why). "avl" alone has the paper's.
@@ -171,12 +173,13 @@ class Engine:
         Raises:
             OptionError, ImageError, CapacityError: before any text is yielded.
         """
-        chosen, timings = make_options(**options), Timings(load=self.load_seconds)
-        turn = self.turn(prompt, images, timings, raw=raw)
-        session = Session(self.model, self.policy, observer, self.stepping)
-        return generate(
-            session, turn, self.answer(chosen, turn.token_ids), chosen.max_new_tokens, timings
-        )
+        chosen = make_options(**options)
+        job = new_job(self, prompt, images, chosen, raw=raw, observer=observer)
+        return stream(self.scheduler(), job)
+
+    def scheduler(self, rows: int = 1) -> Scheduler:
+        """What answers jobs, ``rows`` of them together, in pools of its own."""
+        return Scheduler(self.model, self.stepping, rows)
 
     def chat(self) -> Chat:
         """A conversation whose turns share one cache; see ``Chat``."""
@@ -246,10 +249,13 @@ class Engine:
             step = Uncached(len(tokens), self.device)
             return self.model.decoder.logits(self.model.decoder(hidden, step))
         ids = self._continuation(continuation)
-        session = Session(self.model, self.policy, stepping=self.stepping)
-        rows = [session.prefill(turn, max(1, len(ids)))]
-        rows += [session.decode(token) for token in ids[:-1]]
-        return torch.stack(rows)[: len(ids)]
+        forced, scheduler = Forced(ids), self.scheduler()
+        job = scheduler.submit(Job(turn, forced, self.policy, max(1, len(ids)), Timings()))
+        while not scheduler.idle:
+            scheduler.step()
+        if job.failed:
+            raise job.failed
+        return torch.stack(forced.scores)[: len(ids)]
 
     def _continuation(self, given: str | Sequence[int]) -> list[int]:
         """The ids of a continuation, each one of the vocabulary."""

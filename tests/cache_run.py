@@ -9,7 +9,8 @@ from engine.cache.decode import CORE, Decoding
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.row import Row
-from engine.models.decoder import Decoder, DecoderConfig
+from engine.models.decoder import Decoder, DecoderConfig, View
+from engine.ops.rotary import Tables
 from engine.policies.layout import Layout
 from engine.policies.policy import Policy
 
@@ -79,15 +80,16 @@ class CacheRun:
     def prefill(self, hidden: Tensor, spans: list[tuple[int, int]], new_tokens: int) -> Tensor:
         self.settle()
         layout = Layout.of_tokens(len(hidden), spans, torch.device("cpu"))
-        self.step = WatchedPrefill(self.pools, self.policy, layout, new_tokens, self.row)
-        out = self.decoder(hidden.clone(), self.step)
+        with WatchedPrefill(self.pools, self.policy, layout, new_tokens, self.row) as step:
+            self.step = step
+            out = self.decoder(hidden.clone(), step)
         self.row = self.step.row
         return self.decoder.logits(out[-1])
 
     @torch.inference_mode()
     def decode(self, hidden: Tensor) -> Tensor:
         if self.decoding is None:
-            self.decoding = Decoding(self.pools, self.policy, [self.row])
+            self.decoding = Decoding(self.pools, [self.row])
         out = self.decoder(hidden.clone(), self.decoding)
         self.decoding.advance()
         return self.decoder.logits(out[-1])
@@ -130,3 +132,9 @@ class CacheRun:
             return [sorted(p for p in head if p != seen) for head in found]
         old = layout.positions[:, layout.text_start :].expand(heads, -1).tolist()
         return [head + list(range(layout.seen, seen)) for head in old]
+
+
+def attended(view: View, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend through a view without a rotation: by an angle of 0."""
+    still = torch.zeros(len(q), 1, q.shape[-1], dtype=q.dtype)
+    return view.attend(q, k, v, Tables(torch.ones_like(still), still))

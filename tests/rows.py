@@ -41,7 +41,7 @@ class Rows:
         ]
         self.policy, self.new_tokens = parse(spec), new_tokens
         self.rows = [self.admit(prompt) for prompt in prompts]
-        self.stepper = Stepper(self.model, self.pools, self.policy, Stepping(**stepping))
+        self.stepper = Stepper(self.model, self.pools, Stepping(**stepping))
 
     @torch.inference_mode()
     def admit(self, prompt: int) -> Row:

@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.engine import Engine
 from engine.errors import CapacityError
 from engine.loading.device import pick_device, why_no_cuda
-from engine.running.batch import Batch
+from engine.running.stepping import Stepper
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, write_llava
 
@@ -140,7 +141,7 @@ def test_row44_out_of_memory_says_how_much_is_needed(
 ) -> None:
     place = {
         "load": "engine.loading.loading.load_weights",
-        "decode": "engine.running.session.Session.decode",
+        "decode": "engine.running.stepping.Stepper.step",
     }
     name = place.get(where, "engine.models.decoder.Decoder.forward")
     monkeypatch.setattr(name, lambda *_, **__: fill())
@@ -311,16 +312,16 @@ def test_row44_a_batch_keeps_what_was_answered_before(
     job = ["--batch", source, "--model", model, "--rows", "3", "--device", "cpu", "--output"]
     assert ask(*job, tmp_path / "whole.jsonl").code == 0
     whole = (tmp_path / "whole.jsonl").read_text()
-    steps, real = itertools.count(), Batch._step
+    steps, real = itertools.count(), Stepper.step
 
-    def step(batch: Batch) -> None:
+    def step(stepper: Stepper, tokens: Tensor) -> Tensor:
         if next(steps) == 6:
             fill()
-        real(batch)
+        return real(stepper, tokens)
 
     answers = tmp_path / "answers.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "_step", step)
+        patch.setattr(Stepper, "step", step)
         asked = ask(*job, answers)
     refused(asked, 5, "out of memory while answering 3 requests together", "GB are free", "--rows")
     kept = answers.read_text()

@@ -27,7 +27,7 @@ from engine.errors import OptionError
 from engine.result import Result, Timings
 from engine.running.batch import Failure
 from engine.running.generation import Answer
-from engine.running.session import make_pools, prefill
+from engine.running.turn import make_pools, prefill
 from tests.checkpoints import Shape
 from tests.oracle import noise
 
@@ -95,7 +95,7 @@ def test_forced_logits_do_not_depend_on_the_company(
     for prompt, images in asked:
         turn = engine.turn(prompt, images, Timings())
         rows.append(prefill(engine.model, pools, engine.policy, turn, len(forced) + 1)[0])
-    decoding, decoder = Decoding(pools, engine.policy, rows), engine.model.decoder
+    decoding, decoder = Decoding(pools, rows), engine.model.decoder
     for step, token in enumerate(forced[:-1]):
         hidden = decoder(decoder.embed(torch.tensor([token] * len(rows))), decoding)
         decoding.advance()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import seeded_qwen, subject
+from bench import qwen_checkpoint, seeded_qwen, subject
 from bench.batch import Plan, throughput
 from bench.common import ROOT, paired_ratio, peak_rss, rss, summary, write_report
 from bench.seeded import CANVASES, PRESETS, tensor_shapes, write_seeded_llava
@@ -21,7 +21,6 @@ from engine.checkpoint.tensors import Checkpoint, load_weights, read_json
 from engine.engine import Engine
 from engine.models.llava import Llava, parse_hub
 from engine.pictures.anyres import plan as plan_tiles
-from tests import qwen_checkpoint
 
 
 def test_paired_ratio_is_not_moved_by_what_slows_both() -> None:

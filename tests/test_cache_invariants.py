@@ -24,6 +24,7 @@ from engine.policies.random import Random
 from engine.policies.select import heavy_and_recent, top
 from engine.policies.snapkv import SnapKv
 from engine.policies.streaming import Streaming
+from tests.cache_run import attended
 from tests.selection import lightest
 
 LAYERS, HEADS, KV, DIM = 3, 4, 2, 16
@@ -52,16 +53,16 @@ def drawn(seed, count):
 def prefill(pools, policy, prompt, past=None):
     """Run a prefill's layers on random q, k, v; returns the row."""
     layout = Layout.of_tokens(prompt.tokens, prompt.spans, CPU)
-    step = Prefill(pools, policy, layout, prompt.steps + 1, past)
-    alive = torch.arange(prompt.tokens)
-    for layer in range(LAYERS):
-        q, k, v = drawn(prompt.seed * 100 + layer, prompt.tokens)
-        out = step.view(layer).attend(q[alive], k[alive], v[alive])
-        assert out.shape == (len(alive), HEADS, DIM)
-        assert out.isfinite().all()
-        kept = step.narrow(layer)
-        alive = alive if kept is None else alive[kept]
-        assert alive[-1] == prompt.tokens - 1, "the last token's states answer: it must go on"
+    with Prefill(pools, policy, layout, prompt.steps + 1, past) as step:
+        alive = torch.arange(prompt.tokens)
+        for layer in range(LAYERS):
+            q, k, v = drawn(prompt.seed * 100 + layer, prompt.tokens)
+            out = attended(step.view(layer), q[alive], k[alive], v[alive])
+            assert out.shape == (len(alive), HEADS, DIM)
+            assert out.isfinite().all()
+            kept = step.narrow(layer)
+            alive = alive if kept is None else alive[kept]
+            assert alive[-1] == prompt.tokens - 1, "the last token's states answer: it must go on"
     return step.row
 
 
@@ -73,7 +74,7 @@ def step_inputs(row_seeds, layer):
 def decode(decoding, row_seeds):
     """One step of all rows; returns ``[layers, rows, heads, head_dim]``."""
     outs = [
-        decoding.view(layer).attend(*step_inputs(row_seeds, layer)).clone()
+        attended(decoding.view(layer), *step_inputs(row_seeds, layer)).clone()
         for layer in range(LAYERS)
     ]
     decoding.advance()
@@ -176,7 +177,7 @@ def check_recent(decoding, policy):
 def test_every_step_keeps_the_invariants(policy, prompt):
     pools = make_pools()
     row = prefill(pools, policy, prompt)
-    decoding = Decoding(pools, policy, [row])
+    decoding = Decoding(pools, [row])
     for step in range(prompt.steps):
         assert decoding.positions.tolist() == [prompt.tokens + step]
         check_lists(decoding)
@@ -201,7 +202,7 @@ def check_settled(row, pools, policy):
             core = stored.core.tolist()
             assert core == sorted(set(core))
             assert (layout.image_of[core] >= 0).all()
-    counted = report(row, pools, policy)
+    counted = report(row, pools)
     token = 2 * KV * DIM * 4
     used = sum(stored.layout.columns for stored in row.layers) * token
     assert counted.bytes_used == used <= counted.bytes_allocated
@@ -215,7 +216,7 @@ def test_turns_follow_each_other(policy, turns):
     pools, row, seen = make_pools(), None, 0
     for prompt in turns:
         row = prefill(pools, policy, prompt, row)
-        decoding = Decoding(pools, policy, [row])
+        decoding = Decoding(pools, [row])
         for step in range(prompt.steps):
             check_lists(decoding)
             decode(decoding, [prompt.seed + step])
@@ -234,11 +235,11 @@ def test_a_settled_row_goes_on_as_if_it_had_not_been_settled(policy, prompt):
     outs = []
     for settles in (False, True):
         pools = make_pools()
-        decoding = Decoding(pools, policy, [prefill(pools, policy, prompt)])
+        decoding = Decoding(pools, [prefill(pools, policy, prompt)])
         steps = []
         for step in range(prompt.steps):
             if settles:
-                decoding = Decoding(pools, policy, [decoding.settle(0)])
+                decoding = Decoding(pools, [decoding.settle(0)])
             steps.append(decode(decoding, [prompt.seed + step]))
         outs.append(steps)
     for alone, settled in zip(*outs, strict=True):
@@ -248,7 +249,7 @@ def test_a_settled_row_goes_on_as_if_it_had_not_been_settled(policy, prompt):
 def test_evicting_much_leaves_positions_equal_to_tokens_seen():
     policy = Avl(secondary=0.1, core=0.05, prefill=0.2, text=0.1, floor=1)
     pools, prompt = make_pools(), Prompt(60, [(2, 50)], 80, 1)
-    decoding = Decoding(pools, policy, [prefill(pools, policy, prompt)])
+    decoding = Decoding(pools, [prefill(pools, policy, prompt)])
     for step in range(80):
         assert int(decoding.positions) == 60 + step
         decode(decoding, [step])
@@ -264,8 +265,8 @@ def test_exactly_the_promised_number_of_tokens_can_be_decoded():
         layout = Layout.of_tokens(30, prompt.spans, CPU)
         step = Prefill(pools, policy, layout, 9)
         for layer in range(LAYERS):
-            step.view(layer).attend(*drawn(layer, len(layout.image_of)))
-        decoding = Decoding(pools, policy, [step.row])
+            attended(step.view(layer), *drawn(layer, len(layout.image_of)))
+        decoding = Decoding(pools, [step.row])
         for n in range(9):
             decode(decoding, [n])
         row = decoding.settle(0)
@@ -278,7 +279,7 @@ def test_exactly_the_promised_number_of_tokens_can_be_decoded():
 def alone(policy, prompt, lead, steps):
     """A row in a cache of its own: ``lead`` steps, then ``steps`` whose outputs are returned."""
     pools = make_pools()
-    decoding = Decoding(pools, policy, [prefill(pools, policy, prompt)])
+    decoding = Decoding(pools, [prefill(pools, policy, prompt)])
     outs = [decode(decoding, [prompt.seed + step]) for step in range(lead + steps)]
     return outs[lead:], decoding.settle(0), pools
 
@@ -293,11 +294,11 @@ def test_rows_together_are_rows_alone(policy, starts, steps):
     pools, rows = make_pools(), []
     for prompt, lead in starts:
         room = Prompt(prompt.tokens, prompt.spans, lead + steps, prompt.seed)
-        decoding = Decoding(pools, policy, [prefill(pools, policy, room)])
+        decoding = Decoding(pools, [prefill(pools, policy, room)])
         for step in range(lead):
             decode(decoding, [prompt.seed + step])
         rows.append(decoding.settle(0))
-    together = Decoding(pools, policy, rows)
+    together = Decoding(pools, rows)
     outs = []
     for step in range(steps):
         check_lists(together)
@@ -405,7 +406,7 @@ def test_a_budget_of_nothing_attends_the_token_itself():
     """A prompt that is all picture, none of it kept: the only value left is the token's own."""
     policy = Avl(secondary=0.0, core=0.0, prefill=0.0, text=0.0, floor=0)
     pools, prompt = make_pools(), Prompt(12, [(0, 12)], 3, 4)
-    decoding = Decoding(pools, policy, [prefill(pools, policy, prompt)])
+    decoding = Decoding(pools, [prefill(pools, policy, prompt)])
     assert [s.layout.columns for s in decoding.rows[0].layers] == [0] * LAYERS
     for step in range(3):
         out = decode(decoding, [step])

@@ -29,7 +29,7 @@ def test_bytes_reported_are_the_bytes_that_live():
     before = live_bytes(3, 32)
     step, pools = run_prefill(seeded(**SIZES), Avl(), Prefill, 200, 120, 9)
     alive = live_bytes(3, 32) - before
-    counted = report(step.row, pools, step.policy)
+    counted = report(step.row, pools)
     assert alive == counted.bytes_allocated == allocated_bytes(pools)
     text = round(0.7 * 45)
     assert counted.bytes_used == 6 * (35 + 54 + text) * TOKEN

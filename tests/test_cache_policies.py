@@ -18,7 +18,7 @@ from engine.policies.layout import Layout
 from engine.policies.random import Random
 from engine.policies.snapkv import SnapKv
 from engine.policies.streaming import Streaming
-from tests.cache_run import CacheRun, embeddings, seeded_decoder
+from tests.cache_run import CacheRun, attended, embeddings, seeded_decoder
 
 LAYERS, HEADS, KV, DIM = 3, 6, 2, 16
 GROUP = HEADS // KV
@@ -52,7 +52,7 @@ class Cache:
         outs, alive = [], list(range(seen, seen + count))
         for layer in range(LAYERS):
             outs.append(
-                dict(zip(alive, step.view(layer).attend(*tokens(layer, alive)), strict=True))
+                dict(zip(alive, attended(step.view(layer), *tokens(layer, alive)), strict=True))
             )
             kept = step.narrow(layer)
             alive = alive if kept is None else [alive[i] for i in kept]
@@ -60,10 +60,10 @@ class Cache:
         return outs
 
     def decode(self):
-        self.decoding = self.decoding or Decoding(self.pools, self.policy, [self.row])
+        self.decoding = self.decoding or Decoding(self.pools, [self.row])
         position = int(self.decoding.positions)
         outs = [
-            self.decoding.view(layer).attend(*tokens(layer, [position]))[0]
+            attended(self.decoding.view(layer), *tokens(layer, [position]))[0]
             for layer in range(LAYERS)
         ]
         self.decoding.advance()

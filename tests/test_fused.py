@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.decoder import turned
 from engine.ops import fused, native
 from engine.ops.fused import Destination
+from engine.ops.rotary import turned
 from tests.emulated import ROOT, build
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -16,8 +16,8 @@ from engine.loading.families import recognise
 from engine.models.decoder import GATE_UP, QKV, Decoder
 from engine.ops import fused, native
 from engine.result import Timings
-from engine.running.session import Session
 from tests.checkpoints import Shape
+from tests.session import Session
 
 QUESTION = "What is in this image?"
 TOLERANCE = 2e-4  # of logits whose deviation is about 2, in float32

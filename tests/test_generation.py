@@ -34,8 +34,8 @@ def scripted(engine: Engine, monkeypatch: pytest.MonkeyPatch, ids: list[int]) ->
     decoder = engine.model.decoder
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
-        scores = torch.zeros(decoder.config.vocab)
-        scores[next(left)] = 5.0
+        scores = torch.zeros(*hidden.shape[:-1], decoder.config.vocab)
+        scores[..., next(left)] = 5.0
         return scores
 
     monkeypatch.setattr(decoder.head, "forward", logits)

@@ -17,12 +17,12 @@ from engine.errors import CapacityError, OptionError
 from engine.insight.trace import Trace
 from engine.ops import native
 from engine.running.graphs import LINES, WARM_UPS, capture, obstacle
-from engine.running.session import Session
 from engine.running.stepping import Stepping
 from tests.checkpoints import Shape
 from tests.oracle import noise
 from tests.pretend_cuda import PretendCuda
 from tests.rows import Rows, state
+from tests.session import Session
 
 SHAPE = Shape(kv_heads=2)
 POLICIES = [
@@ -211,7 +211,7 @@ def test_selection_by_layers_is_not_captured() -> None:
         per_layer = True
 
     batch = Rows("avl:floor=3", [0], 5, graphs=False)
-    decoding = Decoding(batch.pools, batch.policy, batch.rows, PerLayer())
+    decoding = Decoding(batch.pools, batch.rows, PerLayer())
     assert "selection by layers" in obstacle(batch.model, decoding)
 
 

@@ -46,8 +46,8 @@ class Run(CacheRun):
     @torch.inference_mode()
     def start(self, tokens=40, spans=SPANS, new_tokens=30):
         layout = Layout.of_tokens(tokens, spans, CPU)
-        step = Prefill(self.pools, self.policy, layout, new_tokens, self.row, self.trace)
-        self.decoder(embeddings(tokens, 1), step)
+        with Prefill(self.pools, self.policy, layout, new_tokens, self.row, self.trace) as step:
+            self.decoder(embeddings(tokens, 1), step)
         self.row = step.row
 
     def go(self, steps):
@@ -174,7 +174,7 @@ def test_rows_are_watched_one_by_one():
     watched, beside.row = beside.row, None
     beside.prefill(embeddings(21, 9), [(3, 12)], 30)
     with torch.inference_mode():
-        decoding = Decoding(beside.pools, beside.policy, [beside.row, watched])
+        decoding = Decoding(beside.pools, [beside.row, watched])
         for step in range(5):
             both = torch.cat([embeddings(1, 500 + step), embeddings(1, 50 + step)])
             beside.decoder(both, decoding)

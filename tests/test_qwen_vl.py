@@ -26,9 +26,10 @@ from engine.policies.specs import parse
 from engine.prompts.prompt import Prompt
 from engine.result import Timings
 from engine.running.generation import Answer, OuterSpace
-from engine.running.session import Session, make_pools, prefill
+from engine.running.turn import make_pools, prefill
 from tests.oracle import noise
 from tests.qwen_reference import QwenReference
+from tests.session import Session
 
 CASES = (
     *("base_text", "base_image", "chat_text", "chat_image"),
@@ -249,7 +250,7 @@ def test_rows_of_a_batch_keep_their_own_base(spec: str, engine: Engine) -> None:
         session = Session(model, policy)
         session.prefill(made, 10)
         alone.append(torch.stack([session.decode(token) for token in more]))
-    decoding = Decoding(pools, policy, rows)
+    decoding = Decoding(pools, rows)
     together = []
     for token in more:
         hidden = model.decoder.embed(torch.tensor([token] * 3))

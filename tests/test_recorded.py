@@ -16,8 +16,8 @@ from engine.ops.tape import Tape, recording
 from engine.result import Timings
 from engine.running import recorded, stepping
 from engine.running.recorded import CALLS_BEHIND, CALLS_PER_LAYER, RecordedDecoder
-from engine.running.session import Session
 from tests.checkpoints import Shape
+from tests.session import Session
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="needs the native module")
 

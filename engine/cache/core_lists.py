@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..ops import ranking
-from ..policies.policy import Policy
 from .row import Row
 
 
@@ -19,10 +18,8 @@ class CoreRuns:
     list; both are as long in every layer, so that a new core is written over the old one.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], policy: Policy, number: int, device: torch.device
-    ) -> None:
-        runs = [_run(row, policy, number) for row in rows]
+    def __init__(self, rows: Sequence[Row], number: int, device: torch.device) -> None:
+        runs = [_run(row, number) for row in rows]
         self._runs = torch.tensor(runs, dtype=torch.int32).T.contiguous().to(device)
 
     def plan(
@@ -49,7 +46,7 @@ class CoreRuns:
         return [self._runs]
 
 
-def _run(row: Row, policy: Policy, number: int) -> tuple[int, int, int, int]:
+def _run(row: Row, number: int) -> tuple[int, int, int, int]:
     """A picture's first slot, the one after its last, how long its core run is, where it begins."""
     stored = row.layers[0]
     layout = stored.layout
@@ -59,6 +56,6 @@ def _run(row: Row, policy: Policy, number: int) -> tuple[int, int, int, int]:
     if not len(slots):
         return 0, 0, 0, 0
     first, last = int(slots[0]), int(slots[-1]) + 1
-    size = min(policy.core_size(layout.image_sizes[number]), len(slots))
+    size = min(row.policy.core_size(layout.image_sizes[number]), len(slots))
     before = int((layout.fixed() < first).sum()) + int((stored.core < first).sum())
     return first, last, size, before

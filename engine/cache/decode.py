@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..ops.fused import Destination
-from ..policies.policy import Policy
 from .core_lists import CoreRuns
 from .lengths import ATTENDS_CORE, POSITION, RERANKS, WORDS, Lengths
 from .pool import Pool
@@ -66,19 +65,18 @@ class Decoding:
     def __init__(
         self,
         pools: Sequence[Pool],
-        policy: Policy,
         rows: list[Row],
         side: Side | None = None,
         *,
         static: bool = False,
     ) -> None:
         """``static``: shapes leave room, so that other rows may take these rows' place."""
-        self.pools, self.policy, self.rows, self.static = pools, policy, rows, static
+        self.pools, self.rows, self.static = pools, rows, static
         self.device, self.kv_heads = pools[0].k.device, pools[0].k.shape[1]
         self._observed = [r for r, row in enumerate(rows) if row.observer is not None]
         # An observer reads every step before it is closed: nothing may still be running then.
         self.side: Side = InOrder() if self._observed or side is None else side
-        self.lengths = Lengths(policy, rows)
+        self.lengths = Lengths(rows)
         self.opening = torch.tensor([row.opening for row in rows], device=self.device)
         self.parts = self._divide(len(pools))
         places = max(self.lengths.room) + 1
@@ -251,7 +249,7 @@ class Decoding:
         """What re-ranking rewrites, picture by picture; nothing where no row has a core tier."""
         tiered = [row for row in self.rows if any(s.core is not None for s in row.layers)]
         pictures = max((len(row.image_spans) for row in tiered), default=0)
-        return [CoreRuns(self.rows, self.policy, n, self.device) for n in range(pictures)]
+        return [CoreRuns(self.rows, n, self.device) for n in range(pictures)]
 
     def adopt(self, other: Decoding) -> None:
         """Take over the rows of ``other``, see ``fits``; every tensor stays where it is."""

@@ -7,7 +7,7 @@ write down for many steps ahead; the device reads them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..policies.policy import Budget, Policy
 from .row import Row
@@ -30,8 +30,8 @@ class Lengths:
         evicts: whether a row evicts text.
     """
 
-    def __init__(self, policy: Policy, rows: Sequence[Row]) -> None:
-        self._policy = policy
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._policies = [row.policy for row in rows]
         self._layouts = [row.layers[0].layout for row in rows]
         self.seen = [row.seen for row in rows]
         self.kept = [layout.columns - layout.text_start for layout in self._layouts]
@@ -51,11 +51,14 @@ class Lengths:
 
     def kinds(self) -> list[int]:
         """For each row whether the coming step attends its core list (1) or its full list (0)."""
-        return [int(self._policy.attends_core(step + 1)) for step in self.steps]
+        return [int(p.attends_core(step + 1)) for p, step in self._stepping()]
 
     def reranks(self) -> list[int]:
         """For each row whether the coming step ranks its core again."""
-        return [int(self._policy.reranks(step + 1)) for step in self.steps]
+        return [int(p.reranks(step + 1)) for p, step in self._stepping()]
+
+    def _stepping(self) -> Iterable[tuple[Policy, int]]:
+        return zip(self._policies, self.steps, strict=True)
 
     def overfull(self) -> list[int]:
         """Rows that have no slot for the coming step's token."""
@@ -95,4 +98,4 @@ class Lengths:
 
     def _budget(self, r: int, more: int) -> Budget | None:
         layout = self._layouts[r]
-        return self._policy.text_budget(*layout.lengths(self.seen[r] - layout.seen + more))
+        return self._policies[r].text_budget(*layout.lengths(self.seen[r] - layout.seen + more))

@@ -1,7 +1,8 @@
 """Prefill: attend over all tokens of a turn, then store what the policy keeps, layer by layer.
 
 Each layer is compacted right after its attention, so that no more than one layer's full keys and
-values exist at any time; the full cache of all layers never does.
+values exist at any time; the full cache of all layers never does. What earlier turns hold stays
+until all layers are done: the peak is then that, what is newly kept, and one layer.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.rotary import Tables, rotated
 from ..policies.layout import Kept, Layout
 from ..policies.policy import Policy
 from ..policies.received import Received
 from .observe import Observer
 from .pool import Pool
-from .row import Row, Stored
+from .row import Extent, Row, Stored
 from .showing import show_prefill
 
 
@@ -46,16 +48,10 @@ class LayerView:
     step: Prefill | Uncached
     layer: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
         """See ``View.attend``."""
+        q, k = rotated(q, tables, queries=True), rotated(k, tables)
         return self.step.attend(self.layer, q, k, v)
-
-    def destination(self) -> None:
-        """What is stored is chosen by attention: see ``View.destination``."""
-
-    def attend_stored(self, q: Tensor) -> Tensor:
-        """Never called."""
-        raise NotImplementedError
 
 
 class Uncached:
@@ -81,8 +77,9 @@ class Uncached:
 class Prefill:
     """One turn's prefill of one sequence, on top of what earlier turns left in ``past``.
 
-    ``row`` is complete once every layer has attended. The extents of ``past`` are given back layer
-    by layer, as each is rewritten.
+    A block, ``with Prefill(...) as step``, either commits or leaves everything as it was: at its
+    end ``row`` is complete, and the extents of ``past`` are given back; an exception gives back
+    what the row has taken, and ``past`` can go on.
     """
 
     def __init__(
@@ -102,6 +99,7 @@ class Prefill:
         self.past = past or Row()
         self.positions = turn.positions[0] + self.past.seen
         self.row = Row(
+            policy=policy,
             image_spans=[*self.past.image_spans, *_spans(turn, self.past.seen)],
             opening=self.past.opening or turn.columns,
             observer=observer or self.past.observer,
@@ -109,6 +107,15 @@ class Prefill:
         self.opening = torch.tensor([self.row.opening], device=self.positions.device)
         self._turn = turn
         self._narrowed: Tensor | None = None
+        self._taken: list[Extent] = []
+
+    def __enter__(self) -> Prefill:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        extents = self.past.extents(self.pools) if kind is None else self._taken
+        for pool, start, capacity in extents:
+            pool.give(start, capacity)
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
@@ -142,7 +149,6 @@ class Prefill:
         pool, stored = self.pools[layer], self.past.layers[layer]
         used = slice(stored.start, stored.start + stored.layout.columns)
         k, v = torch.cat([pool.k[used], k]), torch.cat([pool.v[used], v])
-        pool.give(stored.start, stored.capacity)
         layout = stored.layout.followed_by(self._turn)
         if stored.text_scores is None:
             return k, v, layout, None
@@ -154,6 +160,7 @@ class Prefill:
         shared, text = len(kept.shared), kept.text.shape[-1]
         capacity = shared + text + self._growth(layout, text)
         start = pool.take(capacity)
+        self._taken.append((pool, start, capacity))
         for rows, source in ((pool.k, k), (pool.v, v)):
             rows[start : start + shared] = source[kept.shared]
             rows[start + shared : start + shared + text] = _per_head(source, kept.text)

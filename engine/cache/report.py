@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..policies.policy import Policy
 from .pool import Pool
 from .row import Row, Stored
 
@@ -55,7 +54,7 @@ class CacheReport:
     bytes_full: int
 
 
-def report(row: Row, pools: Sequence[Pool], policy: Policy) -> CacheReport:
+def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
     """Count what ``row`` (settled) holds in ``pools``."""
     images = [_image_tokens(stored, row.image_spans) for stored in row.layers]
     total = sum(end - start for start, end in row.image_spans)
@@ -68,7 +67,7 @@ def report(row: Row, pools: Sequence[Pool], policy: Policy) -> CacheReport:
     seen = row.seen
     steps = row.attended_share
     return CacheReport(
-        policy=policy.spec,
+        policy=row.policy.spec,
         image_tokens=total,
         stored=Spread.of(images),
         core=Spread.of(core),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..policies.layout import Layout
+from ..policies.policy import Policy
 from .observe import Observer
+from .pool import Pool
+
+Extent = tuple[Pool, int, int]  # of which pool, where it starts, how many slots it has
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Stored:
 
 @dataclass
 class Row:
-    """One sequence.
+    """One sequence under its own ``policy``: rows that are decoded together may differ in it.
 
     ``image_spans`` are the positions of every picture's tokens; ``opening`` is how many tokens the
     first prefill had (see ``Step``); ``attended_share`` collects, for
@@ -36,6 +41,7 @@ class Row:
     ``observer`` is told of every layer of every pass.
     """
 
+    policy: Policy = field(default_factory=Policy)
     layers: list[Stored] = field(default_factory=list)
     image_spans: list[tuple[int, int]] = field(default_factory=list)
     opening: int = 0
@@ -47,3 +53,8 @@ class Row:
     def seen(self) -> int:
         """Tokens seen, which is also the next position."""
         return self.layers[0].layout.seen if self.layers else 0
+
+    def extents(self, pools: Sequence[Pool]) -> list[Extent]:
+        """What the sequence owns of each layer's pool."""
+        pairs = zip(pools, self.layers, strict=bool(self.layers))
+        return [(pool, stored.start, stored.capacity) for pool, stored in pairs]

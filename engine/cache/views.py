@@ -7,7 +7,8 @@ from weakref import proxy
 
 from torch import Tensor
 
-from ..ops.fused import Destination
+from ..ops.fused import Destination, rope_write
+from ..ops.rotary import Tables
 
 
 class Stepped(Protocol):
@@ -36,18 +37,10 @@ class DecodeView:
         self.step: Stepped = proxy(step)
         self.layer, self._destination = layer, step.destination(layer)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
         """See ``View.attend``; one query per row."""
-        self._destination.store(k, v)
-        return self.step.attend(self.layer, q)
-
-    def destination(self) -> Destination:
-        """See ``View.destination``."""
-        return self._destination
-
-    def attend_stored(self, q: Tensor) -> Tensor:
-        """See ``View.attend_stored``."""
-        return self.step.attend(self.layer, q)
+        queries = rope_write(q, k, v, *tables, self._destination)
+        return self.step.attend(self.layer, queries)
 
 
 class EdgeView(DecodeView):
@@ -59,20 +52,11 @@ class EdgeView(DecodeView):
         self._part = part
         self._first, self._last = layer == layers.start, layer == layers.stop - 1
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
         """See ``View.attend``."""
-        self.destination().store(k, v)
-        return self.attend_stored(q)
-
-    def destination(self) -> Destination:
-        """See ``View.destination``."""
         if self._first:
             self.step.arrive(self._part)
-        return super().destination()
-
-    def attend_stored(self, q: Tensor) -> Tensor:
-        """See ``View.attend_stored``."""
-        out = super().attend_stored(q)
+        out = super().attend(q, k, v, tables)
         if self._last:
             self.step.leave(self._part)
         return out

@@ -9,14 +9,14 @@ policy; it hands queries, keys and values to ``view.attend``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
-from ..ops import fused
-from ..ops.fused import Destination, rope_write, silu_mul
+from ..ops.fused import silu_mul
+from ..ops.rotary import Tables, turned
 from .layers import Embedding, Linear, RMSNorm, SideBySide
 
 # On a CPU, hidden sizes up to this gain from prepared weights; larger ones only pay for the copy.
@@ -130,14 +130,10 @@ def _rope_theta(config: ConfigReader) -> float:
 class View(Protocol):
     """What a layer sees of the cache in one step."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v ``[tokens, kv_heads, head_dim]``, attend q ``[tokens, heads, head_dim]``."""
-
-    def destination(self) -> Destination | None:
-        """Where k and v may be stored by the caller; None where ``attend`` must see them."""
-
-    def attend_stored(self, q: Tensor) -> Tensor:
-        """Attend q once k and v are stored."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
+        """Rotate q ``[tokens, heads, head_dim]`` and k, store k and v ``[tokens, kv_heads,
+        head_dim]``, and attend; returns the shape of q. A view may do without k and v.
+        """
 
 
 class Step(Protocol):
@@ -159,22 +155,6 @@ class Step(Protocol):
         """Indices of the tokens that go on after ``layer``, or None where all do."""
 
 
-class Tables(NamedTuple):
-    """What a step's tokens are rotated with, ``[tokens, 1, head_dim]``.
-
-    ``scale [tokens, 1, 1]`` multiplies the rotated queries; None leaves them.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    scale: Tensor | None = None
-
-    def narrowed(self, kept: Tensor | slice) -> Tables:
-        """The tables of some of the tokens."""
-        scale = None if self.scale is None else self.scale[kept]
-        return Tables(self.cos[kept], self.sin[kept], scale)
-
-
 class Rotation:
     """Rotary position embedding, the 'rotate half' form (Su et al. 2021).
 
@@ -189,17 +169,6 @@ class Rotation:
     def tables(self, positions: Tensor, opening: Tensor, dtype: torch.dtype) -> Tables:
         """Cosine and signed sine at a step's positions, for a model in ``dtype``; see ``Step``."""
         return turned(positions[:, None].float() * self.frequencies, dtype)
-
-
-def turned(angles: Tensor, dtype: torch.dtype) -> Tables:
-    """Tables of the fp32 ``angles [tokens, head_dim / 2]``."""
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return Tables(torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
-
-
-def rotate(x: Tensor, tables: Tables) -> Tensor:
-    """Rotate ``x [tokens, heads, head_dim]`` by its tokens' positions; keeps its dtype."""
-    return fused.rotate(x, tables.cos, tables.sin)
 
 
 class DecoderLayer(nn.Module):
@@ -238,13 +207,7 @@ class DecoderLayer(nn.Module):
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         shape = (len(normed), -1, self.config.head_dim)
         q, k, v = (part.view(shape) for part in self.qkv(normed))
-        to = view.destination() if fused.serves(normed) else None
-        if to is not None:
-            out = view.attend_stored(rope_write(q, k, v, *tables, to))
-        else:
-            q, k = rotate(q, tables), rotate(k, tables)
-            out = view.attend(q if tables.scale is None else q * tables.scale, k, v)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(view.attend(q, k, v, tables).flatten(1))
 
 
 class Decoder(nn.Module):

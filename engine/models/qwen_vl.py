@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.config import ConfigReader
+from ..ops.rotary import Tables, turned
 from ..pictures.preprocess import Pixels
 from ..prompts.rank_vocabulary import SPECIALS, special_ids
-from .decoder import Decoder, DecoderConfig, Rotation, Tables, turned
+from .decoder import Decoder, DecoderConfig, Rotation
 from .qwen_vision import QwenVision, QwenVisionConfig
 from .vision_language import VisionLanguageModel
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import native
 from .native import DTYPES, address, describe
+from .rotary import rotate
 from .tape import kept
 
 
@@ -147,12 +148,6 @@ def argmax(scores: Tensor) -> Tensor:
 
 
 # -- the torch twins ------------------------------------------------------------------------------
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x [tokens, heads, head_dim]`` by tables as in ``rope_write``; keeps its dtype."""
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def add_norm_torch(

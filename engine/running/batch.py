@@ -1,33 +1,19 @@
-"""Many requests at once: prefill one by one, decode together, a finished row's place goes on.
-
-No padding exists: every row brings its own slots, positions and step kind, so that an answer does
-not depend on who shares the batch.
-"""
+"""Many requests at once: a finished one's place goes to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..cache.report import report
-from ..cache.row import Row
 from ..errors import EngineError, OptionError
-from ..loading.capacity import memory_for
 from ..options import OptionValues, make_options
 from ..pictures.encoded import Picture, listed
 from ..prompts.messages import Messages
-from ..result import Result, Timings
-from .asked import Asked
-from .generation import Answer, refuse_nan
-from .session import Turn, make_pools, pool_memory, prefill
-from .stepping import Stepper
-
-_FEWER = "try fewer --rows than {}, --dtype bf16, or smaller pictures; finished answers are kept"
+from ..result import Result
+from .asked import Asked, new_job
+from .generation import Answer
+from .scheduler import Event, Job, Said
 
 
 @dataclass(frozen=True)
@@ -77,32 +63,6 @@ class Failure:
     error: EngineError
 
 
-@dataclass
-class _Running:
-    """A request being answered."""
-
-    index: int
-    turn: Turn
-    answer: Answer
-    row: Row
-    timings: Timings
-    token: int
-    failed: EngineError | None = None
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is to be decoded any more."""
-        return bool(self.answer.finish or self.failed)
-
-    def choose(self, logits: Tensor) -> None:
-        """Take the next token; whatever is wrong with it is this request's own failure."""
-        try:
-            self.token = self.answer.choose(logits)
-            self.answer.take(self.token)
-        except Exception as error:
-            self.failed = _failure(error)
-
-
 def _failure(error: Exception) -> EngineError:
     """What a request failed of, in our words where they are known."""
     if isinstance(error, EngineError):
@@ -122,103 +82,37 @@ def generate_batch(
     """
     if rows < 1:
         raise OptionError(f"rows is {rows}", hint="use 1 or more")
-    batch = Batch(engine)
-    waiting = enumerate(requests)
-    while True:
-        while len(batch.running) < rows and (item := next(waiting, None)) is not None:
-            failed = batch.admit(*item)
-            if failed:
-                yield failed
-        yield from batch.finished()
-        if batch.running:
-            batch.step()
-        elif item is None:
-            return
-
-
-class Batch:
-    """The rows that are decoded together, in pools they share."""
-
-    def __init__(self, engine: Asked) -> None:
-        self.engine, self.model, self.policy = engine, engine.model, engine.policy
-        self.pools = make_pools(self.model)
-        self.running: list[_Running] = []
-        self._stepper = Stepper(self.model, self.pools, self.policy, engine.stepping)
-
-    def admit(self, index: int, request: Request | Mapping[str, Any]) -> Failure | None:
-        """Prefill one more request; a bad one comes back as a Failure."""
-        self._settle()
+    scheduler, numbers = engine.scheduler(rows), dict[Job, int]()
+    for index, request in enumerate(requests):
         try:
-            self.running.append(self._start(index, Request.parse(request)))
+            numbers[scheduler.submit(job_of(engine, request))] = index
         except Exception as error:
-            return Failure(index, _failure(error))
-        return None
+            yield Failure(index, _failure(error))
+        while not scheduler.places:
+            yield from _results(scheduler.step(), numbers)
+    while not scheduler.idle:
+        yield from _results(scheduler.step(), numbers)
 
-    def _start(self, index: int, request: Request) -> _Running:
-        try:
-            options = make_options(**request.options)
-        except TypeError as error:
-            raise OptionError(f"a request's option has the wrong type: {error}") from error
-        timings = Timings(load=self.engine.load_seconds)
-        turn = self.engine.turn(request.prompt, request.images, timings, raw=request.raw)
-        answer = self.engine.answer(options, turn.token_ids)
-        began = perf_counter()
-        with pool_memory(self.pools, "reading the prompt", len(turn.token_ids)):
-            row, logits = prefill(self.model, self.pools, self.policy, turn, options.max_new_tokens)
-        timings.prefill = perf_counter() - began
-        running = _Running(index, turn, answer, row, timings, token=0)
-        try:
-            refuse_nan(logits)
-            running.choose(logits)
-        except EngineError as error:
-            running.failed = error
-        return running
 
-    def step(self) -> None:
-        """One token for every row.
+def job_of(engine: Asked, value: Request | Mapping[str, Any]) -> Job:
+    """A request's job; raises what is wrong with it."""
+    request = Request.parse(value)
+    try:
+        options = make_options(**request.options)
+    except TypeError as error:
+        raise OptionError(f"a request's option has the wrong type: {error}") from error
+    return new_job(engine, request.prompt, request.images, options, raw=request.raw)
 
-        Raises CapacityError: a step that memory cut short cannot be taken again, for any of them.
-        """
-        count = len(self.running)
-        needed = 2 * len(self.pools) * self.pools[-1].k.nbytes
-        doing, hint = f"answering {count} requests together", _FEWER.format(count)
-        with memory_for(doing, needed, self.engine.device, hint):
-            self._step()
 
-    def _step(self) -> None:
-        began = perf_counter()
-        if not self._stepper.decoding:
-            self._stepper.begin([each.row for each in self.running])
-        tokens = torch.tensor([each.token for each in self.running], device=self.engine.device)
-        logits = self._stepper.step(tokens)
-        for each, scores in zip(self.running, logits, strict=True):
-            each.choose(scores)
-            each.timings.steps += 1
-            each.timings.decode += perf_counter() - began
-
-    def finished(self) -> Iterator[Result | Failure]:
-        """Results of the rows that are over; their slots are given back."""
-        done = [each for each in self.running if each.over]
-        if not done:
-            return
-        self._settle()
-        self.running = [each for each in self.running if not each.over]
-        for each in done:
-            cache = report(each.row, self.pools, self.policy)
-            self._free(each.row)
-            if each.failed:
-                yield Failure(each.index, each.failed)
-                continue
-            result = each.answer.result(each.turn, each.timings, cache)
-            yield replace(result, index=each.index)
-
-    def _free(self, row: Row) -> None:
-        """Give a row's slots back."""
-        for pool, stored in zip(self.pools, row.layers, strict=True):
-            pool.give(stored.start, stored.capacity)
-
-    def _settle(self) -> None:
-        """Write the decode state back to the rows, before their number changes."""
-        if self._stepper.decoding:
-            for each, row in zip(self.running, self._stepper.settle(), strict=True):
-                each.row = row
+def _results(events: Iterable[Event], numbers: dict[Job, int]) -> Iterator[Result | Failure]:
+    """What of the events is the end of a request."""
+    for event in events:
+        if isinstance(event, Said):
+            continue
+        job, index = event.job, numbers.pop(event.job)
+        if event.cache is None:
+            assert job.failed is not None
+            yield Failure(index, _failure(job.failed))
+            continue
+        assert isinstance(job.answer, Answer)
+        yield replace(job.answer.result(job.turn, job.timings, event.cache), index=index)

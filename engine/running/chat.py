@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Unpack
 
+from ..cache.row import Row
 from ..options import OptionValues, make_options
 from ..pictures.encoded import Picture
 from ..prompts.messages import Messages
 from ..result import Result, Timings
 from .asked import Asked
-from .generation import generate
-from .session import Session
+from .generation import stream
+from .scheduler import Job
 
 
 class Chat:
@@ -30,7 +31,7 @@ class Chat:
 
     def __init__(self, engine: Asked) -> None:
         self._engine = engine
-        self._session = Session(engine.model, engine.policy, stepping=engine.stepping)
+        self._scheduler, self._row = engine.scheduler(), Row()
         self.token_ids: list[int] = []
         self._sizes: Sequence[tuple[int, int]] = ()
 
@@ -53,13 +54,15 @@ class Chat:
         """
         chosen, timings = make_options(**options), Timings(load=self._engine.load_seconds)
         # The last tokens of an answer are not in the cache yet: they come before the new turn.
-        pending = self.token_ids[self._session.seen :]
+        pending = self.token_ids[self._row.seen :]
         after = pending if self.token_ids else None
         turn = self._engine.turn(text, images, timings, after=after, earlier=self._sizes)
-        asked, seen = [*self.token_ids, *turn.token_ids[len(pending) :]], self._session.seen
-        answer = self._engine.answer(chosen, asked)
+        asked = [*self.token_ids, *turn.token_ids[len(pending) :]]
+        answer, policy = self._engine.answer(chosen, asked), self._engine.policy
+        job = Job(turn, answer, policy, chosen.max_new_tokens, timings, self._row, keeps=True)
         try:
-            yield from generate(self._session, turn, answer, chosen.max_new_tokens, timings)
+            yield from stream(self._scheduler, job)
         finally:
-            if self._session.seen > seen:  # otherwise the turn was refused, and nothing changed
-                self.token_ids, self._sizes = asked + answer.token_ids, turn.sizes
+            if job.row is not None:  # otherwise the turn was refused, and nothing changed
+                self._row, self._sizes = job.row, turn.sizes
+                self.token_ids = asked + answer.token_ids

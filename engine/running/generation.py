@@ -1,9 +1,8 @@
-"""The one prefill and decode loop, and the rules that end an answer."""
+"""One answer: the rules that choose its tokens and end it, and its text as it comes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from ..pictures.boxes import parse_boxes
 from ..prompts.tokenizer import StreamDecoder, Tokenizer
 from ..result import FinishReason, Result, Timings
 from .sampling import Sampler
-from .session import Session, Turn
+from .scheduler import Job, Said, Scheduler
+from .turn import Turn
 
 
 class StopTexts:
@@ -97,6 +97,8 @@ class Answer:
 
     def choose(self, logits: Tensor) -> int:
         """Draw the next token from ``logits [vocab]``."""
+        if not self.token_ids:
+            _refuse_nan(logits)
         token = self._sampler.choose(logits)
         if self._options.logprobs:
             self._logprobs.append(float(logits.log_softmax(-1)[token]))
@@ -147,31 +149,44 @@ class Answer:
         )
 
 
-def generate(
-    session: Session, turn: Turn, answer: Answer, new_tokens: int, timings: Timings
-) -> Iterator[str | Result]:
-    """Answer a turn: yields pieces of text as they become certain, and the Result at the end."""
-    began = perf_counter()
-    with session.memory("reading the prompt", len(turn.token_ids)):
-        logits = session.prefill(turn, new_tokens)
-    refuse_nan(logits)
-    timings.prefill = perf_counter() - began
-    token = answer.choose(logits)
-    while True:
-        piece = answer.take(token)
-        if piece:
-            yield piece
-        if answer.finish:
-            break
-        began = perf_counter()
-        with session.memory("writing the answer", 1):
-            token = answer.choose(session.decode(token))
-        timings.steps += 1
-        timings.decode += perf_counter() - began
-    yield answer.result(turn, timings, session.report())
+class Forced:
+    """Takes given tokens in place of chosen ones; ``scores`` is what was said before each."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self.scores: list[Tensor] = []
+        self.finish: FinishReason | None = None
+        self._token_ids = token_ids
+
+    def choose(self, logits: Tensor) -> int:
+        """The next given token."""
+        self.scores.append(logits)
+        if len(self.scores) >= len(self._token_ids):
+            self.finish = "length"
+        return 0 if self.finish else self._token_ids[len(self.scores) - 1]
+
+    def take(self, token: int) -> str:
+        """Nothing is said."""
+        return ""
 
 
-def refuse_nan(logits: Tensor) -> None:
+def stream(scheduler: Scheduler, job: Job) -> Iterator[str | Result]:
+    """Answer one job: yields pieces of text as they become certain, and the Result at the end."""
+    assert isinstance(job.answer, Answer)
+    scheduler.submit(job)
+    try:
+        while not scheduler.idle:
+            for event in scheduler.step():
+                if isinstance(event, Said):
+                    yield event.text
+                elif event.cache is not None:
+                    yield job.answer.result(job.turn, job.timings, event.cache)
+                elif job.failed:
+                    raise job.failed
+    finally:
+        scheduler.cancel(job)
+
+
+def _refuse_nan(logits: Tensor) -> None:
     """One check per answer: numbers that are not finite would only decode to noise."""
     if not bool(torch.isfinite(logits).all()):
         raise CheckpointError(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..cache.decode import Decoding
-from ..models.decoder import Decoder, Tables
+from ..models.decoder import Decoder
 from ..ops import fused, native
+from ..ops.rotary import Tables
 from ..ops.tape import Tape
 
 # In a layer: two norms; the products for q, k, v, for the output, for gate and up, for down;

@@ -13,7 +13,6 @@ from ..cache.pool import Pool
 from ..cache.row import Row
 from ..cache.streams import check_form, side_for
 from ..models.vision_language import VisionLanguageModel
-from ..policies.policy import Policy
 from .graphs import CapturedStep, obstacle
 from .recorded import RecordedDecoder, recordable
 
@@ -47,10 +46,9 @@ class Stepper:
         self,
         model: VisionLanguageModel,
         pools: Sequence[Pool],
-        policy: Policy,
         stepping: Stepping,
     ) -> None:
-        self.model, self.pools, self.policy = model, pools, policy
+        self.model, self.pools = model, pools
         self.eager_because: str | None = None if stepping.graphs else "graphs are not asked for"
         self._graphs = stepping.graphs
         self._side = side_for(stepping.selection, pools[0].k.device)
@@ -107,7 +105,7 @@ class Stepper:
         return rows
 
     def _pack(self, rows: list[Row]) -> Decoding:
-        return Decoding(self.pools, self.policy, rows, self._side, static=self._graphs)
+        return Decoding(self.pools, rows, self._side, static=self._graphs)
 
     def _loaded(self, rows: list[Row], decoding: Decoding) -> CapturedStep:
         """The captured step of as many rows, with these loaded; captured anew unless they fit."""

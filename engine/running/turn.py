@@ -1,4 +1,4 @@
-"""One sequence and its cache: a turn is prefilled, then tokens are decoded one by one."""
+"""New tokens for a sequence, and their prefill into pools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from ..cache.observe import Observer
 from ..cache.pool import Pool
 from ..cache.prefill import Prefill
-from ..cache.report import CacheReport, report
 from ..cache.row import Row
 from ..errors import ContextError
 from ..loading.capacity import memory_for
@@ -20,7 +19,6 @@ from ..models.decoder import DecoderConfig
 from ..models.vision_language import VisionLanguageModel
 from ..policies.layout import Layout
 from ..policies.policy import Policy
-from .stepping import Stepper, Stepping
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,11 @@ def prefill(
     _check_context(turn, past.seen if past else 0, new_tokens, decoder.config)
     device = decoder.norm.weight.device
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
-    step = Prefill(pools, policy, layout, new_tokens, past, observer)
     ids = torch.tensor(turn.token_ids, device=device)
-    hidden = decoder(model.embed(ids, turn.spans, turn.features), step)
-    return step.row, decoder.logits(hidden[-1])
+    with Prefill(pools, policy, layout, new_tokens, past, observer) as step:
+        hidden = decoder(model.embed(ids, turn.spans, turn.features), step)
+        logits = decoder.logits(hidden[-1])
+    return step.row, logits
 
 
 def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig) -> None:
@@ -94,58 +93,3 @@ def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig
             hint="shorten the prompt, give fewer pictures, or lower --max-new-tokens",
             room=config.context - prompt,
         )
-
-
-class Session:
-    """One sequence with pools of its own; ``observer`` is told of every layer of every pass."""
-
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        policy: Policy,
-        observer: Observer | None = None,
-        stepping: Stepping | None = None,
-    ) -> None:
-        self.model, self.policy, self.observer = model, policy, observer
-        self.pools = make_pools(model)
-        self.row: Row | None = None
-        self.stepper = Stepper(model, self.pools, policy, stepping or Stepping())
-        self._device = self.pools[0].k.device
-
-    @property
-    def seen(self) -> int:
-        """Tokens in the sequence so far, evicted ones included."""
-        if self.stepper.decoding:
-            return self.stepper.seen(0)
-        return self.row.seen if self.row else 0
-
-    def prefill(self, turn: Turn, new_tokens: int) -> Tensor:
-        """Process a turn; returns the next token's logits ``[vocab]``."""
-        past = self._settled()
-        self.row, logits = prefill(
-            self.model, self.pools, self.policy, turn, new_tokens, past, self.observer
-        )
-        return logits
-
-    def memory(self, doing: str, tokens: int) -> AbstractContextManager[None]:
-        """A block that says how much ``tokens`` more take if memory runs out in it."""
-        return pool_memory(self.pools, doing, self.seen + tokens)
-
-    def decode(self, token_id: int) -> Tensor:
-        """Process one more token; returns the next token's logits ``[vocab]``."""
-        if not self.stepper.decoding:
-            assert self.row is not None, "prefill comes first"
-            self.stepper.begin([self.row])
-        return self.stepper.step(torch.tensor([token_id], device=self._device)).flatten()
-
-    def report(self) -> CacheReport:
-        """Count what the cache holds now."""
-        row = self._settled()
-        assert row is not None, "prefill comes first"
-        return report(row, self.pools, self.policy)
-
-    def _settled(self) -> Row | None:
-        """The sequence with its decode state written back."""
-        if self.stepper.decoding:
-            [self.row] = self.stepper.settle()
-        return self.row

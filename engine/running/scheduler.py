@@ -1,0 +1,221 @@
+"""The one loop: requests are read one by one, answered together, and leave when they are over.
+
+A single request is a batch of one. No padding exists: every row brings its own slots, positions,
+policy and step kind, so that an answer does not depend on who shares the step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..cache.observe import Observer
+from ..cache.report import CacheReport, report
+from ..cache.row import Row
+from ..loading.capacity import memory_for
+from ..models.vision_language import VisionLanguageModel
+from ..policies.policy import Policy
+from ..result import FinishReason, Timings
+from .stepping import Stepper, Stepping
+from .turn import Turn, make_pools, pool_memory, prefill
+
+_FEWER = "try fewer --rows than {}, --dtype bf16, or smaller pictures; finished answers are kept"
+
+
+class Chooses(Protocol):
+    """What becomes of a request's logits: an answer in the making, see ``Answer``.
+
+    Attributes:
+        finish: why it is over; None while it goes on.
+    """
+
+    finish: FinishReason | None
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, from ``logits [vocab]``."""
+
+    def take(self, token: int) -> str:
+        """Add a chosen token; returns the text that is now certain."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way.
+
+    Attributes:
+        turn: its tokens and pictures.
+        answer: chooses its tokens, and knows when it is over.
+        policy: what of it is kept and attended.
+        new_tokens: how many tokens may be decoded behind the turn.
+        timings: seconds, counted on.
+        past: what an earlier turn has left in the scheduler's pools: the turn goes on from there.
+        observer: is told of every layer of every pass.
+        keeps: whether its row stays in the pools when it is over, for a later turn.
+        row: what the cache holds of it, once it is read; settled when it is over.
+        token: chosen, and not yet decoded.
+        failed: what it failed of.
+    """
+
+    turn: Turn
+    answer: Chooses
+    policy: Policy
+    new_tokens: int
+    timings: Timings
+    past: Row = field(default_factory=Row)
+    observer: Observer | None = None
+    keeps: bool = False
+    row: Row | None = None
+    token: int = 0
+    failed: Exception | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether no token can follow."""
+        return bool(self.answer.finish or self.failed)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A further piece of a job's text."""
+
+    job: Job
+    text: str
+
+
+@dataclass(frozen=True)
+class Over:
+    """A job is over; ``cache`` is what it held at its end, None if it failed."""
+
+    job: Job
+    cache: CacheReport | None
+
+
+Event = Said | Over
+
+
+class Scheduler:
+    """Answers jobs, ``rows`` of them together, in pools that they share.
+
+    ``submit``, then ``step`` until it is ``idle``.
+    """
+
+    def __init__(self, model: VisionLanguageModel, stepping: Stepping, rows: int = 1) -> None:
+        self.model, self.rows = model, rows
+        self.pools = make_pools(model)
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self._device = self.pools[0].k.device
+        self._stepper = Stepper(model, self.pools, stepping)
+
+    @property
+    def places(self) -> int:
+        """How many more jobs can be taken up before one is over."""
+        return self.rows - len(self.running) - len(self.waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not (self.running or self.waiting)
+
+    def submit(self, job: Job) -> Job:
+        """Take a job; it is read as soon as it has a place."""
+        self.waiting.append(job)
+        return job
+
+    def step(self) -> list[Event]:
+        """Read the next prompt where there is a place for it, else decode a token of every row.
+
+        What is wrong with one job ends that job alone. Raises CapacityError if memory runs out in
+        a decode step: it cannot be taken again, for any of the rows.
+        """
+        if self.waiting and len(self.running) < self.rows:
+            return self._read(self.waiting.popleft())
+        return self._decode() if self.running else []
+
+    def cancel(self, job: Job) -> None:
+        """End a job wherever it is; one that is over already stays as it is."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        elif job in self.running:
+            self._settle()
+            self._drop(job)
+
+    def _read(self, job: Job) -> list[Event]:
+        """A job's prefill, and its first token."""
+        seen, began = job.past.seen, perf_counter()
+        try:
+            self._settle()
+            with pool_memory(self.pools, "reading the prompt", seen + len(job.turn.token_ids)):
+                given = job.policy, job.turn, job.new_tokens, job.past, job.observer
+                job.row, logits = prefill(self.model, self.pools, *given)
+            self.running.append(job)
+        except Exception as error:
+            job.failed = error
+            return [Over(job, None)]
+        job.timings.prefill = perf_counter() - began
+        return [*self._choose(job, logits), *self._ended()]
+
+    def _decode(self) -> list[Event]:
+        began, events = perf_counter(), list[Event]()
+        with self._memory():
+            if not self._stepper.decoding:
+                self._stepper.begin([job.row for job in self.running if job.row])
+            tokens = torch.tensor([job.token for job in self.running], device=self._device)
+            logits = self._stepper.step(tokens)
+        for job, scores in zip(self.running, logits, strict=True):
+            events += self._choose(job, scores)
+            job.timings.steps += 1
+            job.timings.decode += perf_counter() - began
+        return [*events, *self._ended()]
+
+    def _memory(self) -> AbstractContextManager[None]:
+        """A block that says what was needed if memory runs out in it."""
+        if self.rows == 1:
+            return pool_memory(self.pools, "writing the answer", self._seen() + 1)
+        count, needed = len(self.running), 2 * len(self.pools) * self.pools[-1].k.nbytes
+        doing = f"answering {count} requests together"
+        return memory_for(doing, needed, self._device, _FEWER.format(count))
+
+    def _seen(self) -> int:
+        rows = (job.row for job in self.running)
+        settled = sum(row.seen for row in rows if row)
+        return self._stepper.seen(0) if self._stepper.decoding else settled
+
+    def _choose(self, job: Job, logits: Tensor) -> Iterable[Event]:
+        try:
+            job.token = job.answer.choose(logits)
+            text = job.answer.take(job.token)
+        except Exception as error:
+            job.failed = error
+            return []
+        return [Said(job, text)] if text else []
+
+    def _ended(self) -> Iterator[Event]:
+        """Take out the jobs that are over."""
+        over = [job for job in self.running if job.over]
+        if over:
+            self._settle()
+        for job in over:
+            assert job.row is not None
+            cache = None if job.failed else report(job.row, self.pools)
+            self._drop(job)
+            yield Over(job, cache)
+
+    def _drop(self, job: Job) -> None:
+        self.running.remove(job)
+        if job.row is not None and not job.keeps:
+            for pool, start, capacity in job.row.extents(self.pools):
+                pool.give(start, capacity)
+
+    def _settle(self) -> None:
+        """Write the decode state back to the rows, before their number changes."""
+        if self._stepper.decoding:
+            for job, row in zip(self.running, self._stepper.settle(), strict=True):
+                job.row = row

@@ -70,13 +70,18 @@ def check_target(
                 raise OptionError(f"{name} is a file that is read", hint="give another name")
     try:
         _refuse_unfit(path)
-        part = _part_of(target)
-        part.open("xb").close()
-        part.unlink()
+        probe(target.parent)
     except OSError as error:
         raise OptionError(
             f"{name} cannot be written: {error.strerror}", hint="name a place where you may write"
         ) from None
+
+
+def probe(folder: Path) -> None:
+    """Try whether files can be made in a folder; raises OSError."""
+    part = _part_of(folder / "any")
+    part.open("xb").close()
+    part.unlink()
 
 
 def lock(file: IO[Any]) -> bool:

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.app.cli import main
-from engine.checkpoint.convert import MARKER, convert, find_tower
-from engine.checkpoint.pickled import BIN_INDEX
+from engine.checkpoint.convert import convert, find_tower
+from engine.checkpoint.folder_files import BIN_INDEX, INDEX
+from engine.checkpoint.target import MARKER
 from engine.checkpoint.tensors import Checkpoint
 from engine.engine import Engine
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, OptionError
+from tests.asking import Ask, refused
 from tests.checkpoints import (
     Shape,
     draw,
@@ -50,6 +52,14 @@ def pickled(folder: Path, tensors: dict[str, Any], parts: int = 2, **options: An
         torch.save({name: tensors[name] for name in chosen}, folder / file, **options)
         weight_map |= dict.fromkeys(chosen, file)
     write_json(folder / BIN_INDEX, {"metadata": {"total_size": 1}, "weight_map": weight_map})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -182,6 +192,7 @@ def test_a_plain_pickle_is_refused(model: Path, tmp_path: Path) -> None:
     [
         (b"", "cannot be read"),
         (b"PK\x03\x04 and nothing", "cannot be read"),
+        (b"PK\x03\x04" + bytes(4000), "cannot be read"),
         (b"<html>404</html>", r"00001-of-00002\.bin"),
         ([torch.ones(1)], "no dictionary of tensors but list"),
         ({"a": 5}, "'a' is a int, not a named tensor"),
@@ -203,6 +214,19 @@ def test_damaged_and_foreign_files_are_named(
         convert(model, tmp_path / "out")
 
 
+def test_whatever_the_system_refuses_of_a_file_names_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged archive may ask for a map of no length, or reach beyond the file's end."""
+
+    def refusing(*_: Any, **__: Any) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr("engine.checkpoint.pickled.torch.load", refusing)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\S+\.bin cannot be read"):
+        convert(model, tmp_path / "out")
+
+
 def test_a_truncated_file_is_refused(model: Path, tmp_path: Path) -> None:
     file = model / "pytorch_model-00001-of-00002.bin"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -218,7 +242,7 @@ def test_an_index_may_name_only_files_beside_it(name: Any, model: Path, tmp_path
 
 
 def test_what_cannot_be_converted_is_said(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot take the converted model"):
+    with pytest.raises(OptionError, match="is the folder that is converted"):
         convert(model, model)
     out = convert(model, tmp_path / "out", model.parent / "clip")
     with pytest.raises(CheckpointError, match="has safetensors weights already"):
@@ -310,34 +334,39 @@ def test_every_moment_of_a_conversion_is_safe(
     assert 6 < renames < 49
 
 
-def test_leftovers_of_a_crash_and_other_models_are_written_again(
-    model: Path, tmp_path: Path
-) -> None:
+def test_leftovers_of_a_crash_are_written_again(model: Path, tmp_path: Path) -> None:
     out, tower = tmp_path / "out", model.parent / "clip"
     convert(model, out, tower)
-    good = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-    (out / SHARDS[0]).write_bytes(good[SHARDS[0]][:-1])  # cut short
-    (out / ".avl-0.part").write_bytes(b"half")
+    good = contents(out)
+    shard = good[SHARDS[0]]
+    for damaged in (shard[:-1], shard[:-1] + bytes([shard[-1] ^ 1]), None):
+        (out / ".avl-0.part").write_bytes(b"half")
+        if damaged is None:
+            (out / SHARDS[0]).unlink()
+        else:
+            (out / SHARDS[0]).write_bytes(damaged)
+        convert(model, out, tower)
+        assert contents(out) == good
+
+
+def test_shards_of_two_models_are_never_mixed(model: Path, tmp_path: Path) -> None:
+    """The same names and shapes, but other values: made again, or refused where all were done."""
+    out, tower, file = tmp_path / "out", model.parent / "clip", "pytorch_model-00002-of-00002.bin"
+    with pytest.raises(Interrupted):
+        convert(model, out, tower, interrupting(file, 0.0))
+    first = model / "pytorch_model-00001-of-00002.bin"
+    torch.save({k: v + 1 for k, v in torch.load(first).items()}, first)
+    before = (out / SHARDS[0]).read_bytes()
     convert(model, out, tower)
-    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == good
-    assert not list(out.glob("*.part"))
-    # Same names and shapes, other values: not taken for done.
-    file = model / "pytorch_model-00001-of-00002.bin"
-    torch.save({k: v + 1 for k, v in torch.load(file).items()}, file)
-    convert(model, out, tower)
-    assert (out / SHARDS[0]).read_bytes() != good[SHARDS[0]]
-    assert (out / SHARDS[1]).read_bytes() == good[SHARDS[1]]
+    assert (out / SHARDS[0]).read_bytes() != before
+    done = contents(out)
+    torch.save({k: v + 1 for k, v in torch.load(first).items()}, first)
+    with pytest.raises(OptionError, match=r"00001\S+ is not what the conversion writes there"):
+        convert(model, out, tower)
+    assert contents(out) == done
 
 
 # -- what is the user's ---------------------------------------------------------------------------
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -352,7 +381,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     (out / file).write_bytes(b"mine")
     if broken:
         (model / "pytorch_model-00002-of-00002.bin").write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="mine holds something else already"):
+    with pytest.raises(OptionError, match="mine holds something else already"):
         convert(model, out, model.parent / "clip")
     assert contents(out) == {file: b"mine"}
 
@@ -373,9 +402,79 @@ def test_what_was_put_into_a_converted_folder_is_kept(
     if file == "notes.txt":
         convert(model, out, tower)
     else:
-        with pytest.raises(CheckpointError, match=file):
+        with pytest.raises(OptionError, match=file):
             convert(model, out, tower)
     assert {name: contents(out)[name] for name in before} == before
+
+
+@pytest.mark.parametrize("file", [INDEX, "config.json", "tokenizer_config.json", "vision_tower"])
+def test_a_changed_file_is_found_before_anything_is_written(
+    file: str, model: Path, tmp_path: Path
+) -> None:
+    out, tower = tmp_path / "out", model.parent / "clip"
+    convert(model, out, tower)
+    if file == "vision_tower":
+        shutil.rmtree(out / file)
+    (out / file).write_bytes(b'{"mine": 1}')
+    (out / SHARDS[1]).unlink()
+    before = contents(out)
+    with pytest.raises(OptionError, match=file):
+        convert(model, out, tower)
+    assert contents(out) == before
+
+
+def test_a_resumed_conversion_that_fails_deletes_nothing(model: Path, tmp_path: Path) -> None:
+    out, tower, file = tmp_path / "out", model.parent / "clip", "pytorch_model-00002-of-00002.bin"
+    convert(model, out, tower)
+    (out / SHARDS[1]).unlink()
+    before = contents(out)
+    with pytest.raises(Interrupted):
+        convert(model, out, tower, interrupting(file, 0.5))
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refused_conversion_does_not_occupy_its_target(
+    there: bool, model: Path, tmp_path: Path
+) -> None:
+    out, tower = tmp_path / "out", model.parent / "clip"
+    if there:
+        out.mkdir()
+    with pytest.raises(Interrupted):
+        convert(model, out, tower, interrupting("pytorch_model-00001-of-00002.bin", 0.0))
+    assert out.exists() == there
+    assert not there or not list(out.iterdir())
+    (model / "pytorch_model-00002-of-00002.bin").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError):
+        convert(model, out, tower)
+    assert out.exists() == there
+
+
+TARGETS = ["a file", "in a file", "in nothing", "a link to nothing", "own", "full", "no rights"]
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_an_unfit_target_is_refused_before_a_weight_is_read(
+    kind: str, model: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "engine.checkpoint.pickled.torch.load", lambda *_, **__: pytest.fail("read")
+    )
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_bytes(b"mine")
+    before = contents(tmp_path)
+    names = {"a file": "file", "in a file": "file/out", "in nothing": "link/out", "full": "full"}
+    names |= {"a link to nothing": "link", "own": model.name, "no rights": "out"}
+    if kind == "no rights":  # whoever runs the tests may have all of them
+        monkeypatch.setattr(
+            Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "No"))
+        )
+    asked = ask("--model", model, "--convert", tmp_path / names[kind])
+    monkeypatch.undo()
+    refused(asked, 2, names[kind])
+    assert contents(tmp_path) == before
 
 
 def test_another_conversion_or_process_does_not_share_a_folder(model: Path, tmp_path: Path) -> None:
@@ -383,12 +482,12 @@ def test_another_conversion_or_process_does_not_share_a_folder(model: Path, tmp_
     with pytest.raises(Interrupted):
         convert(model, out, tower, interrupting("pytorch_model-00002-of-00002.bin", 0))
     before = contents(out)
-    with pytest.raises(CheckpointError, match="out holds another conversion"):
+    with pytest.raises(OptionError, match="out holds another conversion"):
         convert(model, out)
     seen = []
 
     def second(*_: Any) -> None:
-        with pytest.raises(CheckpointError, match="another process converts into") as caught:
+        with pytest.raises(OptionError, match="another process converts into") as caught:
             convert(model, out, tower)
         seen.append(caught.value.hint)
 

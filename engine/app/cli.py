@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..checkpoint.hub import resolve
+from ..checkpoint.target import check_folder
 from ..errors import CapacityError, EngineError, OptionError
 from ..policies.specs import parse
 from .flags import parse_flags
@@ -145,12 +147,13 @@ def _convert(flags: argparse.Namespace) -> int:
             "a conversion needs a source and a target",
             hint="write --model SOURCE --convert TARGET [--vision-tower TOWER]",
         )
-    from ..checkpoint.convert import convert, find_source, find_tower
+    target = Path(flags.convert)
+    check_folder(target, Path(flags.model))
+    source = resolve(flags.model, flags.revision, flags.offline, pickled=True)
+    from ..checkpoint.convert import convert, find_tower
 
-    source = find_source(flags.model, flags.revision, flags.offline)
     tower = find_tower(source, flags.vision_tower, flags.offline)
-    progress = None if flags.quiet else _show_progress
-    target = convert(source, Path(flags.convert), tower, progress)
+    convert(source, target, tower, None if flags.quiet else _show_progress)
     say(f"{target}\n")
     return 0
 

@@ -1,32 +1,35 @@
 """Converts pickled weights (`pytorch_model*.bin`) to safetensors shards.
 
-Each source file becomes one shard. A shard is written under a temporary name, brought to the disk
-and only then renamed, and the index comes last: at every moment a shard either is whole or has not
-its name. Started again, the conversion keeps the shards that are done.
+Each source file becomes one shard. All of them are looked through first, their data unread: what
+is damaged, and what was changed in the target since, is refused before anything is written. A
+shard is written under a temporary name, brought to the disk and only then renamed, and the index
+comes last: at every moment a shard either is whole or has not its name. Started again, the
+conversion keeps the shards that are done, if the checksum in their header is still that of their
+data.
 
-The target is a folder of the conversion's own: a new or an empty one, in which a marker says what
-is converted. Nothing is written into a folder that holds something else, and no file that was
-changed since is written over.
+See `target` for the folder that is written to. No file that was changed since is written over.
 """
 
 import ctypes
 import fnmatch
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import PARTS, lock, write_whole, written_whole
-from .folder_files import INDEX, first_five, read_json
+from ..errors import CheckpointError, OptionError
+from ..files import write_whole, written_whole
+from .folder_files import INDEX, first_five, read_file, read_json
 from .header import DTYPES
 from .hub import resolve
 from .pickled import Piece, pickled_files, pickled_names, read_pickle
+from .target import check_folder, check_owner, claimed
 from .tensors import Checkpoint
 
 Progress = Callable[[str, int, int], None]
@@ -34,13 +37,12 @@ Progress = Callable[[str, int, int], None]
 TOWER = "vision_tower"  # the folder in the result that holds a joined tower's config.json
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 BESIDE = ["*.json", "tokenizer.model", "*.tiktoken", "*.jinja"]
-MARKER = ".avl-conversion"  # in the target: what is converted there
 TAIL = 4 << 20
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _OURS = b'{"__metadata__":{"format":"pt","source":'  # how the header of every shard begins
-_NEW_FOLDER = "name a folder that does not exist"
-_ELSEWHERE = f"or {_NEW_FOLDER}"
+_DIGEST = b'"sha256":"'  # and what stands in it before the checksum of the data
+_UNKNOWN = b"0" * 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Source:
 
     path: Path
     is_tower: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to write: its place, its header but for the checksum, and how long it will be."""
+
+    path: Path
+    source: Source
+    header: bytes
+    size: int
 
 
 def convert(
@@ -69,37 +81,28 @@ def convert(
 
     Raises:
         CheckpointError: nothing to convert, a file that is damaged or holds more than tensors, a
-            vision tower that is missing or not wanted, a target that holds something else.
+            vision tower that is missing or not wanted.
+        OptionError: a target that cannot be written, or holds something else.
     """
-    config = read_json(source / "config.json")
-    sources = _sources(source, target, tower)
-    with _claimed(source, target, tower):
-        index = _write_shards(sources, target, progress or (lambda *_: None))
-        _copy_beside(source, target, config, tower)
-        _put(target / INDEX, json.dumps(index, indent=2).encode())
+    check_folder(target, source)
+    check_owner(target, source, tower)
+    shards, index = _plan(_sources(source, tower), target)
+    beside = _beside(source, target, tower) | {target / INDEX: index}
+    with claimed(target, source, tower):
+        _refuse_changed(shards, beside, finished=(target / INDEX).exists())
+        for shard in shards:
+            _write_shard(shard, progress or (lambda *_: None))
+        for path, content in beside.items():
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, content)
     return target
-
-
-def _write_shards(sources: list[Source], target: Path, progress: Progress) -> dict[str, object]:
-    """One shard for each source; returns their index."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, item in enumerate(sources, 1):
-        shard = f"model-{number:05}-of-{len(sources):05}.safetensors"
-        with _open(item) as pieces:
-            _refuse_repeats(item, pieces, weight_map)
-            _write_shard(target / shard, pieces, item, progress)
-            weight_map |= {piece.name: shard for piece in pieces}
-            total += sum(piece.nbytes for piece in pieces)
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 # --- what to convert -----------------------------------------------------------------------------
 
 
-def _sources(source: Path, target: Path, tower: Path | None) -> list[Source]:
-    if target.exists() and (not target.is_dir() or target.samefile(source)):
-        raise CheckpointError(f"{target} cannot take the converted model", hint=_NEW_FOLDER)
+def _sources(source: Path, tower: Path | None) -> list[Source]:
     sources = [Source(path) for path in pickled_files(source)]
     if tower is None:
         return sources
@@ -112,25 +115,40 @@ def _sources(source: Path, target: Path, tower: Path | None) -> list[Source]:
     return [*sources, *(Source(path, is_tower=True) for path in found)]
 
 
-@contextmanager
-def _claimed(source: Path, target: Path, tower: Path | None) -> Iterator[None]:
-    """Make `target` this conversion's folder, or find that it is; one process works in it."""
-    marker, tower_name = target / MARKER, str(tower.resolve()) if tower else None
-    wanted = json.dumps({"source": str(source.resolve()), "tower": tower_name}, indent=2).encode()
-    target.mkdir(parents=True, exist_ok=True)
-    if all(path.match(PARTS) for path in target.iterdir()):
-        write_whole(marker, wanted)
-    if not marker.is_file() or marker.read_bytes() != wanted:
-        what = "another conversion" if marker.is_file() else "something else"
-        raise CheckpointError(f"{target} holds {what} already", hint=_NEW_FOLDER)
-    with marker.open("rb") as file:
-        if not lock(file):
-            raise CheckpointError(
-                f"another process converts into {target}", hint="wait for it to end"
-            )
-        for leftover in target.glob(PARTS):
-            leftover.unlink()
-        yield
+def _plan(sources: list[Source], target: Path) -> tuple[list[Shard], bytes]:
+    """One shard for each source, and their index."""
+    shards: list[Shard] = []
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, item in enumerate(sources, 1):
+        name = f"model-{number:05}-of-{len(sources):05}.safetensors"
+        with _open(item) as pieces:
+            _refuse_repeats(item, pieces, weight_map)
+            header, size = _header(pieces, item), sum(piece.nbytes for piece in pieces)
+            weight_map |= {piece.name: name for piece in pieces}
+        shards.append(Shard(target / name, item, header, len(header) + size))
+        total += size
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return shards, json.dumps(index, indent=2).encode()
+
+
+def _beside(source: Path, target: Path, tower: Path | None) -> dict[Path, bytes]:
+    """Configuration and tokenizer; with a joined tower, its configuration as well."""
+    config = read_json(source / "config.json")
+    changed = config if tower is None else {**config, "mm_vision_tower": TOWER}
+    files = {target / "config.json": json.dumps(changed, indent=2).encode()}
+    for path in sorted(source.iterdir()):
+        wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE)
+        own = path.name == "config.json" or path.name.endswith(".index.json")
+        if wanted and path.is_file() and not own:
+            files[target / path.name] = read_file(path)
+    if tower is None:
+        return files
+    files[target / TOWER / "config.json"] = read_file(tower / "config.json")
+    pictures = tower / "preprocessor_config.json"
+    if pictures.exists():
+        files.setdefault(target / pictures.name, read_file(pictures))
+    return files
 
 
 @contextmanager
@@ -138,13 +156,17 @@ def _open(source: Source) -> Iterator[list[Piece]]:
     """The tensors of one file, under the names that they will have."""
     if source.path.suffix == ".safetensors":
         with Checkpoint.open(source.path.parent) as checkpoint:
-            yield _of_tower([_stored(checkpoint, name) for name in checkpoint.tensors], source)
+            yield _chosen([_stored(checkpoint, name) for name in checkpoint.tensors], source)
         return
-    yield _of_tower(read_pickle(source.path), source)
+    yield _chosen(read_pickle(source.path), source)
 
 
-def _of_tower(pieces: list[Piece], source: Source) -> list[Piece]:
-    """Of a CLIP only its vision half, with the prefix of the original layout."""
+def _chosen(pieces: list[Piece], source: Source) -> list[Piece]:
+    """Of a CLIP only its vision half, with the prefix of the original layout.
+
+    Wide elements come first, so that every tensor is aligned.
+    """
+    pieces = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
     if not source.is_tower:
         return pieces
     kept = [piece for piece in pieces if piece.name.startswith("vision_model.")]
@@ -164,33 +186,88 @@ def _refuse_repeats(source: Source, pieces: list[Piece], seen: Mapping[str, str]
         raise CheckpointError(f"{source.path} holds {first_five(twice)} a second time")
 
 
+# --- what is there already ------------------------------------------------------------------------
+
+
+def _refuse_changed(shards: list[Shard], beside: Mapping[Path, bytes], finished: bool) -> None:
+    """Refuse to go on where a file is not what the conversion has written or will write there.
+
+    `finished` says that there is an index.
+    """
+    changed = [path for path, content in beside.items() if not _is_same(path, content)]
+    changed += [shard.path for shard in shards if not _may_replace(shard, finished)]
+    if changed:
+        raise OptionError(
+            f"{changed[0]} is not what the conversion writes there",
+            hint="move it away, or name a folder that does not exist",
+        )
+
+
+def _is_same(path: Path, content: bytes) -> bool:
+    """Whether a small file has its content, or is still to be written."""
+    try:
+        return path.read_bytes() == content
+    except FileNotFoundError:
+        return not path.is_symlink()
+    except OSError:  # a folder in its place, or a file in its folder's
+        return False
+
+
+def _may_replace(shard: Shard, finished: bool) -> bool:
+    """Whether a shard is missing or of this conversion, whole or not.
+
+    Beside an index it must be of the same source file: replaced one by one, shards of two models
+    would look like one.
+    """
+    if not os.path.lexists(shard.path):
+        return True
+    if not shard.path.is_file():
+        return False
+    with shard.path.open("rb") as file:
+        found = file.read(len(shard.header))
+    return _with_digest(found, _UNKNOWN) == shard.header or (
+        not finished and found[8:].startswith(_OURS)
+    )
+
+
+def _is_whole(shard: Shard) -> bool:
+    """Whether a shard is there with the data that its header has the checksum of."""
+    if not shard.path.exists() or shard.path.stat().st_size != shard.size:
+        return False
+    with shard.path.open("rb") as file:
+        header = file.read(len(shard.header))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return header == _with_digest(shard.header, digest.encode())
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _write_shard(path: Path, pieces: list[Piece], source: Source, progress: Progress) -> None:
+def _write_shard(shard: Shard, progress: Progress) -> None:
     """Write one safetensors file, unless it is there and whole."""
-    # Wide elements first, so that every tensor is aligned.
-    ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
-    header = _header(ordered, _fingerprint(source.path))
-    total = sum(piece.nbytes for piece in ordered)
-    if _is_whole(path, header, total):
-        progress(source.path.name, total, total)
+    name, total, done = shard.source.path.name, shard.size - len(shard.header), 0
+    if _is_whole(shard):
+        progress(name, total, total)
         return
-    _refuse_foreign(path)
-    (path.parent / INDEX).unlink(missing_ok=True)  # of an earlier run: not true any more
-    done = 0
-    with written_whole(path) as file:
-        file.write(header)
-        progress(source.path.name, done, total)
-        for piece in ordered:
-            _write_tensor(file, piece.read())
+    digest = hashlib.sha256()
+    with _open(shard.source) as pieces, written_whole(shard.path) as file:
+        file.write(shard.header)
+        progress(name, done, total)
+        for piece in pieces:
+            _give(piece.read(), file.write, digest.update)
             done += piece.nbytes
-            progress(source.path.name, done, total)
+            progress(name, done, total)
+        file.seek(0)
+        file.write(_with_digest(shard.header, digest.hexdigest().encode()))
 
 
-def _header(pieces: list[Piece], fingerprint: str) -> bytes:
-    """Length and JSON of a safetensors header; it also tells what the shard was made from."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", "source": fingerprint}}
+def _header(pieces: list[Piece], source: Source) -> bytes:
+    """Length and JSON of a safetensors header, with what the shard is made from.
+
+    The checksum of its data is left open.
+    """
+    made_from = {"source": _fingerprint(source.path), "sha256": _UNKNOWN.decode()}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **made_from}}
     start = 0
     for piece in pieces:
         stop = start + piece.nbytes
@@ -205,6 +282,12 @@ def _header(pieces: list[Piece], fingerprint: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _with_digest(header: bytes, digest: bytes) -> bytes:
+    """A header with the checksum in its place."""
+    before, mark, after = header.partition(_DIGEST)
+    return before + mark + digest + after[len(digest) :]
+
+
 def _fingerprint(path: Path) -> str:
     """Tells two source files apart: size and end, where an archive keeps all its check sums."""
     size = path.stat().st_size
@@ -213,66 +296,16 @@ def _fingerprint(path: Path) -> str:
         return f"{size}-{hashlib.sha256(file.read()).hexdigest()}"
 
 
-def _is_whole(path: Path, header: bytes, total: int) -> bool:
-    if not path.exists() or path.stat().st_size != len(header) + total:
-        return False
-    with path.open("rb") as file:
-        return file.read(len(header)) == header
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Only what a conversion has written may be written again: its header says so."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start[8:].startswith(_OURS):
-        raise CheckpointError(f"{path} is not of a conversion", hint=f"move it away, {_ELSEWHERE}")
-
-
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+def _give(tensor: Tensor, *takers: Callable[[Any], object]) -> None:
+    """Give the bytes of a tensor to all takers."""
     tensor = tensor.contiguous()
     if tensor.nbytes:
-        file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Write a small file, unless it is there; one that says something else was changed since."""
-    if not path.exists():
-        write_whole(path, content)
-    elif path.read_bytes() != content:
-        raise CheckpointError(
-            f"{path} is not what the conversion writes there", hint=f"move it away, {_ELSEWHERE}"
-        )
-
-
-def _copy_beside(
-    source: Path, target: Path, config: Mapping[str, object], tower: Path | None
-) -> None:
-    """Copy configuration and tokenizer; with a joined tower, its configuration as well."""
-    for path in sorted(source.iterdir()):
-        wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE)
-        own = path.name == "config.json" or path.name.endswith(".index.json")
-        if wanted and path.is_file() and not own:
-            _put(target / path.name, path.read_bytes())
-    changed = config if tower is None else {**config, "mm_vision_tower": TOWER}
-    _put(target / "config.json", json.dumps(changed, indent=2).encode())
-    if tower is None:
-        return
-    joined = target / TOWER
-    joined.mkdir(exist_ok=True)
-    _put(joined / "config.json", (tower / "config.json").read_bytes())
-    pictures = tower / "preprocessor_config.json"
-    if pictures.exists() and not (source / pictures.name).exists():
-        _put(target / pictures.name, pictures.read_bytes())
+        data = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        for take in takers:
+            take(data)
 
 
 # --- by name -------------------------------------------------------------------------------------
-
-
-def find_source(name: str | Path, revision: str | None = None, offline: bool = False) -> Path:
-    """The folder of a model with pickled weights: a folder, or a hub name, downloaded if needed."""
-    return resolve(name, revision, offline, pickled=True)
 
 
 def find_tower(source: Path, given: str | None, offline: bool = False) -> Path | None:
@@ -281,13 +314,13 @@ def find_tower(source: Path, given: str | None, offline: bool = False) -> Path |
     None where the checkpoint needs none: it names none, or holds its own.
     """
     if given is not None:
-        return find_source(given, offline=offline)
+        return resolve(given, offline=offline, pickled=True)
     named = read_json(source / "config.json").get("mm_vision_tower")
     if not isinstance(named, str) or any("vision_tower." in name for name in pickled_names(source)):
         return None
     beside = source / named
     try:
-        return beside if beside.is_dir() else find_source(named, offline=offline)
+        return beside if beside.is_dir() else resolve(named, offline=offline, pickled=True)
     except CheckpointError as error:
         raise CheckpointError(
             f"{source} leaves out its vision tower {named}, and it is not at hand: {error}",

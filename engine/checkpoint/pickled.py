@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .adapters import UNQUANTISED
-from .folder_files import BIN_INDEX, BIN_SINGLE, DOWNLOAD_AGAIN, first_five, read_json, show
+from .folder_files import (
+    BIN_INDEX,
+    BIN_SINGLE,
+    DOWNLOAD_AGAIN,
+    first_five,
+    open_file,
+    read_json,
+    regular_file_size,
+    show,
+)
 from .header import DTYPES
 
 
@@ -85,7 +94,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _load(path: Path) -> Mapping[object, object]:
     """The dictionary in a pickled file, its tensors mapped and not read."""
-    with path.open("rb") as file:
+    regular_file_size(path)
+    with open_file(path) as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
         # Files of before torch 1.6 are no archives and cannot be mapped: they are read whole.
@@ -98,7 +108,9 @@ def _load(path: Path) -> Mapping[object, object]:
             f"{path} {what}: refused, nothing of it was run",
             hint="get the model from a source that you trust, best as safetensors",
         ) from None
-    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # there is nothing that damaged bytes could not raise in there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path} cannot be read: {reason}", hint=DOWNLOAD_AGAIN) from None
     if not isinstance(content, Mapping):

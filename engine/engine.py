@@ -55,6 +55,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer = loaded.family.model, loaded.tokenizer
         self.policy, self.stepping = parse(cache), stepping or Stepping()
+        self.policy.check_depth(self.model.decoder.config.layers)
         self.name, self.load_seconds = loaded.folder.name, loaded.seconds
         self._folder = loaded.folder
         self._family = loaded.family
@@ -125,6 +126,11 @@ class Engine:
     def dtype(self) -> torch.dtype:
         """The dtype of weights and cache."""
         return self.model.decoder.norm.weight.dtype
+
+    @property
+    def names_regions(self) -> bool:
+        """Whether answers may name regions of the picture; see ``Result.boxes``."""
+        return self._family.boxes
 
     def fingerprint(self) -> str:
         """Tells apart engines that may answer differently under the same cache policy."""
@@ -212,6 +218,7 @@ class Engine:
         """The same model in memory under another cache policy."""
         other = copy(self)
         other.policy = parse(cache)
+        other.policy.check_depth(self.model.decoder.config.layers)
         return other
 
     def answer(self, options: Options, prompt_ids: Sequence[int]) -> Answer:

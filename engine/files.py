@@ -17,6 +17,8 @@ from .errors import OptionError
 from .naming import display_name
 
 _STREAMS = ("/dev/", "/proc/")
+PAGE_SIGNATURE = b'content="avl-engine --attention"'  # in every attention page
+_ENDS = 1 << 20  # bytes at both ends of a file in which its signature is looked for
 PARTS = ".avl-*.part"  # what a killed process may leave of a file it was writing
 
 
@@ -53,10 +55,13 @@ def check_target(
     path: str | os.PathLike[str],
     endings: tuple[str, ...] = (),
     inputs: Iterable[str | os.PathLike[str]] = (),
+    ours: bytes = b"",
 ) -> None:
-    """Refuse what ``written_whole`` could not write, or should not: one of the ``inputs``.
+    """Refuse what ``written_whole`` could not write, or should not.
 
-    Raises OptionError that begins with ``flag``; an empty ``endings`` allows every name.
+    That is one of the ``inputs``, and a file of the user's: one that holds something else than what
+    has the signature ``ours``. Raises OptionError that begins with ``flag``; an empty ``endings``
+    allows every name.
     """
     name = f"{flag} {display_name(os.fspath(path))}"
     if endings and not os.fspath(path).lower().endswith(endings):
@@ -71,10 +76,25 @@ def check_target(
     try:
         _refuse_unfit(path)
         probe(target.parent)
+        foreign = not _holds(target, ours)
     except OSError as error:
         raise OptionError(
             f"{name} cannot be written: {error.strerror}", hint="name a place where you may write"
         ) from None
+    if foreign:
+        raise OptionError(
+            f"{name} exists and is not of {flag}", hint="give another name, or move it away"
+        )
+
+
+def _holds(path: Path, signature: bytes) -> bool:
+    """Whether a file has ``signature`` near one of its ends; one without content, or none, may."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        start = file.read(_ENDS)
+        file.seek(-min(_ENDS, path.stat().st_size), os.SEEK_END)
+        return signature in start or signature in file.read()
 
 
 def probe(folder: Path) -> None:

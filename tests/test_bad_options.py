@@ -76,6 +76,25 @@ OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "dtype": (["--dtype", "int8"], ("'int8'",)),
     "typo": (["--promt", "x"], ("--promt", "did you mean --prompt?")),
     "empty stop": (["--stop", ""], ("stop text is empty",)),
+    "twice": (["-n", "1", "--max-new-tokens", "1"], ("--max-new-tokens is given twice",)),
+    "two of stdin": (["-", "-"], ("stdin", "once")),
+    "a style of nothing": (["--raw", "--style", "llava-v1"], ("--raw takes no --style",)),
+    "bytes": (["--system", "caf\udce9"], ("--system", "not UTF-8")),
+    "stop of bytes": (["--stop", "caf\udce9"], ("--stop", "not UTF-8")),
+    "row40-prompt of bytes": (["--prompt", "caf\udce9"], ("--prompt", "not UTF-8")),
+    "endless prompt": (["--prompt", "@/dev/zero"], ("@/dev/zero is not a regular file",)),
+    "prompt of a folder": (["--prompt", "@/"], ("@/ is not a regular file",)),
+}
+OPTIONS |= {
+    f"{flag} of nothing": ([flag, ""], (f"{flag}: the name is empty",))
+    for flag in (
+        "--output",
+        "--batch",
+        "--attention",
+        "--draw-boxes",
+        "--convert",
+        "--vision-tower",
+    )
 }
 
 
@@ -84,7 +103,7 @@ def test_bad_option(row: str, ask: Ask, model: Path) -> None:
     flags, words = OPTIONS[row]
     if "no CUDA" in row and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    given = [] if "prompt" in row or row == "typo" else ["--prompt", "Hi"]
+    given = [] if "--prompt" in flags or row in ("no prompt", "typo") else ["--prompt", "Hi"]
     refused(ask("--model", model, *given, *flags), 2, *words)
 
 
@@ -116,6 +135,28 @@ def test_row40_a_prompt_of_other_bytes_is_refused(
     monkeypatch.setattr("sys.stdin", (tmp_path / "q.txt").open(encoding="utf-8"))
     refused(ask("--prompt", "-" if way == "stdin" else f"@{tmp_path / 'q.txt'}"), 2, "as text")
     sys.stdin.close()
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--batch"])
+@pytest.mark.parametrize("way", ["file", "stdin", "pipe"])
+def test_what_is_read_whole_has_a_limit(
+    flag: str, way: str, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe by name is never waited for; stdin is one, and read as far as the limit."""
+    monkeypatch.setattr("engine.app.job.MOST_REQUESTS", 1_000_000)
+    path = tmp_path / "long.txt"
+    if way == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(b"a" * 1_000_001)
+    source = "-" if way == "stdin" else f"{'@' if flag == '--prompt' else ''}{path}"
+    if way == "stdin":
+        monkeypatch.setattr("sys.stdin", path.open(encoding="utf-8"))
+    words = "not a regular file" if way == "pipe" else "has more than 1,000,000 bytes"
+    asked = ask(flag, source)
+    refused(asked, 2, words, "stdin" if way == "stdin" else "long.txt")
+    if way == "stdin":
+        sys.stdin.close()
 
 
 def test_row39_a_megabyte_of_prompt_is_refused_before_prefill(
@@ -349,7 +390,7 @@ def test_wrong_flags_cost_little_time(tmp_path: Path) -> None:
     """All but the device's presence is known without torch."""
     given = {row: flags for row, (flags, _) in OPTIONS.items() if row != "row43-no CUDA"}
     rows = {
-        row: [*([] if "prompt" in row or row == "typo" else ["-p", "Hi"]), *flags]
+        row: [*([] if "--prompt" in flags or row == "no prompt" else ["-p", "Hi"]), *flags]
         for row, flags in given.items()
     }
     rows |= {

@@ -215,9 +215,21 @@ def test_answers_of_another_job_are_not_overwritten(
 ) -> None:
     requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     write_requests(requests, 6)
-    for text in ("something else\n", "something else", '{"index": 1, "text": "', "[1]", "\n"):
+    begun = '{"index": 0, '  # as our lines begin, and those of many others
+    for text in (
+        "something else\n",
+        "something else",
+        '{"index": 1, "from": {',
+        "[1]",
+        "\n",
+        begun + '"text": "mine',
+        begun + '"text": "mine"}',
+        begun + '"error": "mine"}\n',
+        begun + '"from": {"request": "0123456789abcdef"',
+        begun + '"from": "a friend"',
+    ):
         answers.write_text(text)
-        with pytest.raises(OptionError, match=r"another job|no answer"):
+        with pytest.raises(OptionError, match=r"another job|no answer|made from"):
             list(BatchRun(engine_of(SHAPE), Job.read(requests), 2).into(answers))
         assert answers.read_text() == text
 
@@ -352,6 +364,25 @@ WRONG: list[dict[str, Any]] = [
     {"system": 5},
     {"system": "Be brief.", "raw": True},
 ]
+# A line's own fault, which is no other line's: bytes that are no text, two values of one key.
+LINES = [b'{"prompt": "caf\xe9"}', b'{"prompt": "Hi", "prompt": "Ho"}', b"{", b"[1]", b'"Hi"']
+WORDS = ["not UTF-8", "gives prompt twice", "no JSON object", "no JSON object", "no JSON object"]
+
+
+def test_a_line_that_is_no_request_fails_alone(
+    engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    source, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    good = json.dumps({"prompt": "Hi", "max_new_tokens": 1}).encode()
+    source.write_bytes(b"\n".join([good, *LINES, good]))
+    run = BatchRun(engine_of(SHAPE), Job.read(source), 2)
+    list(run.into(answers))
+    assert [failure.index for failure in run.failures] == [1, 2, 3, 4, 5]
+    for failure, words in zip(run.failures, WORDS, strict=True):
+        assert words in str(failure.error)
+    assert lines_in(answers) == 7
+    list(run.into(answers))  # the same again: they fail again, in their places
+    assert lines_in(answers) == 7
 
 
 @pytest.mark.parametrize("wrong", WRONG)

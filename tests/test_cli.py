@@ -42,7 +42,8 @@ def ask(folder: Path, picture: Path) -> Callable[..., int]:
 
     def run(*flags: str, prompt: str = "What?", image: str = "") -> int:
         arguments = ["--model", str(folder), "--image", image or str(picture), "-p", prompt]
-        return main([*arguments, "-n", "6", "--device", "cpu", *flags])
+        length = [] if "--max-new-tokens" in flags else ["-n", "6"]
+        return main([*arguments, *length, "--device", "cpu", *flags])
 
     return run
 
@@ -199,6 +200,30 @@ def test_flags_of_the_model_reach_the_engine(monkeypatch: pytest.MonkeyPatch) ->
     expected |= {"offline": True, "style": "llava-v1", "cache": "h2o", "vision_tower": "c/d"}
     expected |= {"threads": 1}
     assert {key: asked[key] for key in expected} == expected
+
+
+def test_what_changes_nothing_is_said(
+    ask: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a temperature nothing is drawn; a default says nothing."""
+    assert ask("--seed", "3", "--top-k", "4", "--top-p", "1") == 0
+    said = capsys.readouterr().err.splitlines()
+    changes = [
+        f"note: --{name} changes nothing without --temperature" for name in ("top-k", "seed")
+    ]
+    assert said == changes
+    assert ask("--seed", "3", "--quiet") == ask("--seed", "3", "--temperature", "1") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_boxes_of_a_model_that_names_none_are_refused_before_the_answer(
+    ask: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask("--draw-boxes", str(tmp_path / "a.png")) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "names no regions" in said.err
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_version_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from engine.app.cli import main
 from engine.engine import Engine
 from engine.errors import OptionError
-from engine.files import check_target, lock, write_whole, written_whole
+from engine.files import PAGE_SIGNATURE, check_target, lock, write_whole, written_whole
+from engine.pictures.boxes import SIGNATURE
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape
 from tests.oracle import noise
@@ -99,12 +100,32 @@ def test_a_picture_that_is_read_is_never_written_over(
     assert own.read_bytes() == before
 
 
+@pytest.mark.parametrize(("flag", "name"), [("--attention", "a.html"), ("--draw-boxes", "a.png")])
+@pytest.mark.parametrize("content", [b"mine", b"", None])
+def test_a_file_of_the_users_is_never_written_over(
+    flag: str, name: str, content: bytes | None, ask: Ask, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What is empty holds nothing: such as mktemp makes it, it may be written."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise OptionError("loaded")
+
+    monkeypatch.setattr(Engine, "load", load)
+    noise(30, 20).save(tmp_path / "picture.png")
+    target = tmp_path / name
+    if content is not None:
+        target.write_bytes(content)
+    asked = ask("--image", tmp_path / "picture.png", "-p", "What?", flag, target)
+    refused(asked, 2, f"{name} exists" if content else "loaded")
+    assert not content or target.read_bytes() == content
+
+
 @pytest.mark.parametrize("moment", ["answer", "page"])
 def test_a_page_that_fails_leaves_the_old_one(
     moment: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page, picture = tmp_path / "page.html", tmp_path / "a.png"
-    page.write_text("old")
+    page.write_bytes(b"old " + PAGE_SIGNATURE)
     noise(30, 20).save(picture)
     place = {"answer": "engine.engine.Engine.stream", "page": "engine.insight.page.page_data"}
 
@@ -114,15 +135,12 @@ def test_a_page_that_fails_leaves_the_old_one(
     monkeypatch.setattr(place[moment], broken)
     flags = ["--model", str(checkpoint(SHAPE)), "--device", "cpu", "-n", "2"]
     assert main([*flags, "-p", "What?", "--image", str(picture), "--attention", str(page)]) == 2
-    assert page.read_text() == "old"
+    assert page.read_bytes() == b"old " + PAGE_SIGNATURE
     assert {each.name for each in tmp_path.iterdir()} == {"page.html", "a.png"}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".webp"])
 def test_drawn_pictures_are_of_the_kind_of_their_name(suffix: str, tmp_path: Path) -> None:
-    from argparse import Namespace
-
-    from engine.app.noise import Noise
     from engine.app.oneshot import _draw_boxes
     from engine.pictures.boxes import Box
     from engine.pictures.image import LoadedImage
@@ -130,10 +148,11 @@ def test_drawn_pictures_are_of_the_kind_of_their_name(suffix: str, tmp_path: Pat
     class Answered:
         boxes = (Box("", ((1, 1), (5, 5))),)
 
-    quiet = Noise(Namespace(quiet=True, verbose=False), [])
     picture = LoadedImage(noise(30, 20), "a.png")
     path = str(tmp_path / f"out{suffix}")
-    _draw_boxes(path, picture, Answered(), quiet)  # type: ignore[arg-type]
+    for _ in range(2):  # a second time over the first one
+        check_target("--draw-boxes", path, ours=SIGNATURE)
+        _draw_boxes(path, picture, Answered())  # type: ignore[arg-type]
     kinds = {".png": "PNG", ".webp": "WEBP"}
     with Image.open(path) as image:
         assert image.format == kinds.get(suffix, "JPEG")

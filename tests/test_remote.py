@@ -66,12 +66,11 @@ def test_a_data_url_of_something_else_or_too_much_is_refused() -> None:
         decode_data("data:;base64," + "A" * 27_000_000)
 
 
-def test_max_pixels_holds_for_every_source() -> None:
+def test_max_pixels_holds_for_addresses() -> None:
     url = "data:;base64," + base64.b64encode(png()).decode()
-    for source in (url, png()):
-        assert open_picture(source, 24, allow_url=False).pixels.size == (6, 4)
-        with pytest.raises(ImageError, match="at most 23 are read"):
-            open_picture(source, 23, allow_url=False)
+    assert open_picture(url, 24, allow_url=False).pixels.size == (6, 4)
+    with pytest.raises(ImageError, match="at most 23 are read"):
+        open_picture(url, 23, allow_url=False)
 
 
 # -- guards before a request ----------------------------------------------------------------------

@@ -192,6 +192,55 @@ def test_paths_may_be_typed_as_terminals_drop_them(
         assert capsys.readouterr().err.count("70 x 50 pixels") == command.count("{}")
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{folder}/my car.png", "70 x 50 pixels"),
+        ("'{folder}/my car.png' ", "70 x 50 pixels"),
+        (r"{folder}/my\ car.png", "70 x 50 pixels"),
+        ("file://{folder}/my%20car.png", "70 x 50 pixels"),
+        ("~/my\\ car.png", "70 x 50 pixels"),
+        ("a.png", "70 x 50 pixels"),
+        ("a.png b.png", "70 x 50 pixels"),
+        ("{folder}/plain", "70 x 50 pixels"),
+        ("c.png", "c.png does not exist"),
+        ("'{folder}/no car.png'", "no car.png does not exist"),
+        ("plain", ""),
+        ("What is in a.png", ""),
+        ("What is it in c.png?", ""),
+    ],
+)
+def test_a_picture_alone_on_a_line_is_shown(
+    line: str,
+    words: str,
+    repl: Repl,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a terminal spells what is dropped on it; all else is a question."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("my car.png", "a.png", "b.png", "plain"):
+        noise(70, 50).save(tmp_path / name, "PNG")
+    code = repl.run(iter([line.replace("{folder}", str(tmp_path))]))
+    said = capsys.readouterr()
+    assert words in said.err
+    assert bool(said.out) == (not words)
+    assert code == (3 if "exist" in words else 0)
+
+
+def test_of_several_pictures_the_good_ones_are_shown(
+    engine: Engine, repl: Repl, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert repl.run(iter([f"/image no.png {picture} nor.png", "What?"])) == 3
+    said = capsys.readouterr()
+    chat = engine.chat().send("What?", [noise(70, 50)], **OPTIONS)  # type: ignore[arg-type]
+    assert said.out == f"{chat.text}\n"
+    assert "no.png does not exist" in said.err
+    assert "nor.png does not exist" in said.err
+
+
 def test_the_tabulator_completes_commands_and_paths(tmp_path: Path) -> None:
     (tmp_path / "my car.png").touch()
     (tmp_path / "mine").mkdir()

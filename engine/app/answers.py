@@ -1,8 +1,9 @@
 """The file of answers of a batch job: one line for each request, in order, and what each line was
 made from, so that a job that was killed goes on and never over the answers of another one.
 
-An answer's line is the same whenever and in whatever company it is computed: it holds no times. A
-request that failed has ``{"index": 7, "error": "...", "hint": "..."}``.
+An answer's line is the same whenever and in whatever company it is computed: it holds no times. It
+begins with its index and with what it was made from, by which a torn one is known as well. A
+request that failed has ``{"index": 7, "from": {...}, "error": "...", "hint": "..."}``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ..running.batch import Failure
 
 # Of a Result: what depends on the request alone, and what is there only where it was asked for.
-FIELDS = ("index", "text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason")
+FIELDS = ("text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason")
 ASKED = ("logprobs", "boxes")
 
 # What an answer depends on: the digests of its request and its model, and the cache policy's spec.
@@ -36,14 +37,19 @@ def answer_line(result: Result | Failure, origin: Origin) -> bytes:
     from ..running.batch import Failure  # by now torch is imported, by the engine
 
     if isinstance(result, Failure):
-        record: dict[str, Any] = {"index": result.index, **error_record(result.error)}
+        record: dict[str, Any] = error_record(result.error)
     else:
         values = result.as_dict()
         record = {key: values[key] for key in FIELDS}
         record |= {key: values[key] for key in ASKED if values[key]}
-    text = json.dumps({**record, "from": dict(origin)}, ensure_ascii=False)
+    text = json.dumps(_start(result.index, origin) | record, ensure_ascii=False)
     # A lone surrogate in a message is written as JSON's own escape of it.
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _start(index: int, origin: Origin) -> dict[str, Any]:
+    """What every line begins with."""
+    return {"index": index, "from": dict(origin)}
 
 
 def error_record(error: EngineError) -> dict[str, str]:
@@ -62,14 +68,20 @@ def read_answers(path: Path, requests: int, origin: Callable[[int], Origin]) -> 
     Raises OptionError, naming what differs, for all that is not of this job: more lines than
     ``requests``, and answers that were not made from ``origin(number)``.
     """
-    lines = _complete_lines(path)
+    *lines, last = _content(path).split(b"\n")
+    if _record(last):
+        lines.append(last)
+        last = b""
     for number, line in enumerate(lines):
         record = _record(line)
         if number >= requests or record.get("index") != number:
             raise OptionError(f"{path} holds line {number + 1} of another job", hint=_BEGIN)
-        if "error" not in record:
-            _compare(f"{path} line {number + 1}", record.get("from"), origin(number))
-    return lines
+        wanted = {} if "error" in record else origin(number)  # a request that failed may be mended
+        _compare(f"{path} line {number + 1}", record.get("from"), wanted)
+    number = len(lines)
+    if last and not (number < requests and _is_torn(last, number, origin(number))):
+        raise OptionError(f"{path} ends with what is no answer", hint=_BEGIN)
+    return [line + b"\n" for line in lines]
 
 
 def _compare(place: str, found: object, expected: Origin) -> None:
@@ -99,25 +111,24 @@ def reserved(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    """The lines of a file, with their ends; OptionError if it ends with what is no answer."""
+def _content(path: Path) -> bytes:
+    """What a file of answers holds; nothing if there is none."""
     try:
-        *lines, last = path.read_bytes().split(b"\n")
+        return path.read_bytes()
     except FileNotFoundError:
-        return []
+        return b""
     except OSError as error:
         raise OptionError(f"--output {path} cannot be read: {error.strerror}") from error
-    if _record(last):
-        lines.append(last)
-    elif not _begins_answer(last, len(lines)):
-        raise OptionError(f"{path} ends with what is no answer", hint=_BEGIN)
-    return [line + b"\n" for line in lines]
 
 
-def _begins_answer(text: bytes, number: int) -> bool:
-    """Whether ``text`` may be what was written of line ``number`` when a process was killed."""
-    start = f'{{"index": {number}, "'.encode()
-    return text.startswith(start) or start.startswith(text)
+def _is_torn(text: bytes, number: int, origin: Origin) -> bool:
+    """Whether ``text`` may be what was written of line ``number`` when a process was killed.
+
+    An ``origin`` of fewer keys than a line has is its beginning.
+    """
+    start = json.dumps(_start(number, origin), ensure_ascii=False).removesuffix("}}")
+    written = start.encode("utf-8", "backslashreplace")
+    return text.startswith(written) or written.startswith(text)
 
 
 def _record(line: bytes) -> dict[str, Any]:

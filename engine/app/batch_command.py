@@ -19,8 +19,9 @@ from .inputs import (
     read_options,
     read_prompt,
 )
-from .job import STDIN, Job
+from .job import Job
 from .noise import Noise
+from .reading import STDIN
 from .terminal import complain, say
 
 if TYPE_CHECKING:

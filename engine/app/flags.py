@@ -68,6 +68,12 @@ def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
 _whole, _real = _number(int), _number(float)
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def _dtype(text: str) -> str:
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"unknown dtype {text!r}, use {', '.join(DTYPES)}")
@@ -85,6 +91,11 @@ def _device(text: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose mistakes are our errors and name the closest flag."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, _Once)
+        self.given: set[str] = set()
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage and leaving."""
         unknown = message.removeprefix("unrecognized arguments: ").split(" ", 1)[0]
@@ -96,6 +107,23 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """Print; unlike argparse's own, say when that could not be done."""
         say(self.format_help())
+
+
+class _Once(argparse.Action):
+    """Store a value; of two nobody knows which one is meant."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, Parser)
+        if self.dest in parser.given:
+            raise OptionError(f"{option_string} is given twice", hint="give it once")
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, str]:
@@ -154,10 +182,16 @@ def build_parser() -> Parser:
     add("--chat", action="store_true", help="talk: one question a line, /help lists commands")
     add(
         "--batch",
+        type=_name,
         metavar="FILE",
         help="answer requests, one JSON object a line; - is stdin",
     )
-    add("--output", metavar="FILE", help="where --batch writes (FILE.answers.jsonl); - is stdout")
+    add(
+        "--output",
+        type=_name,
+        metavar="FILE",
+        help="where --batch writes (FILE.answers.jsonl); - is stdout",
+    )
     add(
         "--rows",
         type=_whole,
@@ -170,10 +204,11 @@ def build_parser() -> Parser:
     add(
         "--model",
         "-m",
+        type=_name,
         metavar="DIR_OR_ID",
         help="folder or hub name (default: the embedded model)",
     )
-    add("--revision", metavar="SHA", help="branch, tag or commit of a hub model")
+    add("--revision", type=_name, metavar="SHA", help="branch, tag or commit of a hub model")
     add("--offline", action="store_true", help="never download")
     add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
     add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
@@ -181,12 +216,14 @@ def build_parser() -> Parser:
     add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
     add(
         "--vision-tower",
+        type=_name,
         metavar="DIR_OR_ID",
         help="vision tower of a model that leaves it out (default: the one that it names)",
     )
     add = parser.add_argument_group("conversion").add_argument
     add(
         "--convert",
+        type=_name,
         metavar="DIR",
         help="write --model's pickled weights (.bin) to DIR as safetensors, and leave",
     )
@@ -233,11 +270,13 @@ def build_parser() -> Parser:
     add("--json", action="store_true", help="print one JSON object with everything")
     add(
         "--attention",
+        type=_name,
         metavar="FILE.html",
         help="write a page that shows what each token looked at, and what the cache kept",
     )
     add(
         "--draw-boxes",
+        type=_name,
         metavar="FILE",
         help="paint the regions the answer names on the last picture (Qwen-VL)",
     )

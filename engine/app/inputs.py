@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.hub import resolve
 from ..errors import OptionError
-from ..files import check_target
+from ..files import PAGE_SIGNATURE, check_target
+from ..naming import display_name
 from ..options import OptionValues, check_threads, make_options
-from ..pictures.boxes import PICTURE_KINDS
-from ..pictures.image import MAX_PIXELS, LoadedImage
+from ..pictures.boxes import PICTURE_KINDS, SIGNATURE
+from ..pictures.image import MAX_PIXELS, LoadedImage, open_image
 from ..pictures.remote import is_address, open_picture
 from ..prompts.messages import EXAMPLE
 from .noise import Noise
+from .reading import STDIN, check_text, read_text
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -31,22 +33,18 @@ def read_prompt(prompt: str | None) -> str:
     """The text of --prompt, from a file (@) or stdin (-) where it says so; never empty."""
     if prompt is None:
         raise OptionError("no --prompt is given", hint='add --prompt "What is in the picture?"')
-    try:
-        text = _prompt_text(prompt)
-    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(f"--prompt {prompt}: cannot be read as text ({reason})") from error
+    text = _prompt_text(prompt)
     if not text.strip():
         raise OptionError("the prompt is empty", hint=EXAMPLE)
     return text
 
 
 def _prompt_text(prompt: str) -> str:
-    if prompt == "-":
-        return sys.stdin.read()
+    if prompt == STDIN:
+        return read_text("stdin (--prompt -)", STDIN)
     if prompt.startswith("@"):
-        with open(prompt[1:], encoding="utf-8") as file:
-            return file.read()
+        return read_text(f"--prompt {display_name(prompt)}", prompt[1:])
+    check_text("--prompt", prompt)
     return prompt
 
 
@@ -63,6 +61,9 @@ def read_options(flags: argparse.Namespace) -> OptionValues:
         logprobs=flags.logprobs,
     )
     make_options(**values)
+    for text in flags.stop:
+        check_text("--stop", text)
+    check_text("--system", flags.system or "")
     return values
 
 
@@ -74,8 +75,9 @@ def opener(flags: argparse.Namespace) -> Callable[[str], LoadedImage]:
         )
 
     def open_named(name: str) -> LoadedImage:
-        source = sys.stdin.buffer.read() if name == "-" else picture_path(name)
-        return open_picture(source, flags.max_pixels, flags.allow_url)
+        if name == STDIN:
+            return open_image(sys.stdin.buffer, flags.max_pixels, name="stdin")
+        return open_picture(picture_path(name), flags.max_pixels, flags.allow_url)
 
     return open_named
 
@@ -94,15 +96,15 @@ def check_targets(flags: argparse.Namespace) -> None:
     """Refuse at once what could only fail after the answer: files that cannot be written."""
     inputs = [*map(picture_path, flags.image), *_files_of(flags.prompt)]
     targets = {
-        "--draw-boxes": (flags.draw_boxes, PICTURE_KINDS, "no picture to draw on"),
-        "--attention": (flags.attention, (".html", ".htm"), "no picture to show"),
+        "--draw-boxes": (flags.draw_boxes, PICTURE_KINDS, SIGNATURE, "no picture to draw on"),
+        "--attention": (flags.attention, (".html", ".htm"), PAGE_SIGNATURE, "no picture to show"),
     }
-    for flag, (path, endings, lack) in targets.items():
+    for flag, (path, endings, ours, lack) in targets.items():
         if path is None:
             continue
         if not flags.image:
             raise OptionError(f"{flag} has {lack}", hint="add --image FILE")
-        check_target(flag, path, endings, inputs)
+        check_target(flag, path, endings, inputs, ours)
 
 
 def _files_of(prompt: str | None) -> list[str]:

@@ -12,19 +12,19 @@ import inspect
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..files import is_regular
+from ..naming import display_name
 from ..options import make_options
 from ..pictures.image import MAX_PIXELS, LoadedImage
 from ..pictures.remote import is_address, open_picture
 from ..prompts.messages import with_system
+from .reading import MOST_REQUESTS, STDIN, check_text, read_whole
 
-STDIN = "-"
 # What a request is without a word about it; all but the event that only a program can set.
 DEFAULTS: dict[str, Any] = {
     name: option.default
@@ -59,7 +59,7 @@ class Job:
         self._defaults = {**DEFAULTS, **(defaults or {})}
         # Not splitlines(): a JSON text may hold other line ends.
         lines = io.StringIO(text, newline=None)
-        self._values = [_parse(line) for line in lines if line.strip()]
+        self._lines = [_parse(line) for line in lines if line.strip()]
 
     @classmethod
     def read(
@@ -70,15 +70,18 @@ class Job:
     ) -> Job:
         """The job of a file, "-" is stdin; raises OptionError if there is none in it."""
         folder = Path() if source == STDIN else Path(source).parent
-        job = cls(_text(source), folder, defaults, open_picture)
+        data = read_whole(_called(source), str(source), MOST_REQUESTS)
+        # A byte that is no UTF-8 is the fault of its line alone.
+        text = data.decode("utf-8-sig", "surrogateescape")
+        job = cls(text, folder, defaults, open_picture)
         if not len(job):
             raise OptionError(
-                f"--batch {source} holds no requests", hint='write {"prompt": "..."} lines'
+                f"{_called(source)} holds no requests", hint='write {"prompt": "..."} lines'
             )
         return job
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._lines)
 
     def request(self, number: int) -> dict[str, Any]:
         """The arguments of ``Engine.generate``, pictures opened; raises what is wrong with them."""
@@ -99,9 +102,9 @@ class Job:
 
     def digest(self, number: int) -> str:
         """Tells apart requests that may be answered differently."""
-        value = self._values[number]
+        line = self._lines[number]
         try:
-            content = self._merged(number) if isinstance(value, dict) else value
+            content = line.text if isinstance(line, _Refused) else self._merged(number)
             text = json.dumps(content, sort_keys=True)
         except RecursionError:
             text = "nested too deeply"
@@ -111,42 +114,50 @@ class Job:
         return {**self._defaults, **self._value(number)}
 
     def _value(self, number: int) -> Mapping[str, Any]:
-        value = self._values[number]
-        if not isinstance(value, dict):
-            raise OptionError(
-                "a request is no JSON object", hint='write {"prompt": "...", "images": []}'
-            )
-        return value
+        line = self._lines[number]
+        if isinstance(line, _Refused):
+            raise line.error
+        return line
 
     def _place(self, name: str) -> str:
         return name if is_address(name) else str(self.folder / os.path.expanduser(name))
 
 
-def _parse(line: str) -> Any:
-    """What a line holds; one that is no JSON comes as its text."""
+@dataclass(frozen=True)
+class _Refused:
+    """A line that is no request, and why."""
+
+    text: str
+    error: OptionError
+
+
+def _parse(line: str) -> Mapping[str, Any] | _Refused:
+    """What a line holds."""
     try:
-        return json.loads(line)
+        check_text("a request", line)
+        value = json.loads(line, object_pairs_hook=_without_duplicates)
+    except OptionError as error:
+        return _Refused(line, error)
     except (ValueError, RecursionError):
-        return line
+        value = None
+    if isinstance(value, dict):
+        return value
+    hint = 'write {"prompt": "...", "images": []}'
+    return _Refused(line, OptionError("a request is no JSON object", hint=hint))
 
 
-def _text(source: str | Path) -> str:
-    """What a job file holds. A pipe by name could be waited for without end, and is refused."""
-    try:
-        if source == STDIN:
-            data = sys.stdin.buffer.read()
-        elif is_regular(source):
-            data = Path(source).read_bytes()
-        else:
-            raise OptionError(
-                f"--batch {source} is not a regular file", hint="--batch - reads stdin"
-            )
-        return data.decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(
-            f"--batch {source} cannot be read: {reason}", hint="name a text file of requests"
-        ) from error
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are given once: of two values nobody knows which one is meant."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise OptionError(f"a request gives {display_name(twice)} twice", hint="leave one out")
+    return values
+
+
+def _called(source: str | Path) -> str:
+    return "stdin (--batch -)" if source == STDIN else f"--batch {display_name(str(source))}"
 
 
 def _names(images: object) -> list[str]:

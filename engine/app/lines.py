@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ..errors import OptionError
+from .reading import MOST_TEXT
+from .words import ends_like_picture
 
 FENCE = '"""'
 
@@ -43,7 +46,9 @@ def read_lines(commands: Sequence[str] = ()) -> Iterator[str]:
 
 def _piped_lines() -> Iterator[str]:
     try:
-        for line in sys.stdin:
+        while line := sys.stdin.readline(MOST_TEXT + 1):
+            if len(line) > MOST_TEXT:
+                raise OptionError(f"a line of stdin has more than {MOST_TEXT:,} characters")
             yield line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise OptionError(f"stdin is not text: {error}", hint="give questions in UTF-8") from None
@@ -126,9 +131,27 @@ def typed_paths(text: str) -> list[str]:
     except ValueError:  # a quote without its end
         words = [text]
     paths = [os.path.expanduser(_local(word)) for word in words]
-    # Spaces are often left bare: then the line is one path, unless its words are files.
+    # Spaces are often left bare: then the line is one path, unless a word is a file.
     bare = len(paths) > 1 and not any(char in text for char in "'\"\\")
-    return [os.path.expanduser(text)] if bare and not all(map(os.path.exists, paths)) else paths
+    return [os.path.expanduser(text)] if bare and not any(map(os.path.exists, paths)) else paths
+
+
+def is_dropped(line: str) -> bool:
+    """Whether a line is nothing but pictures, as a terminal spells files dropped on it.
+
+    Those are files with a picture's ending or a complete path, and words that end like a picture's
+    name, which are mistyped ones: no question is a single word with such an ending.
+
+    >>> is_dropped("'/tmp/my car.jpg'"), is_dropped("what is in car.jpg")
+    (True, False)
+    """
+    text = line.strip()
+    whole = " " not in text or re.match(r"['\"~]|/\S*/|file://", text, re.I)
+    return bool(text) and all(
+        (ends_like_picture(path) and (whole or os.path.isfile(path)))
+        or (os.path.isabs(path) and os.path.isfile(path))
+        for path in typed_paths(text)
+    )
 
 
 def _local(word: str) -> str:

@@ -29,7 +29,7 @@ MODES: dict[str, Set[str]] = {
 
 # Flags that say nothing without another one, and flags that say the contrary of another one.
 _NEEDS = {"logprobs": "json"}
-_EXCLUDES = {"verbose": "quiet", "stats": "quiet", "system": "raw"}
+_EXCLUDES = {"verbose": "quiet", "stats": "quiet", "system": "raw", "style": "raw"}
 
 
 def find_mode(given: Set[str]) -> str:

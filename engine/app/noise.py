@@ -22,7 +22,7 @@ class Noise:
         self.wanted = not options.quiet and (sys.stderr.isatty() or options.verbose)
         for picture in pictures:
             for note in picture.notes:
-                self.note(f"{picture.name}: {note}")
+                self.note(note)
 
     def note(self, text: str) -> None:
         """One line on stderr, unless --quiet."""
@@ -34,6 +34,10 @@ class Noise:
         for flag in ("graphs", "sync_selection"):
             if getattr(self.options, flag) and engine.device.type == "cpu":
                 self.note(f"--{flag.replace('_', '-')} changes nothing on a CPU")
+        if not (self.options.temperature or self.options.batch):  # whose lines may have their own
+            for flag, default in {"top_k": 0, "top_p": 1, "seed": 0}.items():
+                if getattr(self.options, flag) != default:
+                    self.note(f"--{flag.replace('_', '-')} changes nothing without --temperature")
         if not self.wanted:
             return
         from ..ops.native import backend

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import ContextError
+from ..errors import ContextError, EngineError, OptionError
 from ..files import written_whole
 from ..prompts.messages import with_system
 from .capping import capped, shortened
@@ -31,6 +31,10 @@ def answer_once(flags: argparse.Namespace) -> int:
     noise = Noise(flags, pictures)
     prompt = with_system(text, len(pictures), flags.system)
     engine = load_engine(flags, noise)
+    if flags.draw_boxes and not engine.names_regions:
+        raise OptionError(
+            f"--draw-boxes: {engine.name} names no regions", hint="use a Qwen-VL, or leave it out"
+        )
     pixels = [picture.pixels for picture in pictures]
     if flags.verbose and not flags.quiet:
         noise.prompt(engine.render(prompt, pixels, raw=flags.raw))
@@ -93,21 +97,23 @@ def _answer(
         say_json(result.as_dict())
     else:
         say("\n" if live else result.text + "\n")
-    if flags.draw_boxes:
-        _draw_boxes(flags.draw_boxes, pictures[-1], result, noise)
     noise.finished(result)
+    if flags.draw_boxes:
+        _draw_boxes(flags.draw_boxes, pictures[-1], result)
     return 0
 
 
-def _draw_boxes(path: str, picture: LoadedImage, result: Result, noise: Noise) -> None:
-    """Write the picture with the answer's regions, if there are any."""
+def _draw_boxes(path: str, picture: LoadedImage, result: Result) -> None:
+    """Write the picture with the answer's regions; raises EngineError if it names none."""
     from PIL import Image
 
-    from ..pictures.boxes import draw_boxes
+    from ..pictures.boxes import draw_boxes, signed
 
-    if result.boxes:
-        kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
-        with written_whole(path) as file:
-            draw_boxes(picture.pixels, result.boxes).save(file, format=kind)
-    else:
-        noise.note(f"the answer names no regions; {path} is not written")
+    if not result.boxes:
+        raise EngineError(
+            f"--draw-boxes: the answer names no regions, {path} is not written",
+            hint="ask where something is",
+        )
+    kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
+    with written_whole(path) as file:
+        draw_boxes(picture.pixels, result.boxes).save(file, format=kind, exif=signed())

@@ -20,7 +20,7 @@ from ..files import write_whole
 from ..naming import display_name
 from ..prompts.messages import with_system
 from .capping import capped
-from .lines import FENCE, typed_paths
+from .lines import FENCE, is_dropped, typed_paths
 from .terminal import complain, say
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from ..result import Result
     from .noise import Noise
 
-HELP = f"""/image FILE   show a picture with the next question; files may be dropped here
+HELP = f"""/image FILE   show a picture with the next question; a file dropped here does the same
 /clear        forget the conversation
 /stats        figures of the last answer
 /cache SPEC   another cache policy, such as full or avl; forgets the conversation
 /save FILE    write the conversation as text
 /help         this list
-/exit         leave; Ctrl-D too
+/exit         leave; /quit and Ctrl-D too
 Ctrl-C stops an answer, twice it leaves. {FENCE} on a line of its own begins and ends many lines."""
 
 
@@ -101,6 +101,8 @@ class Repl:
         command, _, rest = line.strip().partition(" ")
         if command in self._commands:
             self._commands[command](rest.strip())
+        elif is_dropped(line):
+            self._image(line.strip())
         elif command.startswith("/") and "/" not in command[1:]:
             raise OptionError(
                 f"unknown command {display_name(command)[:40]}",
@@ -148,12 +150,22 @@ class Repl:
         paths = typed_paths(text)
         if not paths or "-" in paths:  # stdin holds the conversation
             raise OptionError("/image needs a file name", hint="/image car.jpg")
-        pictures = [self._open(path) for path in paths]
-        for picture in pictures:
-            for note in picture.notes:
-                self._noise.note(note)
-            self._tell(f"{picture.name}: {picture.pixels.width} x {picture.pixels.height} pixels")
-        self.show(pictures)
+        refused: list[EngineError] = []
+        for path in paths:
+            try:
+                self._show_one(self._open(path))
+            except EngineError as error:
+                refused.append(error)
+        for other in refused[1:]:
+            complain(str(other), other.hint)
+        if refused:
+            raise refused[0]
+
+    def _show_one(self, picture: LoadedImage) -> None:
+        for note in picture.notes:
+            self._noise.note(note)
+        self._tell(f"{picture.name}: {picture.pixels.width} x {picture.pixels.height} pixels")
+        self.show([picture])
 
     def _clear(self, _: str) -> None:
         self._chat, self._pictures, self._said, self._last = self.engine.chat(), [], [], None

@@ -26,6 +26,8 @@ def prepare() -> None:
             os.open(os.devnull, mode)  # takes the lowest free number
     sys.stdin = sys.stdin or os.fdopen(0)
     sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # where bytes are no text, that is said
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

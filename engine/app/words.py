@@ -40,6 +40,8 @@ def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
     if len(prompts) > 1:
         shown = " and ".join(f"{text[:40]!r}" for text in prompts[:2])
         raise OptionError(f"there is more than one prompt: {shown}", hint="quote it as one word")
+    if [*pictures, *prompts].count("-") > 1:
+        raise OptionError("stdin (-) can be read once only", hint="name files for the others")
     flags.image, flags.prompt = pictures, prompts[0] if prompts else None
 
 
@@ -53,5 +55,11 @@ def is_picture(word: str) -> bool:
         word == "-"
         or is_address(word)
         or os.path.exists(os.path.expanduser(word))
-        or bool(_PICTURE.fullmatch(word) or _PATH.fullmatch(word))
+        or ends_like_picture(word)
+        or bool(_PATH.fullmatch(word))
     )
+
+
+def ends_like_picture(word: str) -> bool:
+    """Whether a word ends as the names of pictures do."""
+    return bool(_PICTURE.fullmatch(word))

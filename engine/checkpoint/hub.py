@@ -74,9 +74,15 @@ def _refuse_unreadable(folder: Path) -> None:
 def _from_hub(name: str, revision: str | None, offline: bool, pickled: bool) -> Path:
     from huggingface_hub import constants  # imported here: a folder does not need it
 
-    cached = find_cached(name, revision)
-    if cached is not None and is_complete(cached, pickled):
-        return cached
+    try:
+        cached = find_cached(name, revision)
+        if cached is not None and is_complete(cached, pickled):
+            return cached
+    except OSError as error:
+        raise CheckpointError(
+            f"the hub cache {constants.HF_HUB_CACHE} cannot be read: {error.strerror}",
+            hint="check who may read it, or set HF_HOME to another folder",
+        ) from None
     if offline or constants.HF_HUB_OFFLINE:
         state = "is not" if cached is None else "is only partly"
         raise CheckpointError(

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import OptionError
-from ..files import check_target, write_whole
+from ..files import PAGE_SIGNATURE, check_target, write_whole
 from ..options import OptionValues
 from ..pictures.encoded import EncodedImage, Picture, listed
 from ..pictures.image import open_image
@@ -57,7 +57,7 @@ def stream_with_page(
     recorder = Recorder(layers // 2 if head_layer is None else head_layer)
     if not 0 <= recorder.head_layer < layers:
         raise OptionError(f"layer {head_layer} is not in the model", hint=f"use 0 to {layers - 1}")
-    check_target("the attention page", path)
+    check_target("the attention page", path, ours=PAGE_SIGNATURE)
     panels = _panels(engine, images)
     for piece in engine.stream(prompt, images, raw=raw, observer=recorder, **options):
         if isinstance(piece, str):

@@ -46,7 +46,12 @@ class AttentionResult(NamedTuple):
 @functools.cache
 def load() -> tuple[ModuleType | None, str]:
     """Give the module, or None and why there is none."""
-    if os.environ.get("AVL_NATIVE") == "0":
+    wanted = os.environ.get("AVL_NATIVE", "")
+    if wanted not in ("", "0", "1"):
+        raise OptionError(
+            f"AVL_NATIVE={wanted:.40}: 0 is plain torch", hint="use 0, or leave it out"
+        )
+    if wanted == "0":
         return None, "AVL_NATIVE=0 in the environment"
     try:
         module = importlib.import_module(".._native", __package__)

@@ -22,6 +22,8 @@ _REGION = re.compile(
     re.DOTALL,
 )
 PICTURE_KINDS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of files drawn on
+SIGNATURE = b"avl-engine --draw-boxes"  # in every file that is drawn
+_SOFTWARE = 0x0131  # the EXIF tag of what has made a picture
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
@@ -70,6 +72,13 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
         if box.label:
             _write(draw, picture.size, box, colour, font)
     return picture
+
+
+def signed() -> Image.Exif:
+    """What tells a drawn picture from one that a user has."""
+    exif = Image.Exif()
+    exif[_SOFTWARE] = SIGNATURE.decode()
+    return exif
 
 
 def _write(

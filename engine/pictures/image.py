@@ -84,13 +84,14 @@ class LoadedImage:
     notes: tuple[str, ...] = ()
 
 
-def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> LoadedImage:
+def open_image(source: Source, max_pixels: int = MAX_PIXELS, name: str = "") -> LoadedImage:
     """Open a picture, as upright 8-bit RGB.
 
     `source` is a path, a `data:` URL, the bytes of a picture file, a file opened in binary mode, a
     Pillow image, or an array or tensor of uint8 (see `arrays`). `max_pixels` bounds width x
     height as the header states them, before anything is decoded; Pillow's own guard
-    `Image.MAX_IMAGE_PIXELS` applies as well. Raises `ImageError`.
+    `Image.MAX_IMAGE_PIXELS` applies as well. `name` is what messages call bytes and streams. Raises
+    `ImageError`.
 
     >>> open_image(Image.new("L", (4, 2), 255)).pixels.getpixel((0, 0))
     (255, 255, 255)
@@ -101,12 +102,12 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> LoadedImage:
     if isinstance(source, str) and is_data(source):
         return _from_stream(BytesIO(decode_data(source)), shorten(source), limit)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_stream(BytesIO(source), f"picture of {len(source)} bytes", limit)
+        return _from_stream(BytesIO(source), name or f"picture of {len(source)} bytes", limit)
     if isinstance(source, str | os.PathLike):
         return _from_path(os.fspath(source), limit)
     if hasattr(source, "read"):
-        data = _read_all(cast(BinaryIO, source))
-        return _from_stream(BytesIO(data), f"picture of {len(data)} bytes", limit)
+        data = _read_all(cast(BinaryIO, source), name or "a picture's stream")
+        return _from_stream(BytesIO(data), name or f"picture of {len(data)} bytes", limit)
     if is_array(source):
         return _from_pillow(from_array(source), limit)
     raise ImageError(
@@ -115,7 +116,7 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> LoadedImage:
     )
 
 
-def _read_all(stream: BinaryIO) -> bytes:
+def _read_all(stream: BinaryIO, name: str) -> bytes:
     """The content of an open file from its start, or of a stream from where it stands."""
     parts: list[bytes] = []
     try:
@@ -124,12 +125,12 @@ def _read_all(stream: BinaryIO) -> bytes:
         while part := stream.read(1 << 20):
             parts.append(bytes(part))
             if sum(map(len, parts)) > _MOST_BYTES:
-                raise ImageError(f"a stream holds more than {_MOST_BYTES:,} bytes", "give its path")
+                raise ImageError(f"{name} holds more than {_MOST_BYTES:,} bytes", "give a path")
     except TypeError:  # of bytes(): the stream gives texts
         hint = 'open it in binary mode: open(path, "rb")'
-        raise ImageError("a picture's stream gives text, not bytes", hint) from None
+        raise ImageError(f"{name} gives text, not bytes", hint) from None
     except (OSError, ValueError, AttributeError) as error:
-        raise ImageError(f"a picture's stream cannot be read: {str(error)[:100]}") from None
+        raise ImageError(f"{name} cannot be read: {str(error)[:100]}") from None
     return b"".join(parts)
 
 

@@ -32,13 +32,13 @@ REDIRECTS = 3
 _NAT64 = IPv6Network("64:ff9b::/96")  # an IPv4 address in IPv6 clothes
 
 
-def open_picture(source: str | bytes, max_pixels: int, allow_url: bool) -> LoadedImage:
-    """Open a picture as the command line names it: a path, a ``data:`` URL, an https URL, or bytes.
+def open_picture(source: str, max_pixels: int, allow_url: bool) -> LoadedImage:
+    """Open a picture as the command line names it: a path, a ``data:`` URL or an https URL.
 
     Raises ImageError; for a URL unless ``allow_url``.
     """
-    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
-        source = _allowed(source, allow_url)
+    if source[:8].lower().startswith(("http://", "https://")):
+        return open_image(_allowed(source, allow_url), max_pixels, shorten(source))
     return open_image(source, max_pixels)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .policy import Budget, Policy, check_count, check_share
+from .policy import Budget, Policy, check_count, check_layer, check_share
 from .select import heavy_and_recent, top
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ class Avl(Policy):
         for key in ("every", "floor"):
             check_count(self, key)
         check_count(self, "layer", low=1)
+
+    def check_depth(self, layers: int) -> None:
+        """Where tokens are dropped after a layer, it must be there."""
+        if self.prefill < 1:
+            check_layer(self, self.layer, layers)
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """Secondary and core of every picture, and the text budget."""

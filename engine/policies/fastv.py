@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .avl import without_the_least
-from .policy import Policy, check_count, check_share
+from .policy import Policy, check_count, check_layer, check_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,11 @@ class FastV(Policy):
     def __post_init__(self) -> None:
         check_count(self, "layer", low=1)
         check_share(self, "drop")
+
+    def check_depth(self, layers: int) -> None:
+        """Where tokens are dropped before a layer, it must be there."""
+        if self.drop:
+            check_layer(self, self.layer, layers)
 
     def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
         """Keep round(I * (1 - R)) tokens of every new picture."""

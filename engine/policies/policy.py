@@ -35,6 +35,9 @@ class Policy:
 
     name: ClassVar[str]
 
+    def check_depth(self, layers: int) -> None:
+        """Raise OptionError if this policy is of a layer that a model of ``layers`` lacks."""
+
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """What ``layer`` stores once its attention over ``layout``'s columns has run."""
         from .layout import Kept
@@ -91,6 +94,15 @@ def check_count(policy: Policy, key: str, low: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise OptionError(
             f"cache policy {policy.name}: {key} is {value}", hint=f"use a whole number from {low}"
+        )
+
+
+def check_layer(policy: Policy, layer: int, layers: int) -> None:
+    """Refuse a layer beyond the model's last."""
+    if layer > layers:
+        raise OptionError(
+            f"cache policy {policy.name}: layer is {layer}, the model has {layers}",
+            hint=f"use 1 to {layers}",
         )
 
 

@@ -2,7 +2,10 @@
 
 import sys
 
-from engine.__main__ import start
-
 if __name__ == "__main__":
-    sys.exit(start())
+    try:
+        from engine.__main__ import start
+
+        sys.exit(start())
+    except KeyboardInterrupt:  # before the program could say so itself
+        sys.exit(130)

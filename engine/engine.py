@@ -17,7 +17,7 @@ from .checkpoint.fingerprint import fingerprint
 from .errors import CheckpointError, OptionError
 from .loading.capacity import memory_for
 from .loading.loading import Loaded, load
-from .options import Options, OptionValues, check_threads, make_options
+from .options import Options, OptionValues, check_kinds, check_threads, make_options
 from .pictures.encoded import EncodedImage, Picture, PictureEncoder, listed
 from .pictures.image import open_image
 from .pictures.preprocess import ImageProcessor, Pixels
@@ -105,6 +105,10 @@ class Engine:
             CheckpointError: weights, configuration or tokenizer are missing, damaged, unsupported.
             OptionError: an unknown device, dtype, policy, style or selection, too many threads.
         """
+        check_kinds(str, device=device, dtype=dtype, selection=selection)
+        check_kinds(str | None, style=style, revision=revision)
+        check_kinds(str | PathLike | None, name=name, vision_tower=vision_tower)
+        check_kinds(bool, offline=offline, graphs=graphs)
         check_threads(threads)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -351,6 +355,9 @@ class Engine:
     ) -> Prompt:
         """The prompt's ids, with ``counts`` tokens for each picture."""
         image_token = self.model.image_token
+        check_kinds(bool, raw=raw)
+        if raw and not isinstance(prompt, str):
+            raise OptionError("raw is of a prompt that is a text", hint="leave raw out")
         if raw:
             return raw_prompt(str(prompt), self.tokenizer, image_token, counts)
         messages = parse_messages(prompt, len(counts))

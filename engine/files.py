@@ -23,6 +23,16 @@ PARTS = ".avl-*.part"  # what a killed process may leave of a file it was writin
 
 
 @contextmanager
+def named(name: str) -> Iterator[None]:
+    """What the system refuses meanwhile has this name, whatever file or pipe it was in the end."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = name
+        raise
+
+
+@contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file that takes its name only when it is complete and on the disk.
 
@@ -32,13 +42,14 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     part = _part_of(target)
     try:
-        with part.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, part)
-        part.replace(target)
+        with named(os.fspath(path)):
+            with part.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, part)
+            part.replace(target)
     finally:
         part.unlink(missing_ok=True)
     _sync_folder(target.parent)

@@ -18,6 +18,16 @@ def display_name(path: str) -> str:
     return name if len(name) <= LONGEST else f"{name[:half]}...{name[-half:]}"
 
 
+def told(value: object) -> str:
+    """A value that somebody gave: as it is written, cut; of an object without a spelling its type.
+
+    >>> told("7"), told(object())
+    ("'7'", 'object')
+    """
+    text = repr(value)
+    return type(value).__name__ if " at 0x" in text else text[:80]
+
+
 def shorten(text: str) -> str:
     """At most 40 characters of what a stranger wrote, safe to print."""
     return display_name(text[:40]) + ("..." if len(text) > 40 else "")

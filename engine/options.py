@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Event
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from .errors import OptionError
+from .naming import told
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, temperature=float, top_k=int, top_p=float, seed=int)
-        _check_numbers(self, repetition_penalty=float)
+        _set_numbers(self, temperature=float, top_k=int, top_p=float, seed=int)
+        _set_numbers(self, repetition_penalty=float)
         if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
             raise OptionError(
-                f"repetition_penalty is {self.repetition_penalty}", hint="use 1 (off) or more"
+                f"repetition_penalty is {self.repetition_penalty}",
+                hint="use a number above 0; 1 is off",
             )
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise OptionError(f"temperature is {self.temperature}", hint="use 0 (greedy) or more")
@@ -49,22 +51,43 @@ class Sampling:
             raise OptionError(f"seed is {self.seed}", hint="use 0 to 9223372036854775807")
 
 
-def _check_numbers(options: object, **kinds: type) -> None:
-    """Requests come from files too: 2.0 tokens or a seed of "7" would only fail much later."""
+def _set_numbers(options: object, **kinds: type) -> None:
+    """Make numbers plain ones: numpy's are taken too.
+
+    Requests come from files as well: 2.0 tokens or a seed of "7" would only fail much later.
+    """
     for name, kind in kinds.items():
-        value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-            needed = "a number" if kind is float else "a whole number"
-            raise OptionError(f"{name} is {value!r:.80}", hint=f"use {needed}")
-        if abs(value) > sys.float_info.max and not isinstance(value, float):
-            raise OptionError(f"{name} is beyond all use", hint="use a smaller number")
+        object.__setattr__(options, name, as_number(name, getattr(options, name), kind))
+
+
+def as_number(name: str, value: Any, kind: type) -> Any:
+    """``value`` as an int, or a float; raises OptionError for what is none."""
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        number = operator.index(value) if kind is int else float(value)
+        float(number)
+    except OverflowError:
+        raise OptionError(f"{name} is beyond all use", hint="use a smaller number") from None
+    except (TypeError, ValueError, RuntimeError):
+        needed = "a whole number" if kind is int else "a number"
+        raise OptionError(f"{name} is {told(value)}", hint=f"use {needed}") from None
+    return number
+
+
+def check_kinds(kind: Any, **values: object) -> None:
+    """Raise OptionError for a value that is not of ``kind``."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            needed = "True or False" if kind is bool else "a text"
+            raise OptionError(f"{name} is {told(value)}", hint=f"use {needed}")
 
 
 def check_threads(count: int | None) -> None:
     """Raise OptionError unless this machine can run ``count`` threads at once; None is any."""
     most = os.cpu_count() or 1
-    if count is not None and not (type(count) is int and 1 <= count <= most):
-        raise OptionError(f"threads is {count!r:.20}", hint=f"use 1 to {most} on this machine")
+    if count is not None and not 1 <= as_number("threads", count, int) <= most:
+        raise OptionError(f"threads is {count}", hint=f"use 1 to {most} on this machine")
 
 
 class OptionValues(TypedDict, total=False):
@@ -94,14 +117,10 @@ class Options:
     cancel: Event | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self, max_new_tokens=int)
-        for name in ("ignore_eos", "logprobs"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(
-                    f"{name} is {getattr(self, name)!r:.80}", hint="use true or false"
-                )
+        _set_numbers(self, max_new_tokens=int)
+        check_kinds(bool, ignore_eos=self.ignore_eos, logprobs=self.logprobs)
         if self.cancel is not None and not callable(getattr(self.cancel, "is_set", None)):
-            raise OptionError(f"cancel is {self.cancel!r:.80}", hint="use a threading.Event")
+            raise OptionError(f"cancel is {told(self.cancel)}", hint="use a threading.Event")
         if any(not isinstance(text, str) for text in self.stop):
             raise OptionError("a stop text is not a text", hint='write "stop": ["..."]')
         if self.max_new_tokens < 1:
@@ -122,6 +141,7 @@ def make_options(
     repetition_penalty: float = 1.0,
     logprobs: bool = False,
     cancel: Event | None = None,
+    **unknown: object,
 ) -> Options:
     """Options from plain values.
 
@@ -135,10 +155,13 @@ def make_options(
         cancel: an event; once another thread sets it, the answer ends with what it has.
 
     Raises:
-        OptionError: a value is out of its range.
+        OptionError: a value is out of its range, or there is no option of that name.
     """
+    if unknown:
+        known = f"known: {', '.join(OptionValues.__annotations__)}"
+        raise OptionError(f"there is no option {', '.join(sorted(unknown))}", hint=known)
     if not isinstance(stop, Iterable):
-        raise OptionError(f"stop is {stop!r:.80}", hint="use texts")
+        raise OptionError(f"stop is {told(stop)}", hint="use texts")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
     return Options(max_new_tokens, sampling, stops, ignore_eos, logprobs, cancel)

@@ -415,8 +415,36 @@ def test_a_full_disk_is_the_systems_words() -> None:
         done = run_python("-c", program + "sys.exit(cli.main([]))", stdout=full)
     assert done.returncode == 1
     error, hint = done.stderr.decode().splitlines()
-    assert error == "error: No space left on device"
+    assert error == "error: No space left on device: stdout"
     assert hint.startswith("hint: ")
+
+
+INTERRUPTED = """
+import runpy, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["main.py", "--version"]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["engine", "engine.__main__", "engine.app.terminal", "argparse"])
+def test_ctrl_c_is_silent_from_the_first_line_on(name: str) -> None:
+    """Wherever it comes among the imports, which take most of the first moments."""
+    done = run_python("-c", INTERRUPTED.format(name=name))
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_what_stderr_cannot_take_changes_no_exit_code() -> None:
+    with open("/dev/full", "wb") as full:
+        program = "import sys; from engine.app.cli import main; sys.exit(main(sys.argv[1:]))"
+        for arguments, code in ((["--version"], 0), (["-p", "x", "nothing.png"], 3)):
+            command = [sys.executable, "-c", program, *arguments]
+            assert subprocess.run(command, cwd=ROOT, stderr=full).returncode == code
 
 
 def test_a_terminal_gets_no_control_characters(

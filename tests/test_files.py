@@ -1,5 +1,6 @@
 """Files that are written: whole or not at all, never over what is read, refused before the work."""
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -71,6 +72,13 @@ def test_what_cannot_be_written_is_known_before(
     with pytest.raises(OptionError, match="cannot be written: No"):
         check_target("--x", tmp_path / "a.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_of_the_file(tmp_path: Path) -> None:
+    """The system names none where a write fails."""
+    path = tmp_path / "a.html"
+    with pytest.raises(OSError, match=r"No space left.*a\.html'"), written_whole(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_one_process_at_a_time_has_the_lock(tmp_path: Path) -> None:

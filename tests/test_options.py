@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,3 +128,96 @@ def test_200_mixed_requests_of_which_10_are_broken(
                 engine.generate(**request)
         else:
             assert engine.generate(**request).token_ids == record["token_ids"]
+
+
+# -- values of the wrong kind ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("name is 5", {"name": 5}),
+        ("cache is 5", {"cache": 5}),
+        ("cache is None", {"cache": None}),
+        ("device is object", {"device": object()}),
+        ("dtype is torch.float16", {"dtype": torch.float16}),
+        ("style is 5", {"style": 5}),
+        ("revision is 5", {"revision": 5}),
+        ("vision_tower is 5", {"vision_tower": 5}),
+        ("selection is None", {"selection": None}),
+        ("offline is 'no'", {"offline": "no"}),
+        ("graphs is 1", {"graphs": 1}),
+        ("threads is 'all'", {"threads": "all"}),
+    ],
+)
+def test_what_load_is_given_is_refused_by_name(words: str, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        Engine.load(**options)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "ask"),
+    [
+        ("cache is 5", lambda engine: engine.with_cache(5)),
+        ("cache is object", lambda engine: engine.with_cache(object())),
+        ("no option colour", lambda engine: engine.generate("Hi", colour=3)),
+        ("no option colour", lambda engine: engine.chat().send("Hi", colour=3)),
+        ("raw is 1", lambda engine: engine.generate("Hi", raw=1)),
+        ("raw is 'yes'", lambda engine: engine.render("Hi", raw="yes")),
+        ("raw is None", lambda engine: engine.logits("Hi", raw=None)),
+        ("raw is of a prompt", lambda engine: engine.generate([{"role": "user"}], raw=True)),
+        ("seed is object", lambda engine: engine.generate("Hi", seed=object())),
+        ("stop is object", lambda engine: engine.generate("Hi", stop=object())),
+        ("cancel is object", lambda engine: engine.generate("Hi", cancel=object())),
+        ("seed is beyond", lambda engine: engine.generate("Hi", seed=10**5000)),
+        ("requests are None", lambda engine: list(engine.generate_batch(None))),
+        ("requests are 5", lambda engine: list(engine.generate_batch(5))),
+        ("requests are 'Hi'", lambda engine: list(engine.generate_batch("Hi"))),
+        ("rows is 'a'", lambda engine: list(engine.generate_batch([], rows="a"))),
+        ("rows is 0", lambda engine: list(engine.generate_batch([], rows=0))),
+        ("layer is 99", lambda engine: engine.with_cache("fastv:layer=99")),
+        ("layer is 99", lambda engine: engine.with_cache("avl:layer=99")),
+    ],
+)
+def test_what_an_engine_is_given_is_refused_by_name(
+    words: str, ask: Callable[[Any], Any], engine_of: Callable[..., Engine]
+) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        ask(engine_of(SHAPE))
+    assert caught.value.hint
+    assert "object at 0x" not in str(caught.value)
+
+
+def test_a_layer_that_changes_nothing_is_not_asked_for(engine_of: Callable[..., Engine]) -> None:
+    """The default avl drops nothing in prefill, on a model of one layer too."""
+    engine = engine_of(Shape(layers=1))
+    assert engine.with_cache("avl:prefill=1,layer=9").generate("Hi", max_new_tokens=1).token_ids
+
+
+def test_numbers_of_numpy_are_numbers(engine_of: Callable[..., Engine]) -> None:
+    numpy = pytest.importorskip("numpy")
+    engine = engine_of(SHAPE)
+    plain: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.5, "top_k": 9, "seed": 3}
+    kinds = {int: numpy.int64, float: numpy.float32}
+    theirs = {name: kinds[type(value)](value) for name, value in plain.items()}
+    expected = engine.generate("What?", **plain).token_ids
+    assert engine.generate("What?", **theirs).token_ids == expected
+    with pytest.raises(OptionError, match="seed"):
+        engine.generate("What?", seed=numpy.float32(3))
+
+
+def test_a_chat_answers_one_at_a_time(engine_of: Callable[..., Engine]) -> None:
+    chat = engine_of(SHAPE).chat()
+    pieces = chat.stream("What?", max_new_tokens=20, ignore_eos=True)
+    next(pieces)
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(chat.send, "Hi") for _ in range(3)]
+    for other in others:
+        with pytest.raises(OptionError, match="this chat is busy"):
+            other.result()
+    *_, result = pieces
+    alone = engine_of(SHAPE).chat().send("What?", max_new_tokens=20, ignore_eos=True)
+    assert isinstance(result, Result)
+    assert result.token_ids == alone.token_ids
+    assert chat.send("Hi", max_new_tokens=2).token_ids  # and is free again

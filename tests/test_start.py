@@ -112,7 +112,7 @@ def test_what_could_not_be_said_is_an_error(flag: str) -> None:
             [*PRODUCT, flag], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False
         )
     assert done.returncode == 1
-    assert done.stderr.startswith(b"error: No space left on device\nhint: make room")
+    assert done.stderr.startswith(b"error: No space left on device: stdout\nhint: make room")
 
 
 def test_warnings_decide_nothing() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import EngineError, OptionError
-from ..files import lock
+from ..files import lock, named
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -108,7 +108,8 @@ def reserved(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
             raise OptionError(
                 f"another process writes to {path}", hint="wait for it, or give another --output"
             )
-        yield file
+        with named(str(path)):
+            yield file
 
 
 def _content(path: Path) -> bytes:

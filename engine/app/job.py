@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..naming import display_name
-from ..options import make_options
+from ..naming import display_name, told
+from ..options import OptionValues, make_options
 from ..pictures.image import MAX_PIXELS, LoadedImage
 from ..pictures.remote import is_address, open_picture
 from ..prompts.messages import with_system
@@ -29,7 +29,7 @@ from .reading import MOST_REQUESTS, STDIN, check_text, read_whole
 DEFAULTS: dict[str, Any] = {
     name: option.default
     for name, option in inspect.signature(make_options).parameters.items()
-    if name != "cancel"
+    if name in OptionValues.__annotations__ and name != "cancel"
 } | {"raw": False}
 KEYS = ("prompt", "images", "system", *DEFAULTS)
 
@@ -166,7 +166,7 @@ def _names(images: object) -> list[str]:
         return []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise OptionError(
-            f"a request's images are {images!r:.60}", hint='write "images": ["a.jpg"]'
+            f"a request's images are {told(images)}", hint='write "images": ["a.jpg"]'
         )
     if STDIN in names:
         raise OptionError("a request names stdin as its picture", hint="name a file")
@@ -177,7 +177,7 @@ def _spoken_to(values: Mapping[str, Any], system: object) -> Any:
     """The prompt behind a system text; messages that begin with one of their own keep it."""
     prompt = values.get("prompt")
     if not isinstance(system, str):
-        raise OptionError(f"a request's system is {system!r:.60}", hint="write a text")
+        raise OptionError(f"a request's system is {told(system)}", hint="write a text")
     if values.get("raw"):
         raise OptionError(
             "a raw request takes no system text", hint="write it into the prompt, or leave out raw"

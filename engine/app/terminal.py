@@ -8,9 +8,30 @@ import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
+from ..files import named
+
 INTERRUPTED = 130  # the exit code after Ctrl-C
+
+
+class _Lossy(io.RawIOBase):
+    """stderr, losing what it cannot take: nothing that is said there changes what is done."""
+
+    def fileno(self) -> int:
+        return 2
+
+    def isatty(self) -> bool:
+        return os.isatty(2)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            return os.write(2, data)
+        return len(data)
 
 
 def prepare() -> None:
@@ -25,7 +46,10 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, mode)  # takes the lowest free number
     sys.stdin = sys.stdin or os.fdopen(0)
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if sys.stderr is sys.__stderr__:  # and nobody, such as a test, has put another one there
+        encoding = sys.stderr.encoding if sys.stderr else None
+        buffer = io.BufferedWriter(_Lossy())
+        sys.stderr = io.TextIOWrapper(buffer, encoding, line_buffering=True)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="strict")  # where bytes are no text, that is said
     for stream in (sys.stdout, sys.stderr):
@@ -44,8 +68,9 @@ def need_stdout() -> None:
 def say(text: str) -> None:
     """Write to stdout at once; on a terminal without the control characters a model may emit."""
     need_stdout()
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    with named("stdout"):
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
 
 
 def say_json(value: Any) -> None:
@@ -61,7 +86,8 @@ def say_json(value: Any) -> None:
 def flush() -> None:
     """Bring to stdout what is still buffered."""
     if sys.stdout is not None:
-        sys.stdout.flush()
+        with named("stdout"):
+            sys.stdout.flush()
 
 
 def printable(text: str) -> str:

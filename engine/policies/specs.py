@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import OptionError
+from ..naming import told
 from .avl import Avl
 from .fastv import FastV
 from .full import Full
@@ -31,6 +32,8 @@ def parse(spec: str | Policy) -> Policy:
     """
     if isinstance(spec, Policy):
         return spec
+    if not isinstance(spec, str):
+        raise OptionError(f"cache is {told(spec)}", hint='use a spec such as "full", or a policy')
     name, _, rest = spec.partition(":")
     if name not in POLICIES:
         raise OptionError(

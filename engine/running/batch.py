@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import EngineError, OptionError
-from ..options import OptionValues, make_options
+from ..naming import told
+from ..options import OptionValues, as_number, make_options
 from ..pictures.encoded import Picture, listed
 from ..prompts.messages import Messages
 from ..result import Result
@@ -42,10 +43,6 @@ class Request:
             raise OptionError("a request has no prompt", hint='add "prompt": "..."')
         prompt, images = rest.pop("prompt"), rest.pop("images", ())
         raw = rest.pop("raw", False)
-        if not isinstance(raw, bool) or (raw and not isinstance(prompt, str)):
-            raise OptionError(
-                f"a request's raw is {raw!r:.40}", hint="use true (for a text prompt) or false"
-            )
         unknown = rest.keys() - OptionValues.__annotations__.keys()
         if unknown:
             known = ", ".join(["prompt", "images", "raw", *OptionValues.__annotations__])
@@ -80,8 +77,10 @@ def generate_batch(
 
     Raises CapacityError if memory runs out while the rows are decoded: none of them can go on.
     """
-    if rows < 1:
+    if as_number("rows", rows, int) < 1:
         raise OptionError(f"rows is {rows}", hint="use 1 or more")
+    if not isinstance(requests, Iterable) or isinstance(requests, str | bytes | Mapping):
+        raise OptionError(f"requests are {told(requests)}", hint='write [{"prompt": "..."}]')
     scheduler, numbers = engine.scheduler(rows), dict[Job, int]()
     for index, request in enumerate(requests):
         try:
@@ -97,10 +96,7 @@ def generate_batch(
 def job_of(engine: Asked, value: Request | Mapping[str, Any]) -> Job:
     """A request's job; raises what is wrong with it."""
     request = Request.parse(value)
-    try:
-        options = make_options(**request.options)
-    except TypeError as error:
-        raise OptionError(f"a request's option has the wrong type: {error}") from error
+    options = make_options(**request.options)
     return new_job(engine, request.prompt, request.images, options, raw=request.raw)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from threading import Lock
 from typing import Unpack
 
 from ..cache.row import Row
+from ..errors import OptionError
 from ..options import OptionValues, make_options
 from ..pictures.encoded import Picture
 from ..prompts.messages import Messages
@@ -34,6 +36,7 @@ class Chat:
         self._scheduler, self._row = engine.scheduler(), Row()
         self.token_ids: list[int] = []
         self._sizes: Sequence[tuple[int, int]] = ()
+        self._busy = Lock()
 
     def send(
         self, text: Messages, images: Sequence[Picture] | None = (), **options: Unpack[OptionValues]
@@ -51,7 +54,21 @@ class Chat:
         The first turn may be messages, so that a system message can stand in front.
 
         Leaving the iteration early keeps the conversation usable: what was said stays in it.
+
+        Raises OptionError while another answer of this conversation is under way.
         """
+        if not self._busy.acquire(blocking=False):
+            raise OptionError(
+                "this chat is busy with another answer", hint="take turns, or use a chat for each"
+            )
+        try:
+            yield from self._stream(text, images, options)
+        finally:
+            self._busy.release()
+
+    def _stream(
+        self, text: Messages, images: Sequence[Picture] | None, options: OptionValues
+    ) -> Iterator[str | Result]:
         chosen, timings = make_options(**options), Timings(load=self._engine.load_seconds)
         # The last tokens of an answer are not in the cache yet: they come before the new turn.
         pending = self.token_ids[self._row.seen :]

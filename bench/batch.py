@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from bench import common, subject
-from bench.common import paired_ratio, progress, write_report
+from bench.common import interval, paired_ratio, progress, write_report
 from bench.subject import QUESTION, THEIRS
 from engine.cache.report import allocated_bytes
 from engine.engine import Engine
@@ -182,11 +182,6 @@ def compared(key: Key, other: Key, steps: Mapping[Key, Sequence[float]]) -> dict
     """Tokens per second in all, of those of another."""
     mine, others = ([each[1] / step for step in steps[each]] for each in (key, other))
     return paired_ratio(mine, others)
-
-
-def interval(ratio: Mapping[str, float]) -> str:
-    """A 95 % interval as text."""
-    return f"{ratio['low']:.3g}-{ratio['high']:.3g}"
 
 
 def memory(key: Key, ends: Mapping[Key, Mapping[str, float]], plan: Plan) -> dict[str, float]:

@@ -173,6 +173,11 @@ def paired_ratio(
     return {"ratio": statistics.median(ratios), "low": low, "high": high}
 
 
+def interval(ratio: Mapping[str, float]) -> str:
+    """A 95 % interval as text."""
+    return f"{ratio['low']:.3g}-{ratio['high']:.3g}"
+
+
 def write_report(
     name: str,
     settings: Mapping[str, Any],

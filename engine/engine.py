@@ -22,7 +22,7 @@ from .pictures.encoded import EncodedImage, Picture, PictureEncoder, listed
 from .pictures.image import open_image
 from .pictures.preprocess import ImageProcessor, Pixels
 from .policies.policy import Policy
-from .policies.specs import parse
+from .policies.specs import DEFAULT_CACHE, parse
 from .prompts.messages import Messages
 from .prompts.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from .result import Result, Timings
@@ -33,10 +33,6 @@ from .running.generation import Answer, Forced, stream
 from .running.scheduler import Job, Scheduler
 from .running.stepping import Stepping
 from .running.turn import Turn
-
-# A mild A-VL: on dense print the paper's own settings cost the embedded model answers, these do not
-# (python -m bench.quality; docs/quality.md says why). "avl" alone has the paper's.
-DEFAULT_CACHE = "avl:secondary=0.9,core=0.6,prefill=1,text=1"
 
 
 class Engine:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import qwen_checkpoint, seeded_qwen, subject
+from bench import beside, qwen_checkpoint, seeded_qwen, subject
 from bench.batch import Plan, throughput
 from bench.common import ROOT, paired_ratio, peak_rss, rss, summary, write_report
 from bench.seeded import CANVASES, PRESETS, tensor_shapes, write_seeded_llava
@@ -139,7 +139,7 @@ def test_the_picture_of_a_seeded_tiled_model_has_2182_tokens() -> None:
 
 
 # Programs of bench/ that measure nothing that is kept as a report.
-TOOLS = {"browser", "figures", "report", "tiers"}
+TOOLS = {"beside", "browser", "figures", "report", "tiers"}
 BENCHMARKS = sorted(
     path.stem
     for path in (ROOT / "bench").glob("*.py")
@@ -183,3 +183,10 @@ def test_a_benchmark_prints_and_writes_the_command_that_repeats_it(tmp_path: Pat
     assert "| full | 1 |" in done.stdout
     assert "1/1" in done.stderr
     assert {"dtype", "seed"} <= set(record["settings"])
+
+
+def test_two_sides_are_compared_number_by_number() -> None:
+    """New over old, within each pair of runs; a number that is zero or missing is left out."""
+    old = [{("a", "ms"): 2.0, ("a", "MB"): 0.0, ("b", "ms"): 5.0}] * 3
+    new = [{("a", "ms"): 3.0, ("a", "MB"): 7.0}] * 3
+    assert beside.table(old, new).splitlines()[2:] == ["| a | ms | 1.500 | 1.5-1.5 |"]

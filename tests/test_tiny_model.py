@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.checkpoint.hub import TINY
-from engine.engine import DEFAULT_CACHE, Engine
+from engine.engine import Engine
+from engine.policies.specs import DEFAULT_CACHE
 from training.evaluate import questions_of
 from training.scenes import make_scene
 

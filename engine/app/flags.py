@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from ..errors import OptionError
 from ..pictures.image import MAX_PIXELS
+from ..policies.specs import DEFAULT_CACHE, POLICIES
 from ..prompts.templates import STYLES
 from .modes import find_mode
 from .terminal import say
@@ -247,8 +248,7 @@ def build_parser() -> Parser:
     add(
         "--cache",
         metavar="SPEC",
-        help="full (exact), avl, h2o, fastv, streaming, snapkv, random, with parameters; default: "
-        "avl:secondary=0.9,core=0.6,prefill=1,text=1",
+        help=f"{', '.join(POLICIES)}, with parameters; full is exact; default: {DEFAULT_CACHE}",
     )
     add(
         "--sync-selection",

@@ -21,6 +21,7 @@ from ..options import OptionValues, check_threads, make_options
 from ..pictures.boxes import PICTURE_KINDS, SIGNATURE
 from ..pictures.image import MAX_PIXELS, LoadedImage, open_image
 from ..pictures.remote import is_address, open_picture
+from ..policies.specs import DEFAULT_CACHE
 from ..prompts.messages import EXAMPLE
 from .noise import Noise
 from .reading import STDIN, check_text, read_text
@@ -121,7 +122,7 @@ def load_engine(flags: argparse.Namespace, noise: Noise) -> Engine:
     """The engine that the flags ask for, and what is to be said of it; torch is imported here."""
     find_model(flags)
     gc.disable()  # all that torch makes while it is imported stays: searching it costs a tenth
-    from ..engine import DEFAULT_CACHE, Engine
+    from ..engine import Engine
 
     gc.freeze()
     gc.enable()

@@ -15,12 +15,12 @@ from the hidden states after layer L, once, during prefill.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from .cut import best, without_the_least
 from .policy import Budget, Policy, check_count, check_layer, check_share
-from .select import heavy_and_recent, top
+from .select import heavy_and_recent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,27 +130,3 @@ class Avl(Policy):
     def core_size(self, image_tokens: int) -> int:
         """int(C * I)."""
         return image_tokens if self.core is None else int(self.core * image_tokens)
-
-
-def best(columns: Tensor, received: Received, count: int) -> Tensor:
-    """The ``count`` of ``columns`` that the last query attended most, averaged over heads."""
-    return columns[top(received.from_last(1).mean(0)[columns], count)]
-
-
-def without_the_least(layout: Layout, received: Received, share: Callable[[int], int]) -> Tensor:
-    """New tokens that go on when of each new picture only the best ``share(size)`` do (FastV's
-    cut).
-
-    Returns ascending indices into the new tokens, which are the last of ``layout``. The very last
-    token always goes on, even if it is an image token: the answer begins from its hidden state.
-    """
-    import torch
-
-    first_new = layout.columns - len(received.q)
-    gone = torch.zeros(layout.columns, dtype=torch.bool, device=layout.image_of.device)
-    for index in range(layout.settled, len(layout.image_sizes)):
-        columns = layout.picture(index)
-        gone[columns] = True
-        gone[best(columns, received, share(layout.image_sizes[index]))] = False
-    gone[-1] = False
-    return (~gone[first_new:]).nonzero()[:, 0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .avl import without_the_least
+from .cut import without_the_least
 from .policy import Policy, check_count, check_layer, check_share
 
 if TYPE_CHECKING:

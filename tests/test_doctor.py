@@ -140,6 +140,18 @@ def test_a_cut_file_is_named_with_its_bytes(
     assert f"{len(data) - 100:,} bytes" in damaged(folder, capsys)["headers"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--quiet"]])
+def test_damage_is_an_error_on_stderr_too(
+    flags: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For a log that has stderr alone."""
+    (folder / WEIGHTS).write_bytes(b"")
+    assert main(["--check", "--model", str(folder), *flags]) == 4
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: {folder}: 1 of the checks failed, the first is headers"
+    assert hint.startswith("hint: ")
+
+
 def test_one_damage_does_not_hide_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "unknown"}))
     (folder / "tokenizer.json").write_text("{")

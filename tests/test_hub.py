@@ -99,6 +99,15 @@ def test_pickled_weights_are_complete_only_where_they_are_wanted(tmp_path: Path)
     assert not is_complete(tmp_path)
 
 
+def test_a_cache_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("engine.checkpoint.hub.find_cached", refusing)
+    with pytest.raises(CheckpointError, match=r"hub cache .* cannot be read: Perm"):
+        resolve("some/model")
+
+
 def test_pickles_are_chosen_only_to_be_converted() -> None:
     files = [RemoteFile(name, 1) for name in ("config.json", "pytorch_model.bin", "other.bin")]
     assert [f.name for f in choose(NAME, files, pickled=True)] == [

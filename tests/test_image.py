@@ -149,7 +149,7 @@ def no_newer_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"", "is empty (0 bytes)", "again"),
         (b"\xff", "too short to be an image (1 bytes)", "again"),
         (b"\xff\xd8\xff\xe0\0", "too short to be an image (5 bytes)", "again"),
-        (b"a plain text of some length", "is text", "JPEG, PNG, WEBP, BMP, GIF or TIFF"),
+        (b"a plain text of some length", "is text", "JPEG, PNG, WEBP, BMP, GIF, TIFF or AVIF"),
         ("ein längerer Text, äöü".encode() * 60, "is text", "JPEG"),
         (b"BMW is a maker of cars, BM the start of a bitmap", "is text", "JPEG"),
         (b"  <!DOCTYPE html><html>", "is a web page", "fetch it again"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.errors import OptionError
 from engine.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,12 @@ def test_the_module_can_be_switched_off():
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("torch AVL_NATIVE=0")
+
+
+def test_an_unknown_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AVL_NATIVE", "nonsense")
+    with pytest.raises(OptionError, match="AVL_NATIVE=nonsense"):
+        native.load.__wrapped__()
 
 
 def test_the_module_links_no_cuda_and_no_torch_library():

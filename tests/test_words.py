@@ -54,6 +54,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["Is it red and/or blue?"], [], "Is it red and/or blue?"),
         (["@q.txt", "car.jpg"], ["car.jpg"], "@q.txt"),
         (["- What is it?"], [], "- What is it?"),
+        (["What?", "--", "-car.jpg"], ["-car.jpg"], "What?"),
+        (["--", "car.jpg", "--what"], ["car.jpg"], "--what"),
+        (["car.jpg", "check"], ["car.jpg"], "check"),
         (["What"], [], "What"),
         ([], [], None),
     ],
@@ -75,14 +78,33 @@ def test_words_are_pictures_or_the_prompt(
         (["serve"], 2, "'serve' is kept"),
         (["batch", "jobs.jsonl"], 2, "'batch' is kept"),
         (["--imgae=a.jpg", "What?"], 2, "did you mean --image?"),
+        (["--temp", "1", "What?"], 2, "did you mean --temperature?"),
+        (["-x.jpg", "What?"], 2, "comes behind --"),
+        (["chat"], 2, "did you mean --chat?"),
+        (["check", "car.jpg"], 2, "did you mean --check?"),
+        (["yes/no?"], 2, "yes/no? was taken as a picture, -p 'yes/no?' asks it"),
+        (["what is in a.jpg"], 2, "taken as a picture, -p 'what is in a.jpg' asks it"),
+        (["yes/no?", "car.jpg", "What?"], 3, "yes/no? was taken as a picture, -p 'yes/no?'"),
+        (["dangling.png", "What?"], 3, "it is a link to nowhere, which is not there"),
+        (["-p", "@alice is who?"], 2, "begins with @ may come from stdin"),
+        (["--seed", "9" * 5000, "-p", "x"], 2, "has 5,000 characters"),
+        (["-p", "x", "--repetition-penalty", "0"], 2, "a number above 0"),
+        (["-p", "x", "--model", "."], 4, "is no model folder: it has no config.json"),
     ],
 )
 def test_what_is_no_question_is_refused(
     words: list[str], code: int, said: str, here: Path, ask: Ask
 ) -> None:
+    (here / "dangling.png").symlink_to("nowhere")
     asked = ask(*words)
     refused(asked, code, said)
-    assert asked.seconds < 0.5
+    assert asked.seconds < 0.5 or "--model" in words
+
+
+def test_what_was_called_a_picture_is_not_explained(here: Path, ask: Ask) -> None:
+    asked = ask("--image", "yes/no?", "-p", "What?")
+    refused(asked, 3, "yes/no? does not exist")
+    assert "taken as" not in asked.err
 
 
 def test_a_long_prompt_is_no_path() -> None:

@@ -7,7 +7,6 @@ pieces of 16 MB, so that a folder of any size needs little memory.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import resource
@@ -28,7 +27,7 @@ from ..prompts.chat_template import TemplateError, difference, find_template
 from ..prompts.tokenizer import Tokenizer
 from ..refusals import hint_for
 from .machine import describe, environment
-from .terminal import escaped
+from .terminal import complain, escaped, say, say_json
 
 CHUNK = 16 << 20
 
@@ -68,7 +67,7 @@ def check(
 
     Returns 0, or the exit code of damaged weights. Raises CheckpointError if ``name`` is no model.
     """
-    tell = (lambda _: None) if as_json else print
+    tell = (lambda _: None) if as_json else _say_line
     machine = environment()
     for line in describe(machine):
         tell(line)
@@ -85,11 +84,19 @@ def check(
     damage = sum(not finding.ok for finding in findings)
     if as_json:
         found = {"model": folder and str(folder), "checks": [asdict(each) for each in findings]}
-        print(json.dumps(machine | found | {"failed": damage, "peak_bytes": peak}))
+        say_json(machine | found | {"failed": damage, "peak_bytes": peak})
     elif folder:
         tell(f"peak memory of this check: {peak / 1e6:,.0f} MB")
         tell(f"{damage} of the checks failed" if damage else "the model folder is whole")
-    return CheckpointError.exit_code if damage else 0
+    if not damage:
+        return 0
+    first = next(finding for finding in findings if not finding.ok)
+    complain(f"{folder}: {damage} of the checks failed, the first is {first.name}", first.hint)
+    return CheckpointError.exit_code
+
+
+def _say_line(text: str) -> None:
+    say(f"{text}\n")
 
 
 _MAC = sys.platform == "darwin"  # which counts bytes where others count kilobytes

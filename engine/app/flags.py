@@ -60,8 +60,10 @@ def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
             return kind(text)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
-            reason = "too long" if len(text) > 40 else f"not {what}"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is {reason}") from None
+            if len(text) > 40:
+                reason = f"{text[:20]!r}... has {len(text):,} characters, too many for {what}"
+                raise argparse.ArgumentTypeError(reason) from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
 
     return convert
 
@@ -101,8 +103,11 @@ class Parser(argparse.ArgumentParser):
         """Raise instead of printing usage and leaving."""
         unknown = message.removeprefix("unrecognized arguments: ").split(" ", 1)[0]
         flags = [flag for action in self._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown.partition("=")[0], flags, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"{program()} --help lists all flags"
+        word = unknown.partition("=")[0]
+        begun = [flag for flag in flags if flag.startswith(word)] if word[2:] else []
+        close = begun[:3] or difflib.get_close_matches(word, flags, n=1)
+        usual = f"{program()} --help lists all flags; a name that begins with - comes behind --"
+        hint = f"did you mean {' or '.join(close)}?" if close else usual
         raise OptionError(message, hint=hint)
 
     def print_help(self, file: Any = None) -> None:
@@ -133,12 +138,14 @@ def parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, str]:
     Raises OptionError for what does not go together.
     """
     parser = build_parser()
+    behind = [*arguments, "--"].index("--")  # what comes behind are words, whatever they look like
+    arguments, rest = arguments[:behind], arguments[behind + 1 :]
     flags, words = parser.parse_known_args(arguments)
     unknown = [word for word in words if word[:1] == "-" != word and " " not in word]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = _given(arguments)
-    sort_words(flags, words)
+    sort_words(flags, [*words, *rest])
     given |= {name for name in ("image", "prompt") if getattr(flags, name)}
     return flags, "version" if flags.version else find_mode(given)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.hub import resolve
-from ..errors import OptionError
+from ..errors import ImageError, OptionError
 from ..files import PAGE_SIGNATURE, check_target
 from ..naming import display_name
 from ..options import OptionValues, check_threads, make_options
@@ -30,10 +31,16 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 
-def read_prompt(prompt: str | None) -> str:
-    """The text of --prompt, from a file (@) or stdin (-) where it says so; never empty."""
+def read_prompt(prompt: str | None, guessed: Sequence[str] = ()) -> str:
+    """The text of --prompt, from a file (@) or stdin (-) where it says so; never empty.
+
+    ``guessed`` are words that were taken as pictures.
+    """
     if prompt is None:
-        raise OptionError("no --prompt is given", hint='add --prompt "What is in the picture?"')
+        hint = 'add --prompt "What is in the picture?"'
+        if guessed:
+            hint += f"; {_taken(guessed[-1])}"
+        raise OptionError("no --prompt is given", hint=hint)
     text = _prompt_text(prompt)
     if not text.strip():
         raise OptionError("the prompt is empty", hint=EXAMPLE)
@@ -44,7 +51,11 @@ def _prompt_text(prompt: str) -> str:
     if prompt == STDIN:
         return read_text("stdin (--prompt -)", STDIN)
     if prompt.startswith("@"):
-        return read_text(f"--prompt {display_name(prompt)}", prompt[1:])
+        try:
+            return read_text(f"--prompt {display_name(prompt)}", prompt[1:])
+        except OptionError as error:
+            hint = f"{error.hint}; a question that itself begins with @ may come from stdin (-)"
+            raise OptionError(str(error), hint=hint) from None
     check_text("--prompt", prompt)
     return prompt
 
@@ -90,7 +101,21 @@ def picture_path(name: str) -> str:
 
 def open_pictures(flags: argparse.Namespace) -> list[LoadedImage]:
     """The pictures of --image, in order."""
-    return list(map(opener(flags), flags.image))
+    open_named = opener(flags)
+    pictures = []
+    for name in flags.image:
+        try:
+            pictures.append(open_named(name))
+        except ImageError as error:
+            if name not in flags.guessed or name == STDIN or os.path.exists(name):
+                raise
+            raise ImageError(str(error), hint=f"{error.hint}; {_taken(name)}") from None
+    return pictures
+
+
+def _taken(word: str) -> str:
+    """What to say of a word that may have been meant as the question."""
+    return f"{display_name(word)} was taken as a picture, -p {shlex.quote(word)} asks it"
 
 
 def check_targets(flags: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def answer_once(flags: argparse.Namespace) -> int:
     """Answer --prompt about the pictures of --image; returns the exit code."""
-    text, options = read_prompt(flags.prompt), read_options(flags)
+    text, options = read_prompt(flags.prompt, flags.guessed), read_options(flags)
     check_targets(flags)
     pictures = open_pictures(flags)
     noise = Noise(flags, pictures)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..errors import OptionError
 from ..pictures.remote import is_address
+from .modes import MODES
 
 COMMANDS = ("serve", "batch")  # kept for commands to come
 
@@ -22,6 +23,8 @@ _PATH = re.compile(r"(?!@)(\S*/\S*|~\S*|[\w-]+\.[A-Za-z]\w{1,4})")
 def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
     """Bring --image into one list, and share ``words`` out between --image and --prompt.
 
+    ``guessed`` are the pictures that nobody called one.
+
     Of several values of one --image those behind the first are such words as well:
     ``--image a.jpg b.jpg "Which one is larger?"``.
 
@@ -30,6 +33,11 @@ def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
     if words and words[0] in COMMANDS:
         raise OptionError(
             f"{words[0]!r} is kept for a command to come", hint="give a question with --prompt"
+        )
+    if words and words[0] and words[0] in MODES:
+        raise OptionError(
+            f"{words[0]!r} is no picture, and alone no question",
+            hint=f"did you mean --{words[0]}? -p {words[0]} asks it all the same",
         )
     pictures: list[str] = []
     prompts = [] if flags.prompt is None else [flags.prompt]
@@ -42,6 +50,8 @@ def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
         raise OptionError(f"there is more than one prompt: {shown}", hint="quote it as one word")
     if [*pictures, *prompts].count("-") > 1:
         raise OptionError("stdin (-) can be read once only", hint="name files for the others")
+    named = {group[0] for group in flags.image}
+    flags.guessed = [word for word in pictures if word not in named]
     flags.image, flags.prompt = pictures, prompts[0] if prompts else None
 
 

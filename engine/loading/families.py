@@ -103,6 +103,11 @@ def recognise(
         find_style(style)
     refuse_adapter(folder)
     path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} is no model folder: it has no config.json",
+            hint="give the folder with config.json and the weights, or a hub name",
+        )
     config = read_json(path)
     refuse_quantised(folder, config)
     build = (

@@ -169,6 +169,9 @@ _URL_HINT = "download the picture first and give its path"
 def _missing(path: str, name: str) -> ImageError:
     """Name what does not exist, and the nearest file name beside it."""
     folder, wanted = Path(path).parent, Path(path).name
+    if os.path.islink(path):
+        target = display_name(os.readlink(path))
+        return ImageError(f"{name} does not exist", f"it is a link to {target}, which is not there")
     try:
         present = [entry.name for entry in os.scandir(folder)]
     except OSError:

@@ -121,7 +121,7 @@ def _conversion(command: str, file_name: str) -> str:
 
 
 def _describe_text(head: bytes, file_name: str) -> tuple[str, str]:
-    formats = f"pictures may be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+    formats = f"pictures may be {', '.join(FORMATS)} or AVIF"
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"<svg") or (start.startswith(b"<?xml") and b"<svg" in start):
         return _SVG[0], _conversion(_SVG[1], file_name)

@@ -1,5 +1,6 @@
 """Checkpoints, engines and the oracle, made once and shared by all test files."""
 
+import fcntl
 import functools
 import os
 import signal
@@ -57,8 +58,15 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The small CUDA kernels in the block emulator."""
-    return build(tmp_path_factory.mktemp("emulated"))
+    """The small CUDA kernels in the block emulator; compiled once for all processes of a run."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return build(tmp_path_factory.mktemp("emulated"))
+    folder = tmp_path_factory.getbasetemp().parent / f"emulated-{run}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(folder)
 
 
 @pytest.fixture(scope="session")

@@ -15,16 +15,16 @@ _number = itertools.count()
 
 
 def build(folder: Path, root: Path = ROOT) -> ModuleType:
-    """Compile the sources below ``root`` into ``folder``: a module with the kernels' functions."""
+    """Compile the sources below ``root`` into ``folder``: a module with the kernels' functions.
+
+    What lies there compiled is taken.
+    """
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     pybind11 = pytest.importorskip("pybind11")
     library = folder / "emulated_fused.so"
-    command = ["g++", "-std=gnu++17", "-O0", "-w", "-fPIC", "-shared", "-fvisibility=hidden"]
-    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    command += [str(root / "tests/native/emulated_fused.cpp"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    assert done.returncode == 0, done.stderr[-4000:]
+    if not library.exists():
+        _compile(library, root, pybind11.get_include())
     # pybind11 gives the same module for the same full name, whatever the file.
     name = f"{folder.name}-{next(_number)}.emulated_fused"
     spec = importlib.util.spec_from_file_location(name, library)
@@ -33,3 +33,11 @@ def build(folder: Path, root: Path = ROOT) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _compile(library: Path, root: Path, pybind11_include: str) -> None:
+    command = ["g++", "-std=gnu++17", "-O0", "-w", "-fPIC", "-shared", "-fvisibility=hidden"]
+    command += [f"-I{pybind11_include}", f"-I{sysconfig.get_path('include')}"]
+    command += [str(root / "tests/native/emulated_fused.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -411,13 +411,17 @@ def _batch(folder: Path) -> Target:
     def read(content: bytes) -> None:
         answers.unlink(missing_ok=True)
         requests.write_bytes(content)
-        for _ in BatchRun(engine, Job.read(requests), 2).into(answers):
+        run = BatchRun(engine, Job.read(requests), 2)
+        for _ in run.into(answers):
             pass
-        given = [line for line in requests.read_text("utf-8-sig").split("\n") if line.strip()]
+        text = requests.read_text("utf-8-sig", "replace")
+        given = [line for line in text.split("\n") if line.strip()]
         found = [json.loads(line) for line in answers.read_text("utf-8").split("\n") if line]
         assert [line["index"] for line in found] == list(range(len(given)))
         assert all(("error" in line) != ("text" in line) for line in found)
         assert all(line.get("error", "x") and line.get("hint", "x") for line in found)
+        if run.failures:
+            raise run.failures[0].error
 
     return Target([json.dumps(line).encode() for line in lines], read, mutate_lines)
 

@@ -127,6 +127,16 @@ PROMISES = {
     "nothing of the user's is overwritten": "files.a_picture_that_is_read_is_never_written_over",
     "folders are left alone": "convert.a_folder_that_holds_something_else_is_left_alone",
     "answers of another job": "batch.answers_to_other_requests_models_and_caches_are_refused",
+    "the user's pages and pictures are not replaced": (
+        "files.a_file_of_the_users_is_never_written_over"
+    ),
+    "a changed file stops a conversion": (
+        "convert.a_changed_file_is_found_before_anything_is_written"
+    ),
+    "finished shards are verified": "convert.leftovers_of_a_crash_are_written_again",
+    "what is read has a limit": "bad_options.what_is_read_whole_has_a_limit",
+    "a dropped picture is shown": "repl.a_picture_alone_on_a_line_is_shown",
+    "Ctrl-C is silent from the start": "cli.ctrl_c_is_silent_from_the_first_line_on",
     "no flag is ignored": "words.a_mode_takes_a_flag_or_refuses_it_by_name",
     "one request ends no job": "batch.whatever_goes_wrong_in_a_row_is_that_rows_failure",
     "help starts with examples": "cli.help_starts_with_examples",

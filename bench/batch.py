@@ -25,7 +25,7 @@ from bench.common import interval, paired_ratio, progress, write_report
 from bench.subject import QUESTION, THEIRS
 from engine.cache.report import allocated_bytes
 from engine.engine import Engine
-from engine.ops.products import GEMV_ROWS
+from engine.models.matrix import matrices
 from engine.pictures.encoded import EncodedImage
 from engine.running.batch import job_of
 from engine.running.scheduler import Over
@@ -147,9 +147,9 @@ class Cell:
 def decode_weights(engine: Engine, rows: int) -> int:
     """Bytes of weights that a step over ``rows`` reads; a few rows of the embedding aside."""
     decoder = engine.model.decoder
-    weights = [*decoder.layers.parameters(), *decoder.head.parameters()]
-    narrow = decoder.head.narrow is not None and rows <= GEMV_ROWS
-    return sum(w.numel() * (2 if narrow else w.element_size()) for w in weights)
+    vectors = [weight for weight in decoder.layers.parameters() if weight.ndim == 1]
+    read = sum(matrix.bytes_read(rows) for matrix in matrices(decoder))
+    return read + sum(vector.nbytes for vector in vectors)
 
 
 def rate(key: Key, steps: Mapping[Key, Sequence[float]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.predict import Shape
+from engine.loading.preparing import prepare
 from engine.models.decoder import Decoder, DecoderConfig
 from engine.models.vision_language import VisionLanguageModel
 
@@ -39,7 +40,7 @@ def seeded_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Deco
                 weight.fill_(1)
             else:
                 weight.normal_(0, DEVIATION, generator=generator)
-    model.decoder.prepare(device)
+    prepare(model.decoder, device)
     return model.eval().requires_grad_(False)
 
 

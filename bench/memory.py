@@ -24,6 +24,7 @@ from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.report import CacheReport, report
 from engine.cache.row import Row, Stored
+from engine.loading.preparing import prepare
 from engine.models.decoder import Decoder, DecoderConfig
 from engine.policies.avl import Avl
 from engine.policies.layout import Kept, Layout
@@ -221,7 +222,7 @@ def seeded(layers: int = 8, heads: int = 8, kv_heads: int = 4, head_dim: int = 6
     generator = torch.Generator().manual_seed(0)
     for name, weight in decoder.named_parameters():
         weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.05, generator=generator)
-    decoder.prepare(torch.device("cpu"))
+    prepare(decoder, torch.device("cpu"))
     return decoder
 
 

@@ -9,6 +9,7 @@ from engine.cache.decode import CORE, Decoding
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.row import Row
+from engine.loading.preparing import prepare
 from engine.models.decoder import Decoder, DecoderConfig, View
 from engine.ops.rotary import Tables
 from engine.policies.layout import Layout
@@ -43,7 +44,7 @@ def seeded_decoder(
                 deviation = 0.25 if "q_proj" in name or "k_proj" in name else 0.12
                 parameter.normal_(0, deviation, generator=generator)
     decoder.requires_grad_(False)
-    decoder.prepare(torch.device("cpu"))
+    prepare(decoder, torch.device("cpu"))
     return decoder
 
 

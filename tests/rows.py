@@ -10,6 +10,7 @@ import torch
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.row import Row
+from engine.loading.preparing import prepare
 from engine.models.decoder import Decoder
 from engine.policies.layout import Layout
 from engine.policies.specs import parse
@@ -70,7 +71,7 @@ def _moved(decoder: Decoder, device: torch.device) -> Decoder:
         return decoder
     moved = Decoder(decoder.config).requires_grad_(False)
     moved.load_state_dict(decoder.state_dict())
-    moved.to(device).prepare(device)
+    prepare(moved.to(device), device)
     return moved
 
 

@@ -496,7 +496,7 @@ def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 7, 18])
 @pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (31, 5), (257, 130), (1024, 300)])
-def test_gemv_of_narrow_weights_is_float32s(isa, dtype, rows, size_in, size_out):
+def test_gemv_of_16_bit_weights_is_float32s(isa, dtype, rows, size_in, size_out):
     g = torch.Generator().manual_seed(size_in)
     x = torch.randn(rows, 2 * size_in, generator=g)[:, :size_in]
     w = torch.randn(size_out, size_in, generator=g).to(dtype)
@@ -506,17 +506,6 @@ def test_gemv_of_narrow_weights_is_float32s(isa, dtype, rows, size_in, size_out)
     theirs = (F.linear(x, w.float(), bias).double() - want).abs().max()
     assert got.dtype == torch.float32
     assert (got.double() - want).abs().max() <= 2 * theirs + 1e-6 * size_in**0.5
-
-
-@needs_native
-def test_a_weight_is_narrowed_only_where_nothing_is_lost():
-    exact = torch.randn(7, 48).bfloat16().float()
-    narrow = products.narrowed(exact)
-    assert narrow is None or torch.equal(narrow.float(), exact)
-    assert products.narrowed(exact + 1e-3) is None
-    assert products.narrowed(exact.bfloat16()) is None
-    x = torch.randn(3, 48)
-    torch.testing.assert_close(products.linear(x, exact, None, narrow), F.linear(x, exact))
 
 
 @needs_native
@@ -547,49 +536,3 @@ def test_several_layers_in_one_call_are_each_alone(isa, rows):
     together = products.gemv(x, *layers, isa=isa)
     for layer, got in zip(layers, together, strict=True):
         assert torch.equal(got, products.gemv(x, layer, isa=isa)[0])
-
-
-SHAPES = [(1, 48), (2, 1, 48), (4, 48), (8, 48), (9, 48), (32, 48), (33, 48), (0, 48)]
-SHAPES += [(255, 48), (256, 48), (577, 48), (2, 289, 48), (1, 259, 48)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_linear_is_torchs_linear(shape, dtype):
-    x, w, b = (
-        torch.randn(*shape).to(dtype),
-        torch.randn(7, 48).to(dtype),
-        torch.ones(7, dtype=dtype),
-    )
-    for bias in (b, None):
-        got = products.linear(x, w, bias)
-        torch.testing.assert_close(got, F.linear(x, w, bias))
-        assert got.is_contiguous()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", [(33, 48, 7), (40, 31, 300), (2, 289, 64, 130), (1, 50, 1, 1)])
-def test_products_by_blocks_are_float64s_rounded(monkeypatch, dtype, size):
-    """On a processor without a fast product of 16-bit matrices: converted weights stay few."""
-    monkeypatch.setattr(products, "_multiplies_fast", lambda dtype: False)
-    monkeypatch.setattr(products, "_BLOCK", 1000)
-    *lead, size_in, size_out = size
-    x, w = torch.randn(*lead, size_in).to(dtype), torch.randn(size_out, size_in).to(dtype)
-    blocks = []
-    torchs = F.linear
-
-    def multiply(x, weight, bias):
-        blocks.append(weight)
-        return torchs(x, weight, bias)
-
-    monkeypatch.setattr(products.F, "linear", multiply)
-    for bias in (torch.randn(size_out).to(dtype), None):
-        got = products.linear(x, w, bias)
-        wide = None if bias is None else bias.double()
-        want = torchs(x.double(), w.double(), wide)
-        assert got.dtype == dtype
-        assert got.shape == want.shape
-        rounding = torch.finfo(dtype).eps / 2 * want.abs().clamp(min=1.0) * 1.01
-        assert ((got.double() - want).abs() <= rounding + 1e-5).all()
-    assert all(block.dtype is torch.float32 and block.numel() <= 1000 for block in blocks)
-    assert sum(map(len, blocks)) == 2 * size_out

@@ -10,10 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from bench.qwen_checkpoint import QwenShape, write_qwen
-from engine.checkpoint.tensors import Checkpoint, load_weights
+from engine.checkpoint.tensors import Checkpoint, anywhere, load_weights
 from engine.engine import Engine
 from engine.loading.families import recognise
-from engine.models.decoder import GATE_UP, QKV, Decoder
+from engine.loading.preparing import side_by_side
+from engine.models.decoder import Decoder
+from engine.models.matrix import matrices
 from engine.ops import fused, native
 from engine.result import Timings
 from tests.checkpoints import Shape
@@ -133,9 +135,9 @@ def test_every_operator_serves_a_step(
 def joined(decoder: Decoder) -> list[list[Tensor]]:
     """The weights that may lie side by side, group by group."""
     return [
-        [layer.get_parameter(f"{name}.weight") for name in group]
+        [layer.get_parameter(f"{name}_proj.weight") for name in group]
         for layer in decoder.layers
-        for group in (QKV, GATE_UP)
+        for group in (("q", "k", "v"), ("gate", "up"))
     ]
 
 
@@ -163,22 +165,17 @@ def test_weights_lie_side_by_side_and_once(
 def peak_of_loading(folder: Path, *, in_place: bool) -> tuple[int, int]:
     """Bytes of a model's parameters, and the most that was allocated while they were loaded."""
     family = recognise(folder, None)
-    model, decoder = family.model, family.model.decoder
-
-    def room(name: str, dtype: torch.dtype) -> Tensor | None:
-        part, _, inner = name.partition(".")
-        return decoder.room(inner, dtype, "cpu") if in_place and part == "decoder" else None
-
+    model = family.model
+    placement = side_by_side(model, torch.device("cpu")) if in_place else anywhere
     with (
         Checkpoint.open(folder) as checkpoint,
         torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profile,
     ):
-        load_weights(model, checkpoint, family.rename, room=room)
-        for layer in decoder.layers:
-            layer.qkv.prepare()
-            layer.gate_up.prepare()
+        load_weights(model, checkpoint, family.rename, placement=placement)
+        for matrix in matrices(model.decoder):
+            matrix.join()
     held = peak = 0
     results = profile.profiler.kineto_results
     for event in results.events():
@@ -191,7 +188,7 @@ def peak_of_loading(folder: Path, *, in_place: bool) -> tuple[int, int]:
 def test_loading_side_by_side_needs_no_second_copy(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.models.layers.narrowed", lambda weight: None)
+    monkeypatch.setattr(fused, "switched_on", lambda: True)
     size, peak = peak_of_loading(folder_of("llama"), in_place=True)
     assert size <= peak < 1.01 * size
     # Moved there afterwards, one group of weights is in memory twice: this would be noticed.

@@ -18,6 +18,7 @@ from engine.cache.prefill import Prefill
 from engine.cache.report import allocated_bytes
 from engine.cache.streams import Beside
 from engine.engine import Engine
+from engine.loading.preparing import prepare
 from engine.models.decoder import Decoder, DecoderConfig
 from engine.ops import native, ranking
 from engine.policies.layout import Layout
@@ -194,7 +195,7 @@ def wide_decoder(layers: int) -> Decoder:
     generator = torch.Generator("cuda").manual_seed(1)
     for parameter in decoder.parameters():
         parameter.normal_(0, 0.05, generator=generator)
-    decoder.prepare(torch.device("cuda"))
+    prepare(decoder, torch.device("cuda"))
     return decoder
 
 

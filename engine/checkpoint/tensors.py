@@ -66,21 +66,21 @@ class Checkpoint:
         device: str | torch.device,
         dtype: torch.dtype | None,
         mapped: bool = False,
-        room: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Copies what `info` describes: a tensor, or rows of one (`TensorInfo.split`).
 
         With `mapped`, a large tensor that a CPU can use as it lies in the file is not copied: it
-        stays a private map of the file for as long as it lives. With `room`, it is copied there.
+        stays a private map of the file for as long as it lives. With `into`, it is copied there.
         """
         dtype = dtype or info.dtype
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype, device=device)
         view, source = self._map(info)
         usable = torch.device(device).type == "cpu" and dtype == info.dtype
-        if mapped and room is None and usable and info.nbytes >= MAPPED_FROM:
+        if mapped and into is None and usable and info.nbytes >= MAPPED_FROM:
             return source
-        target = torch.empty(info.shape, dtype=dtype, device=device) if room is None else room
+        target = torch.empty(info.shape, dtype=dtype, device=device) if into is None else into
         target.copy_(source)
         del source  # nothing may point into the map when it is closed
         view.close()
@@ -137,10 +137,10 @@ class Checkpoint:
         return view, raw.view(info.dtype).view(info.shape)
 
 
-Room = Callable[[str, torch.dtype], torch.Tensor | None]
+Placement = Callable[[str, torch.dtype], torch.Tensor | None]
 
 
-def no_room(name: str, dtype: torch.dtype) -> None:
+def anywhere(name: str, dtype: torch.dtype) -> None:
     """Every parameter has memory of its own."""
 
 
@@ -152,7 +152,7 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     tied: Mapping[str, str] | None = None,
     mapped: bool = False,
-    room: Room = no_room,
+    placement: Placement = anywhere,
 ) -> list[str]:
     """Fills the parameters of a module built on the meta device, one tensor at a time.
 
@@ -168,8 +168,8 @@ def load_weights(
         tied: name -> name of the parameter it shares, where the config ties them. The first may be
             absent from the file; if it is present it must be equal.
         mapped: leave large tensors in the file's map where a CPU can use them as they lie.
-        room: name in `module` and dtype -> memory of the parameter's shape on `device`, into which
-            it is read; None: memory of its own.
+        placement: name in `module` and dtype -> memory of the parameter's shape on `device`, into
+            which it is read; None: memory of its own.
 
     Returns:
         The names on disk that `rename` said are unused.
@@ -181,7 +181,7 @@ def load_weights(
     # In the order of the file: sequential reading is what a disk does best.
     for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
         own = _dtype(module, name, dtype)
-        tensor = checkpoint.read_part(info, device, own, mapped, room(name, own))
+        tensor = checkpoint.read_part(info, device, own, mapped, placement(name, own))
         _assign(module, name, tensor)
     for name, other in fit.shared.items():
         owner, leaf = _owner(module, name)

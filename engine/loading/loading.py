@@ -11,15 +11,14 @@ import torch
 
 from ..checkpoint.hub import resolve
 from ..checkpoint.names import target_names
-from ..checkpoint.tensors import Checkpoint, Room, load_weights, no_room
+from ..checkpoint.tensors import Checkpoint, load_weights
 from ..errors import OptionError
-from ..models.decoder import Decoder
-from ..ops import fused
 from ..prompts.templates import find_style
 from ..prompts.tokenizer import Tokenizer
 from .capacity import memory_for
 from .device import pick_device
 from .families import Family, recognise
+from .preparing import prepare, side_by_side
 
 DTYPES = {
     "float32": torch.float32,
@@ -89,7 +88,7 @@ def _fill(family: Family, folder: Path, device: torch.device, dtype: torch.dtype
         dtype = dtype or _auto_dtype(checkpoint, device)
         with memory_for("loading the weights", _bytes_of(model, dtype), device):
             _load_all(family, checkpoint, device, dtype)
-    model.decoder.prepare(device)
+    prepare(model.decoder, device)
     model.eval()
 
 
@@ -110,23 +109,8 @@ def _load_all(
         with Checkpoint.open(tower) as tower_checkpoint:
             load_weights(model.vision, tower_checkpoint, names, device, dtype, mapped=True)
     shared = tied if model.decoder.config.tied_head else {}
-    room = _side_by_side(model.decoder, device)
-    load_weights(model, checkpoint, rename, device, dtype, shared, mapped=True, room=room)
-
-
-def _side_by_side(decoder: Decoder, device: torch.device) -> Room:
-    """Where weights go that are multiplied together: side by side from the start, but on a CPU.
-
-    There one product gains nothing, and weights stay in the file's map.
-    """
-    if device.type == "cpu" and not fused.switched_on():
-        return no_room
-
-    def room(name: str, dtype: torch.dtype) -> torch.Tensor | None:
-        part, _, inner = name.partition(".")
-        return decoder.room(inner, dtype, device) if part == "decoder" else None
-
-    return room
+    placement = side_by_side(model, device)
+    load_weights(model, checkpoint, rename, device, dtype, shared, mapped=True, placement=placement)
 
 
 def _auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
-from .layers import Embedding, Linear
+from .layers import Embedding
+from .matrix import Linear
 
 
 @dataclass(frozen=True)

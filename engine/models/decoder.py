@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from ..checkpoint.config import ConfigReader
 from ..ops.fused import silu_mul
 from ..ops.rotary import Tables, turned
-from .layers import Embedding, Linear, RMSNorm, SideBySide
-
-# On a CPU, hidden sizes up to this gain from prepared weights; larger ones only pay for the copy.
-PREPARE_UP_TO = 1024
-# Layers that take the same input, in the order in which their weights lie side by side.
-QKV = ("q_proj", "k_proj", "v_proj")
-GATE_UP = ("gate_proj", "up_proj")
+from .layers import Embedding, RMSNorm
+from .matrix import Linear, Matrix
 
 
 @dataclass(frozen=True)
@@ -188,8 +183,8 @@ class DecoderLayer(nn.Module):
         self.gate_proj = Linear(hidden, config.mlp, bias=False)
         self.up_proj = Linear(hidden, config.mlp, bias=False)
         self.down_proj = Linear(config.mlp, hidden, bias=False)
-        self.qkv = SideBySide(*(getattr(self, name) for name in QKV))
-        self.gate_up = SideBySide(*(getattr(self, name) for name in GATE_UP))
+        self.qkv = Matrix(self.q_proj, self.k_proj, self.v_proj)
+        self.gate_up = Matrix(self.gate_proj, self.up_proj)
 
     def forward(
         self, hidden: Tensor, delta: Tensor | None, tables: Tables, view: View
@@ -200,18 +195,23 @@ class DecoderLayer(nn.Module):
         """
         hidden, normed = self.attn_norm.after(hidden, delta)
         hidden, normed = self.mlp_norm.after(hidden, self.attention(normed, tables, view))
-        gate, up = self.gate_up(normed)
+        gate, up = self.gate_up.product(normed)
         return hidden, self.down_proj(silu_mul(gate, up))
 
     def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         shape = (len(normed), -1, self.config.head_dim)
-        q, k, v = (part.view(shape) for part in self.qkv(normed))
+        q, k, v = (part.view(shape) for part in self.qkv.product(normed))
         return self.o_proj(view.attend(q, k, v, tables).flatten(1))
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and language head."""
+    """Embedding, layers, final norm and language head.
+
+    ``rotation`` is there once ``loading.preparing`` has made it.
+    """
+
+    rotation: Rotation
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -221,33 +221,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = Linear(config.hidden, config.vocab, bias=False)
 
-    def room(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
-        """Where the parameter ``name`` shall lie that is multiplied together with others.
-
-        None for one that stands alone, such as a norm's or ``layers.3.o_proj.weight``.
-        """
-        *path, module, leaf = name.split(".")
-        if path[:1] != ["layers"]:
-            return None
-        layer = self.layers[int(path[1])]
-        assert isinstance(layer, DecoderLayer)
-        for joined, parts in ((layer.qkv, QKV), (layer.gate_up, GATE_UP)):
-            if module in parts:
-                return joined.room(parts.index(module), leaf, dtype, device)
-        return None
-
-    def prepare(self, device: torch.device) -> None:
-        """Build what is computed and not loaded: rotary frequencies in fp32, prepared weights.
-
-        Preparing saves launches and bytes, which only count on a GPU and for small matrices.
-        """
-        self.rotation = Rotation(self.config.head_dim, self.config.rope_theta, device)
-        if device.type != "cpu" or self.config.hidden <= PREPARE_UP_TO:
-            for layer in self.layers:
-                assert isinstance(layer, DecoderLayer)
-                for part in (layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj):
-                    part.prepare()
-            self.head.prepare()
+    def make_rotation(self, device: torch.device) -> Rotation:
+        """The rotary embedding, whose frequencies are computed in fp32 and not loaded."""
+        return Rotation(self.config.head_dim, self.config.rope_theta, device)
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """Run all layers over embeddings ``[tokens, hidden]``; returns the final normed states.

@@ -138,9 +138,9 @@ class QwenDecoder(Decoder):
         super().__init__(config.decoder)
         self.rules = config
 
-    def prepare(self, device: torch.device) -> None:
-        """See ``Decoder.prepare``."""
-        self.rotation = QwenRotation(self.rules, device)
+    def make_rotation(self, device: torch.device) -> Rotation:
+        """See ``Decoder.make_rotation``."""
+        return QwenRotation(self.rules, device)
 
 
 class QwenVl(VisionLanguageModel):

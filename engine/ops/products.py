@@ -6,7 +6,6 @@ torch's, in float32 where the processor has no fast product of 16-bit matrices.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +17,27 @@ from .tape import kept
 GEMV_ROWS = 32  # rows that the native product takes
 _UNEVEN_ROWS = 256  # from here on up to three rows more cost nothing
 _BLOCK = 1 << 22  # weights converted to float32 at once: 16 MB
-_NARROW = (torch.bfloat16, torch.float16)
+_SHORT = (torch.bfloat16, torch.float16)
+
+# The weight [out, in] and bias [out] of a linear layer.
+Weights = tuple[Tensor, Tensor | None]
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: Tensor | None = None
-) -> Tensor:
-    """``x @ weight.T + bias`` like torch's, through ``gemv`` where that is faster.
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``gemv`` shall multiply x ``[..., in]`` by this weight: it is faster there.
 
-    That is: on a CPU, with weights in 16 bits, for at most 32 rows of x ``[..., in]``; else torch
-    computes it. ``narrow`` is the same weight in bfloat16 beside a float32 one, see ``narrowed``.
+    That is: on a CPU, with weights in 16 bits, for at most 32 rows.
     """
-    if not _gemv_serves(x, weight if narrow is None else narrow):
-        return _by_torch(x, weight, bias)
-    (y,) = gemv(x.reshape(-1, x.shape[-1]), (weight if narrow is None else narrow, bias))
-    return y.view(*x.shape[:-1], weight.shape[0])
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if weight.dtype not in _SHORT or weight.device.type != "cpu" or not 1 <= rows <= GEMV_ROWS:
+        return False
+    return not _training(x, weight) and _gemv_pays()
 
 
-def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    """``linear`` of several layers' (weight, bias) and one x ``[rows, in]``, started at once."""
-    if _gemv_serves(x, layers[0][0]):
-        return gemv(x, *layers)
-    return [_by_torch(x, weight, bias) for weight, bias in layers]
+def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` by torch, x ``[..., in]``, weight ``[out, in]``.
 
-
-def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Torch's product. On a CPU its bfloat16 one likes row counts that four divides.
+    On a CPU its bfloat16 product likes row counts that four divides.
 
     It takes about 1.3 times as long for some others, such as the 577 of CLIP (`bench.kernels`), so
     that x gets up to three rows more.
@@ -88,26 +82,19 @@ def _multiplies_fast(dtype: torch.dtype) -> bool:
     return torch.backends.cpu.get_cpu_capability() != "AVX2" and bool(supported[dtype]())
 
 
-def _gemv_serves(x: Tensor, weight: Tensor) -> bool:
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if weight.dtype not in _NARROW or weight.device.type != "cpu" or not 1 <= rows <= GEMV_ROWS:
-        return False
-    return not _training(x, weight) and _gemv_pays()
-
-
 def _training(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
-def narrowed(weight: Tensor) -> Tensor | None:
-    """A float32 weight in bfloat16 where that loses nothing and halves what decoding reads.
+def in_16_bits(weight: Tensor) -> Tensor | None:
+    """A float32 weight in bfloat16 where that loses nothing and halves what ``gemv`` reads.
 
     Checkpoints are stored in 16 bits: run in float32 their products are the same numbers.
     """
     if weight.dtype is not torch.float32 or weight.device.type != "cpu" or not _gemv_pays():
         return None
-    narrow = weight.bfloat16()
-    return narrow if torch.equal(narrow.float(), weight) else None
+    short = weight.bfloat16()
+    return short if torch.equal(short.float(), weight) else None
 
 
 @functools.cache
@@ -120,7 +107,7 @@ def _gemv_pays() -> bool:
     return module is not None and module.cpu_isa() != "baseline"
 
 
-def gemv(x: Tensor, *layers: tuple[Tensor, Tensor | None], isa: str = "") -> list[Tensor]:
+def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
     """``x @ weight.T + bias`` on the CPU for 1 to 32 rows, sums in fp32: ``[rows, out]`` each.
 
     x ``[rows, in]`` (rows may be strided), every layer's weight ``[out, in]`` contiguous and bias

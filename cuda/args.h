@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace avl {
+#include "formats.h"
 
-enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+namespace avl {
 
 // How a launch ended. Every launcher returns one of these; bind.cpp turns it into an exception.
 enum Status : int { ok = 0, bad_slot = 1, unsupported = 2, cuda_error = 3 };

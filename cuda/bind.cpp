@@ -57,9 +57,8 @@ class AttentionPlan {
       check_alignment();
     } else {
       a_.error = &error_;
-      const int64_t bytes = a_.dtype == DType::f32 ? 8 : 4;  // of one number of K and one of V
-      if (int64_t(a_.rows) * a_.width * a_.kv_heads * a_.head_dim * bytes < ONE_THREAD_BYTES)
-        a_.threads = 1;
+      const int64_t numbers = int64_t(a_.rows) * a_.width * a_.kv_heads * a_.head_dim;
+      if (2 * bytes_of(a_.dtype, numbers) < ONE_THREAD_BYTES) a_.threads = 1;  // K and V
       a_.splits = op == "attention" ? cpu_splits(a_) : 1;
       partials_.resize(size_t(a_.rows) * a_.heads * a_.splits * (a_.head_dim + 2));
       a_.partials = partials_.data();
@@ -78,7 +77,7 @@ class AttentionPlan {
  private:
   void read_sizes(const py::dict& f) {
     constexpr int64_t most = INT32_MAX;
-    a_.dtype = static_cast<DType>(size(f, "dtype", 0, 2));
+    a_.dtype = dtype_of(number(f, "dtype"));
     a_.rows = size(f, "rows", 0, most);
     a_.heads = size(f, "heads", 1, 1 << 16);
     a_.kv_heads = size(f, "kv_heads", 1, a_.heads);
@@ -130,12 +129,11 @@ class AttentionPlan {
 
   // The CUDA kernels load 16 bytes at a time.
   void check_alignment() const {
-    const int64_t bytes = a_.dtype == DType::f32 ? 4 : 2;
     uintptr_t all = 0;
     for (const void* p : {a_.q, a_.k, a_.v, static_cast<const void*>(a_.out)})
       all |= reinterpret_cast<uintptr_t>(p);
     for (int64_t stride : {a_.q_row, a_.q_head, a_.k_slot, a_.k_head, a_.v_slot, a_.v_head})
-      all |= static_cast<uintptr_t>(stride * bytes);
+      all |= static_cast<uintptr_t>(bytes_of(a_.dtype, stride));
     require(all % 16 == 0, "q, k and v must lie on 16-byte boundaries");
   }
 
@@ -172,7 +170,7 @@ using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
 // Numbers one by one, not in a dict: this is called for every linear layer of a step.
 void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, uintptr_t x,
           int64_t x_row, const std::vector<Part>& given, int threads) {
-  require(dtype >= 0 && dtype <= 2 && rows >= 1 && rows <= 32, "gemv: wrong dtype or rows");
+  require(rows >= 1 && rows <= 32, "gemv: wrong rows");
   require(in >= 1 && x && x_row >= 0 && threads >= 1, "gemv: wrong sizes");
   std::vector<GemvPart> parts;
   int64_t outs = 0;
@@ -182,8 +180,9 @@ void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, u
                      reinterpret_cast<void*>(y)});
     outs += out;
   }
-  if (in * outs * (dtype == 0 ? 4 : 2) < ONE_THREAD_BYTES) threads = 1;
-  const GemvArgs a{static_cast<DType>(dtype),
+  const DType format = dtype_of(dtype);
+  if (bytes_of(format, in * outs) < ONE_THREAD_BYTES) threads = 1;
+  const GemvArgs a{format,
                    rows,
                    in,
                    reinterpret_cast<void*>(x),
@@ -302,6 +301,9 @@ double read(uintptr_t data, int64_t count, int32_t threads) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of the engine on raw addresses; call them through engine.native.";
   m.attr("with_cuda") = bool(AVL_WITH_CUDA);
+  py::list formats;  // name, run and bytes of each; its place is the number that stands for it
+  for (const avl::Format& f : avl::FORMATS) formats.append(py::make_tuple(f.name, f.run, f.bytes));
+  m.attr("formats") = formats;
   m.def("cpu_isa", [] { return std::string(avl::cpu_kernels()->name); });
   m.def("has_isa", [](const std::string& isa) { return avl::cpu_kernels(isa.c_str()) != nullptr; });
   py::class_<avl::AttentionPlan>(m, "AttentionPlan")

@@ -17,6 +17,13 @@ inline void require(bool holds, const std::string& message) {
   if (!holds) throw pybind11::value_error(message);
 }
 
+// The row of FORMATS that Python names by its number.
+inline DType dtype_of(int64_t number) {
+  require(number >= 0 && number < FORMAT_COUNT,
+          "no format has the dtype " + std::to_string(number));
+  return static_cast<DType>(number);
+}
+
 // Turn a kernel's status into a Python exception that names the operator.
 inline void raise_for(int status, const std::string& op) {
   if (status == ok) return;

@@ -11,11 +11,6 @@ namespace {
 
 constexpr int64_t MOST = 1 << 23;  // numbers in a row: 256 at a time, they fit a grid
 
-DType dtype_of(int dtype) {
-  require(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2, got " + std::to_string(dtype));
-  return static_cast<DType>(dtype);
-}
-
 int32_t within(int64_t value, int64_t least, int64_t most, const char* name) {
   require(value >= least && value <= most, std::string(name) + " must be within " +
                                                std::to_string(least) + ".." + std::to_string(most) +

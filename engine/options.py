@@ -13,6 +13,9 @@ from typing import Any, TypedDict
 from .errors import OptionError
 from .naming import told
 
+# What a model may be loaded in: the names of its numbers' format, ours and torch's.
+DTYPES = ("auto", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+
 
 @dataclass(frozen=True)
 class Sampling:

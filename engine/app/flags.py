@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ..errors import OptionError
+from ..options import DTYPES
 from ..pictures.image import MAX_PIXELS
 from ..policies.specs import DEFAULT_CACHE, POLICIES
 from ..prompts.templates import STYLES
@@ -43,9 +44,6 @@ stdin, and as --output stdout. If requests failed, the exit code is that of the 
 
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
 context too long, 130 interrupted"""
-
-
-DTYPES = ("auto", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 
 
 def program() -> str:

@@ -13,6 +13,8 @@ from ..checkpoint.hub import resolve
 from ..checkpoint.names import target_names
 from ..checkpoint.tensors import Checkpoint, load_weights
 from ..errors import OptionError
+from ..ops.formats import FORMATS
+from ..options import DTYPES
 from ..prompts.templates import find_style
 from ..prompts.tokenizer import Tokenizer
 from .capacity import memory_for
@@ -20,14 +22,6 @@ from .device import pick_device
 from .families import Family, recognise
 from .preparing import prepare, side_by_side
 
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 # With fewer bytes of weights all but CUDA runs in fp32: exact, and small models are fast anyway.
 FP32_LIMIT = 2_000_000_000
 
@@ -54,7 +48,7 @@ def load(
     """Load a model; see ``Engine.load``."""
     began = perf_counter()
     target = pick_device(device)
-    wanted = None if dtype == "auto" else pick_dtype(dtype)
+    wanted = pick_dtype(dtype)
     if target.type == "mps" and wanted is torch.bfloat16:
         raise OptionError("bfloat16 is not offered on mps", hint="use fp16 or fp32")
     folder = resolve(None if name is None else Path(name), revision, offline)
@@ -74,11 +68,11 @@ def _with_ends(family: Family, tokenizer: Tokenizer) -> Family:
     return replace(family, end_tokens=frozenset(ends))
 
 
-def pick_dtype(name: str) -> torch.dtype:
-    """The dtype called ``name``."""
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The dtype called ``name``; None is auto."""
     if name not in DTYPES:
-        raise OptionError(f"unknown dtype {name!r}", hint=f"use auto or one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+        raise OptionError(f"unknown dtype {name!r}", hint=f"use one of {', '.join(DTYPES)}")
+    return FORMATS[name].dtype if name in FORMATS else getattr(torch, name, None)
 
 
 def _fill(family: Family, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:

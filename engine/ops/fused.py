@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .native import DTYPES, address, describe
+from .native import address, codes, describe
 from .rotary import rotate
 from .tape import kept
 
@@ -102,7 +102,7 @@ def rope_write(
     q, k, v = _rows(q=q.flatten(1), k=k.flatten(1), v=v.flatten(1))
     out = _result((tokens, heads, head_dim), q)
     if tokens:
-        sizes = (DTYPES[q.dtype], cos.dtype is torch.float32, tokens, heads, to.k.shape[1])
+        sizes = (codes()[q.dtype], cos.dtype is torch.float32, tokens, heads, to.k.shape[1])
         places = (to.k.shape[0] * to.k.shape[1], to.write.data_ptr(), address(to.error))
         tables = (cos.data_ptr(), sin.data_ptr(), address(scale))
         pools = (out.data_ptr(), to.k.data_ptr(), to.v.data_ptr())
@@ -190,7 +190,7 @@ def _kernels(x: Tensor) -> Any:
     """The native kernels that serve ``x``; None where its twin does."""
     if x.is_cuda:
         return native.fused_kernels("cuda") if switched_on() else None
-    if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()):
+    if x.dtype not in codes() or (x.requires_grad and torch.is_grad_enabled()):
         return None
     return native.fused_kernels(x.device.type)  # None on devices that have no kernels
 
@@ -198,7 +198,7 @@ def _kernels(x: Tensor) -> Any:
 def _rows(**named: Tensor) -> list[Tensor]:
     """Tensors ``[rows, size]`` whose rows are contiguous, copied where they are not."""
     for name, x in named.items():
-        if x.ndim != 2 or x.dtype not in DTYPES:
+        if x.ndim != 2 or x.dtype not in codes():
             raise ValueError(f"{name} must be 2-dimensional and float, got {describe(x)}")
     return [x if x.stride(1) == 1 else x.contiguous() for x in named.values()]
 
@@ -248,7 +248,7 @@ def _result(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = No
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
-    return DTYPES[x.dtype], x.shape[0], x.shape[1]
+    return codes()[x.dtype], x.shape[0], x.shape[1]
 
 
 def _at(x: Tensor) -> tuple[int, int]:

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from .formats import FORMATS
 
 ISAS = ("baseline", "avx2", "avx512")  # as cuda/cpu/dispatch.cpp names them
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 _NAMES = ("AttentionPlan", "PolicyPlan", "cpu_fused", "cpu_isa", "has_isa", "read", "with_cuda")
 _MAX_GROUP = 64  # query heads that may share a kv head
+# The formats of a module that was built before it had a table of them.
+_FIRST_FORMATS = (("fp32", 1, 4), ("fp16", 1, 2), ("bf16", 1, 2))
 
 
 class Backend(NamedTuple):
@@ -95,6 +97,14 @@ def loaded(kind: str = "cpu") -> bool:
 
 
 @functools.cache
+def codes() -> dict[torch.dtype, int]:
+    """The numbers by which the module knows formats: rows of its table, by what they store."""
+    module, _ = load()
+    rows = getattr(module, "formats", _FIRST_FORMATS)
+    return {FORMATS[name].dtype: code for code, (name, *_) in enumerate(rows) if name in FORMATS}
+
+
+@functools.cache
 def fused_kernels(kind: str, isa: str = "") -> Any:
     """The native kernels of ``ops.fused`` for a ``cpu`` or ``cuda``; None where they are not."""
     module, _ = load()
@@ -108,7 +118,7 @@ def usable(q: Tensor, pool: Tensor) -> bool:
     if not loaded(q.device.type) or (q.requires_grad and torch.is_grad_enabled()):
         return False
     group = q.shape[1] // max(1, pool.shape[1])
-    return pool.dtype in DTYPES and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
+    return pool.dtype in codes() and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
 
 
 class AttentionPlan:
@@ -147,7 +157,7 @@ class AttentionPlan:
         assert lead is not None
         assert pool is not None
         check_inputs(lead, q, k, v, slots, count)
-        if pool.dtype not in DTYPES or pool.shape[2] not in _HEAD_DIMS:
+        if pool.dtype not in codes() or pool.shape[2] not in _HEAD_DIMS:
             raise ValueError(f"no native kernel for a pool of {describe(pool)}")
         _check_strides(q=q, k=k, v=v, slots=slots)
         width = pool.shape[0] if slots is None else slots.shape[-1]
@@ -339,7 +349,7 @@ def _sizes(
     }
     pool_slots, kv_heads, head_dim = pool.shape
     return strides | {
-        "dtype": DTYPES[pool.dtype],
+        "dtype": codes()[pool.dtype],
         "pool_slots": pool_slots,
         "kv_heads": kv_heads,
         "head_dim": head_dim,

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import DTYPES, address, describe, load
+from .formats import BF16, FP16, FP32, format_of
+from .native import address, codes, describe, load
 from .tape import kept
 
 GEMV_ROWS = 32  # rows that the native product takes
 _UNEVEN_ROWS = 256  # from here on up to three rows more cost nothing
 _BLOCK = 1 << 22  # weights converted to float32 at once: 16 MB
-_SHORT = (torch.bfloat16, torch.float16)
+_SHORT = (BF16.dtype, FP16.dtype)
 
 # The weight [out, in] and bias [out] of a linear layer.
 Weights = tuple[Tensor, Tensor | None]
@@ -59,11 +60,11 @@ def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     The blocks bound the memory of converted weights: no second copy of a model ever exists.
     """
     wide, out = x.float(), x.new_empty(len(x), len(weight))
+    dot = format_of(weight.dtype).dot
     block = max(1, _BLOCK // max(1, x.shape[1]))
     for start in range(0, len(weight), block):
         part = slice(start, start + block)
-        offset = None if bias is None else bias[part].float()
-        out[:, part] = F.linear(wide, weight[part].float(), offset)
+        out[:, part] = dot(weight[part], wide, None if bias is None else bias[part])
     return out
 
 
@@ -91,10 +92,10 @@ def in_16_bits(weight: Tensor) -> Tensor | None:
 
     Checkpoints are stored in 16 bits: run in float32 their products are the same numbers.
     """
-    if weight.dtype is not torch.float32 or weight.device.type != "cpu" or not _gemv_pays():
+    if weight.dtype is not FP32.dtype or weight.device.type != "cpu" or not _gemv_pays():
         return None
-    short = weight.bfloat16()
-    return short if torch.equal(short.float(), weight) else None
+    short = BF16.pack(weight)
+    return short if torch.equal(BF16.unpack(short), weight) else None
 
 
 @functools.cache
@@ -130,14 +131,14 @@ def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
         (len(weight), weight.data_ptr(), address(bias), y.data_ptr())
         for (weight, bias), y in zip(layers, out, strict=True)
     ]
-    sizes = (DTYPES[dtype], x.dtype is torch.float32, rows, x.shape[1], x.data_ptr(), x.stride(0))
+    sizes = (codes()[dtype], x.dtype is torch.float32, rows, x.shape[1], x.data_ptr(), x.stride(0))
     module.gemv(*sizes, parts, torch.get_num_threads(), isa)
     return out
 
 
 def _check_layer(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> None:
     """Raise ValueError unless ``gemv`` can multiply x with this weight of this dtype."""
-    known = dtype in DTYPES and (x.dtype in (torch.float32, dtype))
+    known = dtype in codes() and (x.dtype in (torch.float32, dtype))
     if not known or weight.dtype != dtype or weight.device.type != "cpu":
         raise ValueError(f"x is {describe(x)} but weight is {describe(weight)}")
     if weight.ndim != 2 or weight.shape[1] != x.shape[1]:

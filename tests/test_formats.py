@@ -1,0 +1,86 @@
+"""Formats of numbers: the torch definitions against numpy's and float64, and the kernels' table."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.loading.loading import pick_dtype
+from engine.ops import native, products
+from engine.ops.formats import BF16, FORMATS, FP16, FP32, Format
+from engine.options import DTYPES
+
+ALL = list(FORMATS.values())
+module = native.load()[0]
+needs_native = pytest.mark.skipif(module is None, reason="needs the native module")
+
+
+def as_defined(row: Format, bits: np.ndarray) -> np.ndarray:
+    """What these 16 bits are as a number: bfloat16 is the upper half of a float32."""
+    if row is FP16:
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("row", [FP16, BF16], ids=lambda row: row.name)
+def test_every_16_bit_number_is_read_as_defined_and_written_back(row: Format) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    packed = torch.from_numpy(bits.view(np.int16)).view(row.dtype)
+    read = row.unpack(packed)
+    assert read.dtype is torch.float32
+    np.testing.assert_array_equal(read.numpy(), as_defined(row, bits))
+    number = ~read.isnan()
+    assert torch.equal(row.pack(read)[number].view(torch.int16), packed[number].view(torch.int16))
+
+
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
+def test_no_other_number_is_nearer(row: Format) -> None:
+    x = torch.randn(10_000) * 8
+    read = row.unpack(row.pack(x)).double()
+    for towards in (-torch.inf, torch.inf):
+        there = torch.full_like(x, towards).to(row.dtype)
+        neighbour = row.unpack(torch.nextafter(row.pack(x), there)).double()
+        assert ((read - x.double()).abs() <= (neighbour - x.double()).abs()).all()
+
+
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
+def test_a_run_takes_its_bytes(row: Format) -> None:
+    assert row.pack(torch.randn(3, 5 * row.run)).nbytes == 3 * 5 * row.bytes
+
+
+def drawn(row: Format) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed rows, x, where sums start, and the sums in float64."""
+    g = torch.Generator().manual_seed(1)
+    w, x = torch.randn(70, 96, generator=g), torch.randn(4, 96, generator=g)
+    start, packed = torch.randn(70, generator=g), row.pack(w)
+    return packed, x, start, x.double() @ row.unpack(packed).double().T + start
+
+
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
+def test_dot_is_float64s(row: Format) -> None:
+    packed, x, start, want = drawn(row)
+    torch.testing.assert_close(row.dot(packed, x, start).double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(row.dot(packed, x).double(), want - start, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_the_kernels_table_is_the_same() -> None:
+    if not hasattr(module, "formats"):
+        pytest.skip("a module that was built before it had a table")
+    assert module.formats == [(row.name, row.run, row.bytes) for row in ALL]
+
+
+@needs_native
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
+def test_a_kernel_reads_the_format_that_its_code_names(row: Format) -> None:
+    packed, x, start, want = drawn(row)
+    (got,) = products.gemv(x, (packed, start))
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_every_dtype_has_two_names() -> None:
+    named = {name: pick_dtype(name) for name in DTYPES}
+    want = {"fp32": FP32.dtype, "fp16": FP16.dtype, "bf16": BF16.dtype}
+    assert named == {"auto": None} | want | {
+        str(d).removeprefix("torch."): d for d in want.values()
+    }

@@ -88,13 +88,15 @@ def test_the_wheel_works_beside_a_users_own_modules(installed: Path, tmp_path: P
         f"picture = {str(ROOT / 'examples' / 'car.jpg')!r}\n"
         "print(Engine.load(device='cpu').generate('What colour is the car?', [picture]).text)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(installed)}
+    # -S: without what is installed for this checkout itself, which would come first.
+    found = os.pathsep.join([str(installed), *(p for p in sys.path if p.endswith("site-packages"))])
+    environment = os.environ | {"PYTHONPATH": found}
     for command in (
         ["-c", program],
         ["-m", "avl_engine", str(ROOT / "examples" / "car.jpg"), "What colour is the car?", "-q"],
     ):
         done = subprocess.run(
-            [sys.executable, *command],
+            [sys.executable, "-S", *command],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

@@ -10,7 +10,7 @@ from ..errors import CheckpointError, OptionError
 from .folder_files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, read_json
 
 # The models that ship: beside the package in a checkout, inside it where it is installed.
-_PACKAGE = Path(__file__).parent.parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 _SHIPPED = next(
     (p for p in (_PACKAGE.parent, _PACKAGE) if (p / "weights" / "tiny").is_dir()), _PACKAGE
 )

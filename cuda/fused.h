@@ -1,4 +1,5 @@
-// What the small kernels around a decoder layer's products are told; engine/ops/fused.py defines them.
+// What the small kernels around a decoder layer's products are told; engine/ops/fused.py defines
+// them.
 #pragma once
 
 #include "args.h"

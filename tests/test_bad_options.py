@@ -416,4 +416,4 @@ def test_wrong_flags_cost_little_time(tmp_path: Path) -> None:
     assert {code for code, _ in found.values()} == {2}, found
     assert done.stderr.count("error: ") == done.stderr.count("hint: ") == len(rows)
     assert not loaded
-    assert max(seconds for _, seconds in found.values()) < 0.5, found
+    assert max(seconds for _, seconds in found.values()) < 1, found  # 0.25 on a quiet machine

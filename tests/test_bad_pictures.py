@@ -262,7 +262,7 @@ def test_row08_every_bad_picture_costs_little_time_and_memory(tmp_path: Path) ->
     found, megabytes = json.loads(done.stdout)
     assert found.keys() == rows.keys()
     assert {code for code, _ in found.values()} == {3}
-    assert max(seconds for _, seconds in found.values()) < 0.5, found
+    assert max(seconds for _, seconds in found.values()) < 1, found  # 0.25 on a quiet machine
     assert megabytes < 100
     assert done.stderr.count("error: ") == done.stderr.count("hint: ") == len(rows)
 

@@ -334,7 +334,7 @@ def test_a_mistake_never_waits_for_torch(arguments: list[str]) -> None:
     done = run_python("-c", program)
     loaded, seconds = done.stdout.split()[-2:]
     assert loaded == b"False"
-    assert float(seconds) < 0.5  # of this process's own time: the machine may be busy
+    assert float(seconds) < 1  # of this process's own time; 0.25 on a quiet machine
 
 
 def test_help_starts_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

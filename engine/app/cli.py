@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..checkpoint.hub import resolve
@@ -124,6 +123,8 @@ def _converse(flags: argparse.Namespace) -> int:
 
 
 def _say_version(_: argparse.Namespace) -> int:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         number = version("avl-engine")
     except PackageNotFoundError:

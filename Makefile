@@ -90,7 +90,7 @@ $(STAMPS)/build: $(STAMPS)/torch
 
 # The project itself, editable: Python changes are live, a change in cuda/ installs anew. After a
 # build that failed, CMake's memory of it goes first.
-INSTALL = test -e engine/_native*.so || rm -rf build/cp*; \
+INSTALL = test -e engine/_native*.so || rm -rf build/cp*; rm -f engine/_native*.so; \
 	$(PIP) --no-build-isolation
 
 $(STAMPS)/run: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)

@@ -174,7 +174,7 @@ class Engine:
             observer: is told of every layer of every pass, such as an ``insight.trace.Trace``;
                 without one no weights are computed for it.
             options: max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos; see
-                ``generation.make_options``.
+                ``options.make_options``.
 
         Raises:
             OptionError, ImageError, CapacityError: before any text is yielded.

@@ -73,7 +73,7 @@ def _multiplies_fast(dtype: torch.dtype) -> bool:
     """Whether torch has a fast product of 16-bit matrices for this processor.
 
     AVX2 alone has none: 576 rows by 2048 x 6144 take 4 times as long in bfloat16 as in float32
-    there, 1.1 times by blocks (`bench.kernels`). Telling torch to use no more than AVX2
+    there, 1.0 to 1.2 times by blocks (a Zen 3, two threads). Telling torch to use no more than AVX2
     (ATEN_CPU_CAPABILITY) is believed.
     """
     supported = {

@@ -159,8 +159,9 @@ class Scheduler:
         except Exception as error:
             job.failed = error
             return [Over(job, None)]
+        events = self._choose(job, logits)  # reads the logits: a GPU is done by then
         job.timings.prefill = perf_counter() - began
-        return [*self._choose(job, logits), *self._ended()]
+        return [*events, *self._ended()]
 
     def _decode(self) -> list[Event]:
         began, events = perf_counter(), list[Event]()

@@ -65,8 +65,6 @@ def test_dot_is_float64s(row: Format) -> None:
 
 @needs_native
 def test_the_kernels_table_is_the_same() -> None:
-    if not hasattr(module, "formats"):
-        pytest.skip("a module that was built before it had a table")
     assert module.formats == [(row.name, row.run, row.bytes) for row in ALL]
 
 

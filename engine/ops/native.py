@@ -24,10 +24,9 @@ from .formats import FORMATS
 
 ISAS = ("baseline", "avx2", "avx512")  # as cuda/cpu/dispatch.cpp names them
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-_NAMES = ("AttentionPlan", "PolicyPlan", "cpu_fused", "cpu_isa", "has_isa", "read", "with_cuda")
+_NAMES = ("AttentionPlan", "PolicyPlan", "cpu_fused", "cpu_isa", "formats", "has_isa", "read")
+_NAMES += ("with_cuda",)
 _MAX_GROUP = 64  # query heads that may share a kv head
-# The formats of a module that was built before it had a table of them.
-_FIRST_FORMATS = (("fp32", 1, 4), ("fp16", 1, 2), ("bf16", 1, 2))
 
 
 class Backend(NamedTuple):
@@ -100,8 +99,8 @@ def loaded(kind: str = "cpu") -> bool:
 def codes() -> dict[torch.dtype, int]:
     """The numbers by which the module knows formats: rows of its table, by what they store."""
     module, _ = load()
-    rows = getattr(module, "formats", _FIRST_FORMATS)
-    return {FORMATS[name].dtype: code for code, (name, *_) in enumerate(rows) if name in FORMATS}
+    names = list(FORMATS) if module is None else [name for name, *_ in module.formats]
+    return {FORMATS[name].dtype: code for code, name in enumerate(names) if name in FORMATS}
 
 
 @functools.cache

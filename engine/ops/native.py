@@ -24,7 +24,16 @@ from .formats import FORMATS
 
 ISAS = ("baseline", "avx2", "avx512")  # as cuda/cpu/dispatch.cpp names them
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-_NAMES = "AttentionPlan PolicyPlan cpu_fused cpu_isa formats has_isa read with_cuda".split()
+_NAMES = (
+    "AttentionPlan",
+    "PolicyPlan",
+    "cpu_fused",
+    "cpu_isa",
+    "formats",
+    "has_isa",
+    "read",
+    "with_cuda",
+)
 _MAX_GROUP = 64  # query heads that may share a kv head
 
 

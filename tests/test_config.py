@@ -67,7 +67,8 @@ def test_published_llava_has_the_shape_its_file_leaves_out(published: dict[str, 
     assert (decoder.rope_theta, decoder.norm_eps, decoder.context) == (10000.0, 1e-5, 4096)
     assert (decoder.vocab, decoder.qkv_bias, decoder.tied_head) == (32064, False, False)
     assert (vision.layers, vision.used_layers, vision.activation) == (24, 23, "quick_gelu")
-    assert (config.image_token, vision.patches, config.end_tokens) == (32000, 576, (2,))
+    # It names no end token: generation_config.json does, and else the tokenizer.
+    assert (config.image_token, vision.patches, config.end_tokens) == (32000, 576, ())
 
 
 def test_published_folder_is_recognised() -> None:

@@ -253,7 +253,7 @@ class Engine:
         if continuation is None:
             tokens = torch.tensor(turn.token_ids, device=self.device)
             hidden = self.model.embed(tokens, turn.spans, turn.features)
-            step = Uncached(len(tokens), self.device)
+            step = Uncached(len(tokens), self.model.decoder.rotation.begin(len(tokens)))
             return self.model.decoder.logits(self.model.decoder(hidden, step))
         ids = self._continuation(continuation)
         forced, scheduler = Forced(ids), self.scheduler()

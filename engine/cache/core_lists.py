@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..ops import ranking
 from .row import Row
+from .sizes import Sizes
 
 
 class CoreRuns:
-    """The ``number``-th picture of every row, in the full and in the core lists of all layers.
+    """Every row's pictures, in the full and in the core lists of all layers.
 
     A picture's stored tokens are one run of the full list, its core tokens one run of the core
     list; both are as long in every layer, so that a new core is written over the old one.
+
+    Attributes:
+        runs: ``[pictures, 4, rows]`` int32: first slot, the one after the last, how many are core,
+            and where they begin in the core list; zeros for a picture that a row does not have.
     """
 
-    def __init__(self, rows: Sequence[Row], number: int, device: torch.device) -> None:
-        runs = [_run(row, number) for row in rows]
-        self._runs = torch.tensor(runs, dtype=torch.int32).T.contiguous().to(device)
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        size = (sizes.pictures, 4, sizes.rows)
+        self.runs = torch.zeros(size, dtype=torch.int32, device=device)
 
-    def plan(
+    def join(self, row: Row, r: int) -> None:
+        """Write the runs of row ``r``."""
+        runs = [_run(row, number) for number in range(len(self.runs))]
+        if runs:
+            self.runs[..., r] = torch.tensor(runs, dtype=torch.int32)
+
+    def ranking(
         self,
         logits: Tensor,
         lse: Tensor,
@@ -30,20 +41,16 @@ class CoreRuns:
         core: Tensor,
         wanted: Tensor,
         error: Tensor,
-    ) -> Callable[[], None]:
-        """The call that chooses by the weights of a step over the full lists.
+    ) -> Iterator[Callable[[], None]]:
+        """The calls, one a picture, that choose by the weights of a step over the full lists.
 
         ``logits [layers * rows, heads, max]`` and ``lse``; ``full`` and ``core`` int32
         ``[layers, rows, max]``, of which ``core`` is written; ``wanted [rows]`` int32 says whose
         runs change.
         """
-        first, last, keep, at = self._runs
         lists = full.flatten(0, 1), core.flatten(0, 1)
-        return ranking.plan_rank(logits, lse, *lists, first, last, keep, at, wanted, error=error)
-
-    def tensors(self) -> list[Tensor]:
-        """What differs from rows to rows."""
-        return [self._runs]
+        for first, last, keep, at in self.runs:
+            yield ranking.plan_rank(logits, lse, *lists, first, last, keep, at, wanted, error=error)
 
 
 def _run(row: Row, number: int) -> tuple[int, int, int, int]:

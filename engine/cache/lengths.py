@@ -1,14 +1,15 @@
 """What a decode step must know that follows from lengths alone: known before the step, and ahead.
 
-Positions, how much text is kept, which list is attended and when the core is ranked again depend on
+Positions, how much text is held, which list is attended and when the core is ranked again depend on
 no number that the model computes. They are *words*, one value per row and step, that the host can
 write down for many steps ahead; the device reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from ..policies.layout import Layout
 from ..policies.policy import Budget, Policy
 from .row import Row
 
@@ -20,34 +21,55 @@ WORDS = 6
 
 
 class Lengths:
-    """The lengths of some rows that are decoded together, step after step.
+    """The lengths of the rows that are decoded together, step after step.
 
     Attributes:
         seen: tokens of each row so far, which is the position of the next one.
-        kept: text tokens that each row keeps between steps, in every head.
-        room: how many text tokens each row's extents hold.
+        texts: text tokens that each row holds between steps, in every head.
+        text_slots: how many a row's extents have slots for.
         steps: decode steps that each row has done in this turn.
         evicts: whether a row evicts text.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._policies = [row.policy for row in rows]
-        self._layouts = [row.layers[0].layout for row in rows]
-        self.seen = [row.seen for row in rows]
-        self.kept = [layout.columns - layout.text_start for layout in self._layouts]
-        self.room = [
-            min(stored.capacity - stored.layout.text_start for stored in row.layers) for row in rows
-        ]
-        self.steps = [row.step for row in rows]
-        self.evicts = [self._budget(r, 0) is not None for r in range(len(rows))]
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.texts: list[int] = []
+        self.text_slots: list[int] = []
+        self.steps: list[int] = []
+        self.evicts: list[bool] = []
+        self._policies: list[Policy] = []
+        self._layouts: list[Layout] = []
         self._known: list[tuple[int, int]] | None = None
+
+    def join(self, row: Row) -> None:
+        """A row more, the last."""
+        layout = row.layers[0].layout
+        self._policies.append(row.policy)
+        self._layouts.append(layout)
+        self.seen.append(row.seen)
+        self.texts.append(layout.columns - layout.text_start)
+        self.text_slots.append(min(stored.text_slots for stored in row.layers))
+        self.steps.append(row.step)
+        self.evicts.append(self._budget(len(self.seen) - 1, 0) is not None)
+        self._known = None
+
+    def leave(self, r: int) -> None:
+        """Row ``r`` goes; the last one takes its place."""
+        for values in self._each():
+            values[r] = values[-1]
+            values.pop()
+        self._known = None
 
     def ahead(self) -> Lengths:
         """A copy that may run ahead of this one."""
-        other = Lengths.__new__(Lengths)
-        other.__dict__ |= self.__dict__
-        other.seen, other.kept, other.steps = list(self.seen), list(self.kept), list(self.steps)
+        other = Lengths()
+        for mine, theirs in zip(self._each(), other._each(), strict=True):
+            theirs.extend(mine)
         return other
+
+    def _each(self) -> tuple[list[object], ...]:
+        lists = self.seen, self.texts, self.text_slots, self.steps, self.evicts
+        return *lists, self._policies, self._layouts  # type: ignore[return-value]
 
     def kinds(self) -> list[int]:
         """For each row whether the coming step attends its core list (1) or its full list (0)."""
@@ -62,8 +84,8 @@ class Lengths:
 
     def overfull(self) -> list[int]:
         """Rows that have no slot for the coming step's token."""
-        both = enumerate(zip(self.kept, self.room, strict=True))
-        return [r for r, (kept, room) in both if kept >= room]
+        both = enumerate(zip(self.texts, self.text_slots, strict=True))
+        return [r for r, (held, slots) in both if held >= slots]
 
     def words(self) -> list[list[int]]:
         """The coming step's words, ``[WORDS][rows]``."""
@@ -71,7 +93,7 @@ class Lengths:
         return [
             self.seen,
             self.kinds(),
-            [kept + 1 for kept in self.kept],
+            [held + 1 for held in self.texts],
             [total for total, _ in limits],
             [recent for _, recent in limits],
             self.reranks(),
@@ -79,9 +101,9 @@ class Lengths:
 
     def advance(self) -> None:
         """The coming step is done."""
-        self.kept[:] = [
-            kept if 0 <= total <= kept else kept + 1
-            for kept, (total, _) in zip(self.kept, self._limits(), strict=True)
+        self.texts[:] = [
+            held if 0 <= total <= held else held + 1
+            for held, (total, _) in zip(self.texts, self._limits(), strict=True)
         ]
         self.seen[:] = [seen + 1 for seen in self.seen]
         self.steps[:] = [step + 1 for step in self.steps]

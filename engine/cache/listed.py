@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..ops import native, tape
@@ -18,13 +20,15 @@ class ListedAttention:
     call overwrites.
     """
 
-    def __init__(self, pool: Pool, slots: Tensor, count: Tensor, run: int | None = None) -> None:
+    def __init__(
+        self, pool: Pool, slots: Tensor, count: Tensor, run: Callable[[], int] | None = None
+    ) -> None:
         """``slots [rows, 1, max]`` and ``count [rows, 1]`` int32, as ``selective_attention`` takes.
 
-        ``run`` is where the list begins if it is one row's unbroken run of slots: then plain torch
-        need not gather it.
+        ``run`` says where the list begins if it is one row's unbroken run of slots: then plain
+        torch need not gather it.
         """
-        self._pool, self._slots, self._count, self._first = pool, slots, count, run
+        self._pool, self._slots, self._count, self._run = pool, slots, count, run
         self._plans: dict[bool, tuple[AttentionPlan, Tensor]] = {}
 
     def __call__(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -66,10 +70,11 @@ class ListedAttention:
 
     def _in_torch(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
         k, v, slots, count = self._pool.k, self._pool.v, self._slots, self._count
-        if self._first is None:
+        if self._run is None:
             result = selective_attention(q, k, v, slots, count, want_logits=scores is not None)
         else:
-            run = slice(self._first, self._first + int(count))
+            first = self._run()
+            run = slice(first, first + int(count))
             result = selective_attention(q, k[run], v[run], want_logits=scores is not None)
         if scores is not None and result.logits is not None and result.lse is not None:
             scores[0].fill_(float("-inf"))

@@ -1,41 +1,64 @@
-"""One layer's storage: a pool of slots from which every sequence owns one extent."""
+"""One layer's storage: a pool of slots, of which sequences own extents."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..errors import CapacityError
+
 
 class Pool:
     """K and V of one layer, ``[slots, kv_heads, head_dim]``: a token's heads lie side by side.
 
     Token-major rows make a gather of few tokens read long runs (1.4 times faster than head-major on
-    CPU). Extents are handed out first fit; the pool grows only when no hole is large enough, so
-    that what is allocated is what the sequences need.
+    CPU). Extents are handed out first fit. A pool with a ``limit`` claims its slots once and never
+    moves; another grows where no hole is large enough: its first extent as it is, then by half of
+    what there is at least, so that growing costs no more than writing has.
     """
 
     def __init__(
-        self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        limit: int | None = None,
     ) -> None:
-        self.k = torch.empty(0, kv_heads, head_dim, dtype=dtype, device=device)
+        self.limit = limit
+        self.k = torch.empty(limit or 0, kv_heads, head_dim, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
-        self._holes: list[tuple[int, int]] = []
+        self._holes: list[tuple[int, int]] = [(0, limit)] if limit else []
 
     @property
     def slots(self) -> int:
         """Slots that exist."""
         return len(self.k)
 
-    def take(self, size: int) -> int:
-        """Reserve ``size`` consecutive slots; returns the first."""
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a token's keys and values."""
+        return 2 * self.k.shape[1] * self.k.shape[2] * self.k.element_size()
+
+    def has(self, size: int) -> bool:
+        """Whether an extent of ``size`` slots can be taken now."""
+        return self.limit is None or any(end - start >= size for start, end in self._holes)
+
+    def take(self, size: int) -> Extent:
+        """Reserve ``size`` consecutive slots; CapacityError where a limit leaves no such hole."""
         for index, (start, end) in enumerate(self._holes):
             if end - start >= size:
                 self._holes[index] = (start + size, end)
-                return start
-        return self._grow(size)
+                return Extent(self, start, size)
+        if self.limit is not None:
+            raise CapacityError(
+                f"no {size:,} consecutive slots are free in a pool of {self.limit:,}",
+                hint="wait until other requests are over, or give a larger cache budget",
+            )
+        return Extent(self, self._grow(size), size)
 
-    def give(self, start: int, size: int) -> None:
-        """Return an extent; neighbouring holes join."""
+    def free(self, start: int, size: int) -> None:
+        """Make an extent's slots a hole; neighbouring holes join."""
         joined: list[tuple[int, int]] = []
         for hole in sorted([*self._holes, (start, start + size)]):
             if hole[0] == hole[1]:
@@ -47,16 +70,36 @@ class Pool:
         self._holes = joined
 
     def _grow(self, size: int) -> int:
-        """Add what is missing to the last hole (or to nothing); returns where the extent starts."""
-        start, joins = self.slots, bool(self._holes) and self._holes[-1][1] == self.slots
-        if joins:
-            start = self._holes[-1][0]
-        extra = start + size - self.slots
+        """Add to the last hole (or to nothing) what is missing; returns where the extent starts."""
+        old, joins = self.slots, bool(self._holes) and self._holes[-1][1] == self.slots
+        start = self._holes[-1][0] if joins else old
+        extra = max(start + size - old, old // 2)
         # Both or neither: where memory runs out in between, the pool is still what it was.
         self.k, self.v = _extended(self.k, extra), _extended(self.v, extra)
         if joins:
             self._holes.pop()
+        self._holes.append((start + size, old + extra))
         return start
+
+
+class Extent:
+    """Consecutive slots of a pool, held by one sequence, or by several that only read them."""
+
+    def __init__(self, pool: Pool, start: int, size: int) -> None:
+        self.pool, self.start, self.size = pool, start, size
+        self._holders = 1
+
+    def share(self) -> Extent:
+        """The extent for one more holder."""
+        self._holders += 1
+        return self
+
+    def give(self) -> None:
+        """Give it back; the last holder's frees the slots."""
+        assert self._holders > 0, "an extent is given back once by each holder"
+        self._holders -= 1
+        if not self._holders:
+            self.pool.free(self.start, self.size)
 
 
 def _extended(old: Tensor, extra: int) -> Tensor:

@@ -19,8 +19,8 @@ from ..policies.layout import Kept, Layout
 from ..policies.policy import Policy
 from ..policies.received import Received
 from .observe import Observer
-from .pool import Pool
-from .row import Extent, Row, Stored
+from .pool import Extent, Pool
+from .row import Row, Stored
 from .showing import show_prefill
 
 
@@ -57,9 +57,9 @@ class LayerView:
 class Uncached:
     """A forward pass that stores nothing: exact logits of a whole prompt."""
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
-        self.positions = torch.arange(tokens, device=device)
-        self.opening = torch.tensor([tokens], device=device)
+    def __init__(self, tokens: int, rotary: Tensor) -> None:
+        self.positions = torch.arange(tokens, device=rotary.device)
+        self.rotary = rotary[None]
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
@@ -90,10 +90,11 @@ class Prefill:
         new_tokens: int,
         past: Row | None = None,
         observer: Observer | None = None,
+        rotary: Tensor | None = None,
     ) -> None:
         """``turn`` describes the new tokens alone; ``new_tokens`` will be decoded afterwards.
 
-        ``observer`` stays with the row, later turns included.
+        ``observer`` and ``rotary [words]`` stay with the row, later turns included.
         """
         self.pools, self.policy, self.new_tokens = pools, policy, new_tokens
         self.past = past or Row()
@@ -101,10 +102,10 @@ class Prefill:
         self.row = Row(
             policy=policy,
             image_spans=[*self.past.image_spans, *_spans(turn, self.past.seen)],
-            opening=self.past.opening or turn.columns,
+            rotary=self.past.rotary if self.past.layers or rotary is None else rotary,
             observer=observer or self.past.observer,
         )
-        self.opening = torch.tensor([self.row.opening], device=self.positions.device)
+        self.rotary = self.row.rotary[None]
         self._turn = turn
         self._narrowed: Tensor | None = None
         self._taken: list[Extent] = []
@@ -113,9 +114,11 @@ class Prefill:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        extents = self.past.extents(self.pools) if kind is None else self._taken
-        for pool, start, capacity in extents:
-            pool.give(start, capacity)
+        if kind is None:
+            self.past.give()
+            return
+        for extent in self._taken:
+            extent.give()
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
@@ -159,13 +162,14 @@ class Prefill:
         """Gather the kept columns into a fresh extent of ``pool``."""
         shared, text = len(kept.shared), kept.text.shape[-1]
         capacity = shared + text + self._growth(layout, text)
-        start = pool.take(capacity)
-        self._taken.append((pool, start, capacity))
+        extent = pool.take(capacity)
+        self._taken.append(extent)
+        start = extent.start
         for rows, source in ((pool.k, k), (pool.v, v)):
             rows[start : start + shared] = source[kept.shared]
             rows[start + shared : start + shared + text] = _per_head(source, kept.text)
         core = None if kept.core is None else torch.searchsorted(kept.shared, kept.core)
-        return Stored(start, capacity, _stored_layout(layout, kept), core, kept.text_scores)
+        return Stored(extent, _stored_layout(layout, kept), core, kept.text_scores)
 
     def _growth(self, layout: Layout, text: int) -> int:
         """Slots to leave free for the tokens to be decoded."""

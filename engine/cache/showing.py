@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,32 +11,8 @@ from ..policies.layout import Layout
 from ..policies.received import Received
 from .observe import Observed, tiers_of
 from .row import Row, Stored
-from .text_slots import TextSlots
-
-
-class Shown(Protocol):
-    """What is read of a decode step; see ``Decoding``."""
-
-    rows: list[Row]
-    kinds: list[int]
-    lists: Tensor
-    text: TextSlots
-    logits: list[Tensor | None]
-    lse: list[Tensor | None]
-
-    @property
-    def shared(self) -> Sequence[list[list[int]]]:
-        """``[full or core][row][layer]`` slots before the text."""
-
-    @property
-    def seen(self) -> list[int]:
-        """Tokens of each row so far."""
-
-    def text_of(self, r: int, layer: int, n: int) -> Tensor:
-        """Positions of row ``r``'s text."""
-
-    def core_positions(self, r: int, layer: int) -> Tensor | None:
-        """Positions of row ``r``'s core image tokens."""
+from .slot_lists import CORE
+from .state import State
 
 
 def show_prefill(row: Row, layer: int, layout: Layout, received: Received, stored: Stored) -> None:
@@ -60,42 +35,43 @@ def show_prefill(row: Row, layer: int, layout: Layout, received: Received, store
     )
 
 
-def attended_positions(decoding: Shown, r: int) -> list[Tensor]:
-    """For each layer the positions ``[1 or kv_heads, n]`` that row ``r``'s step has attended.
+def attended_positions(state: State, kind: int, r: int) -> list[Tensor]:
+    """For each layer the positions ``[1 or kv_heads, n]`` that row ``r``'s step over its full or
+    core list (``kind``) has attended.
 
     To be asked before the step is closed: afterwards the slots hold other tokens.
     """
     found = []
-    for layer, stored in enumerate(decoding.rows[r].layers):
-        kind = decoding.kinds[r]
-        size = decoding.shared[kind][r][layer]
-        slots = decoding.lists[kind][layer, r, :size].long() - stored.start
-        text = decoding.text_of(r, layer, decoding.text.kept[r] + 1)
+    for layer, stored in enumerate(state.rows[r].layers):
+        size = state.lists.shared[kind][r][layer]
+        listed = state.core if kind == CORE else kind
+        slots = state.lists.slots[listed, layer, r, :size].long() - stored.start
+        text = state.text_of(r, layer, state.lengths.texts[r] + 1)
         found.append(_beside(stored.layout.positions[:, slots], text))
     return found
 
 
-def show_step(decoding: Shown, r: int, attended: list[Tensor]) -> None:
-    """Tell row ``r``'s observer of a closed decode step."""
-    row = decoding.rows[r]
+def show_step(
+    state: State, r: int, logits: Tensor, lse: Tensor, attended: Sequence[Tensor]
+) -> None:
+    """Tell row ``r``'s observer of a closed decode step, which has left ``logits [layers, rows,
+    heads, max]`` and ``lse [layers, rows, heads]``.
+    """
+    row = state.rows[r]
     assert row.observer is not None
     for layer, stored in enumerate(row.layers):
-        logits, lse = decoding.logits[layer], decoding.lse[layer]
-        assert logits is not None
-        assert lse is not None
-        weights = (logits[r] - lse[r][:, None]).exp()[:, : attended[layer].shape[1]]
-        text = decoding.text_of(r, layer, decoding.text.kept[r])
+        weights = (logits[layer, r] - lse[layer, r][:, None]).exp()
+        text = state.text_of(r, layer, state.lengths.texts[r])
         shared = stored.layout.positions[:, : stored.layout.text_start]
+        core = state.core_positions(r, layer)
         row.observer.observe(
             Observed(
                 layer=layer,
-                step=row.step,
-                query=decoding.seen[r] - 1,
-                weights=weights,
+                step=state.lengths.steps[r],
+                query=state.lengths.seen[r] - 1,
+                weights=weights[:, : attended[layer].shape[1]],
                 positions=attended[layer],
-                tiers=tiers_of(
-                    row.image_spans, _beside(shared, text), decoding.core_positions(r, layer)
-                ),
+                tiers=tiers_of(row.image_spans, _beside(shared, text), core),
                 image_spans=tuple(row.image_spans),
                 text=text,
                 kept=shared.shape[1] + text.shape[1],

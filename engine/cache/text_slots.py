@@ -2,68 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..ops import ranking
-from .lengths import POSITION, RECENT, TOTAL, USED, Lengths
+from .lengths import POSITION, RECENT, TOTAL, USED
 from .row import Row
+from .sizes import Sizes
 
 
 class TextSlots:
     """Text of every layer, row and KV head; a *place* is a slot counted from the text's start.
 
-    A row's places 0 to ``kept`` are in use during a step: ``kept`` tokens and the one in writing.
-    After the step either one token per head is evicted, whose place the next token takes, or the
-    text grows by a place. Scores exist only where some row evicts.
+    A row that holds n text tokens uses the places 0 to n during a step: n tokens and the one in
+    writing. After the step either one token per head is evicted, whose place the next token takes,
+    or the text grows by a place. Scores exist only where some row evicts.
 
     Attributes:
-        kept, room: those of ``Lengths``.
-        start: ``[layers, rows]`` pool slots where text begins.
-        write: ``[layers, rows, kv_heads]`` where the next token goes, ``slot * kv_heads + head``.
+        start: ``[layers, rows]`` int64 pool slots where text begins.
+        write: ``[layers, rows, kv_heads]`` int64 where the next token goes,
+            ``slot * kv_heads + head``.
         scores: ``[layers, rows, kv_heads, places]`` fp32 attention received so far.
         positions: the same shape, int32; -1 where nothing lies.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        lengths: Lengths,
-        kv_heads: int,
-        places: int,
-        device: torch.device,
-    ) -> None:
-        """``places`` is more than any row has room for."""
-        self.evicts = any(lengths.evicts)
-        self.follow(lengths)
-        start = [[s.start + s.layout.text_start for s in row.layers] for row in rows]
-        self.start = torch.tensor(start, device=device).T.contiguous()
-        slot = self.start + torch.tensor(self.kept, device=device)
-        self.write = slot[..., None] * kv_heads + torch.arange(kv_heads, device=device)
-        if self.evicts:
-            self._pack(rows, (*self.write.shape, places), device)
+    def __init__(self, layers: int, kv_heads: int, sizes: Sizes, device: torch.device) -> None:
+        places = sizes.places if sizes.evicting else 0
+        self.start = torch.zeros(layers, sizes.rows, dtype=torch.int64, device=device)
+        self.write = torch.zeros(layers, sizes.rows, kv_heads, dtype=torch.int64, device=device)
+        self.scores = torch.zeros(layers, sizes.rows, kv_heads, places, device=device)
+        self.positions = torch.full_like(self.scores, -1, dtype=torch.int32)
 
-    def _pack(self, rows: Sequence[Row], shape: tuple[int, ...], device: torch.device) -> None:
-        self.scores = torch.zeros(shape, device=device)
-        self.positions = torch.full(shape, -1, dtype=torch.int32, device=device)
-        for r, row in enumerate(rows):
-            kept = self.kept[r]
-            self.positions[:, r, :, kept] = row.seen
-            for layer, stored in enumerate(row.layers):
-                text = stored.layout.positions[:, stored.layout.text_start :]
-                self.positions[layer, r, :, :kept] = text
-                if stored.text_scores is not None:
-                    self.scores[layer, r, :, :kept] = stored.text_scores
-
-    def follow(self, lengths: Lengths) -> None:
-        """Count as ``lengths`` does from now on."""
-        self.kept, self.room = lengths.kept, lengths.room
-
-    def tensors(self) -> list[Tensor]:
-        """What differs from rows to rows."""
-        return [self.start, self.write, *((self.scores, self.positions) if self.evicts else ())]
+    def join(self, row: Row, r: int, held: int, evicts: bool) -> None:
+        """Write row ``r``, which holds ``held`` text tokens."""
+        kv_heads = self.write.shape[-1]
+        start = torch.tensor([stored.start + stored.layout.text_start for stored in row.layers])
+        self.start[:, r] = start
+        self.write[:, r] = (start[:, None] + held) * kv_heads + torch.arange(kv_heads)
+        if not evicts:
+            return
+        self.scores[:, r] = 0
+        self.positions[:, r] = -1
+        self.positions[:, r, :, held] = row.seen
+        for layer, stored in enumerate(row.layers):
+            text = stored.layout.positions[:, stored.layout.text_start :]
+            self.positions[layer, r, :, :held] = text
+            if stored.text_scores is not None:
+                self.scores[layer, r, :, :held] = stored.text_scores
 
     def free_places(self, r: int) -> Tensor:
         """``[layers, kv_heads]``: row ``r``'s places of the next token."""
@@ -74,10 +61,10 @@ class TextSlots:
         return self.write[:, r] // self.write.shape[-1]
 
     def grow(self, layers: slice) -> None:
-        """The next tokens go behind the last; for rows that never evict."""
+        """The next tokens go behind the last; where no row evicts."""
         self.write[layers].add_(self.write.shape[-1])
 
-    def plan(
+    def aging(
         self,
         layers: slice,
         logits: Tensor,
@@ -92,7 +79,7 @@ class TextSlots:
             layers: whose text it is.
             logits: ``[layers * rows, heads, max]`` of the step over its lists; ``lse`` beside it.
             first: ``[layers, rows]`` int32, where text begins in the lists.
-            words: ``[WORDS, rows]`` int32, see ``Lengths``.
+            words: ``[WORDS, rows]`` int32, see ``Lengths``; zeros where there is no row.
             error: see ``ranking``.
         """
         state = self.scores[layers], self.positions[layers], self.write[layers]

@@ -25,7 +25,7 @@ class Stepped(Protocol):
     def arrive(self, part: int) -> None:
         """Before a part's first layer."""
 
-    def leave(self, part: int) -> None:
+    def leave_part(self, part: int) -> None:
         """Behind a part's last attention."""
 
 
@@ -58,5 +58,5 @@ class EdgeView(DecodeView):
             self.step.arrive(self._part)
         out = super().attend(q, k, v, tables)
         if self._last:
-            self.step.leave(self._part)
+            self.step.leave_part(self._part)
         return out

@@ -135,13 +135,14 @@ class Step(Protocol):
     """One forward pass as the cache sees it: a prefill of one sequence or a decode step of rows.
 
     Attributes:
-        positions: ``[tokens]`` int64 positions of the tokens.
-        opening: ``[1]`` or ``[rows]`` int64: how many tokens each sequence's first prefill had. A
-            rotary base that follows the prompt's length is chosen by it, once and for all.
+        positions: ``[tokens]`` int64 numbers of the tokens within their sequences.
+        rotary: ``[1 or rows, words]`` int64, each sequence's rotary state: what its rotation has
+            made of its first prefill (see ``Rotation.begin``), once and for all. The cache carries
+            it and reads nothing of it: what a token is rotated by is the model's affair.
     """
 
     positions: Tensor
-    opening: Tensor
+    rotary: Tensor
 
     def view(self, layer: int) -> View:
         """The view that layer number ``layer`` attends through."""
@@ -161,7 +162,11 @@ class Rotation:
         exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
         self.frequencies = theta**-exponent
 
-    def tables(self, positions: Tensor, opening: Tensor, dtype: torch.dtype) -> Tables:
+    def begin(self, tokens: int) -> Tensor:
+        """The rotary state ``[words]`` int64 of a sequence whose first prefill has ``tokens``."""
+        return torch.empty(0, dtype=torch.int64, device=self.frequencies.device)
+
+    def tables(self, positions: Tensor, rotary: Tensor, dtype: torch.dtype) -> Tables:
         """Cosine and signed sine at a step's positions, for a model in ``dtype``; see ``Step``."""
         return turned(positions[:, None].float() * self.frequencies, dtype)
 
@@ -231,7 +236,7 @@ class Decoder(nn.Module):
         A policy may narrow the sequence after a layer; the result then has fewer rows, the last
         token always among them.
         """
-        tables = self.rotation.tables(step.positions, step.opening, hidden.dtype)
+        tables = self.rotation.tables(step.positions, step.rotary, hidden.dtype)
         return self.through(hidden, tables, step)
 
     def through(self, hidden: Tensor, tables: Tables, step: Step) -> Tensor:

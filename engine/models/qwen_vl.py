@@ -100,7 +100,8 @@ class QwenRotation(Rotation):
 
     With a prompt of n tokens and training length t, ``alpha = 2^ceil(log2(n / t) + 1) - 1``, at
     least 1, and the base is ``theta * alpha^(d / (d - 2))``. It is chosen at a sequence's first
-    prefill and kept while it is decoded, because the cached keys are rotated with it.
+    prefill and kept while it is decoded, because the cached keys are rotated with it: how many
+    tokens that prefill had is the one word of the rotary state.
     At t = 2048, prompts of up to 2048 / 4096 / 8192 tokens give 1 / 3 / 7.
     A query at position p >= t is multiplied by ``log(p + 1) / log(t)``.
     """
@@ -110,9 +111,13 @@ class QwenRotation(Rotation):
         super().__init__(decoder.head_dim, decoder.rope_theta, device)
         self.config = config
 
-    def tables(self, positions: Tensor, opening: Tensor, dtype: torch.dtype) -> Tables:
+    def begin(self, tokens: int) -> Tensor:
+        """See ``Rotation.begin``."""
+        return torch.tensor([tokens], device=self.frequencies.device)
+
+    def tables(self, positions: Tensor, rotary: Tensor, dtype: torch.dtype) -> Tables:
         """See ``Rotation.tables``: in fp32 whatever the model is in, as published."""
-        angles = positions[:, None].float() * self._frequencies(opening)
+        angles = positions[:, None].float() * self._frequencies(rotary[:, 0])
         tables = turned(angles, torch.float32)
         if not self.config.logn:
             return tables

@@ -27,6 +27,19 @@ class Tables(NamedTuple):
         scale = None if self.scale is None else self.scale[kept]
         return Tables(self.cos[kept], self.sin[kept], scale)
 
+    def room_for(self, tokens: int) -> Tables:
+        """Uninitialised tables like these, of so many tokens."""
+        cos, sin, scale = (None if x is None else x.new_empty(tokens, *x.shape[1:]) for x in self)
+        assert cos is not None
+        assert sin is not None
+        return Tables(cos, sin, scale)
+
+    def copy_(self, other: Tables) -> None:
+        """Write the numbers of ``other``, of as many tokens, over these."""
+        for mine, new in zip(self, other, strict=True):
+            if mine is not None and new is not None:
+                mine.copy_(new)
+
 
 def turned(angles: Tensor, dtype: torch.dtype) -> Tables:
     """Tables of the fp32 ``angles [tokens, head_dim / 2]``."""

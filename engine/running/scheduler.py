@@ -144,21 +144,23 @@ class Scheduler:
         if job in self.waiting:
             self.waiting.remove(job)
         elif job in self.running:
-            self._settle()
-            self._drop(job)
+            self._take_out(job)
+            self._give(job)
 
     def _read(self, job: Job) -> list[Event]:
         """A job's prefill, and its first token."""
         seen, began = job.past.seen, perf_counter()
         try:
-            self._settle()
             with pool_memory(self.pools, "reading the prompt", seen + len(job.turn.token_ids)):
                 given = job.policy, job.turn, job.new_tokens, job.past, job.observer
                 job.row, logits = prefill(self.model, self.pools, *given)
-            self.running.append(job)
         except Exception as error:
             job.failed = error
             return [Over(job, None)]
+        finally:
+            if self._stepper.rows:
+                self._stepper.pools_moved()
+        self.running.append(job)
         events = self._choose(job, logits)  # reads the logits: a GPU is done by then
         job.timings.prefill = perf_counter() - began
         return [*events, *self._ended()]
@@ -166,8 +168,9 @@ class Scheduler:
     def _decode(self) -> list[Event]:
         began, events = perf_counter(), list[Event]()
         with self._memory():
-            if not self._stepper.decoding:
-                self._stepper.begin([job.row for job in self.running if job.row])
+            for job in self.running[self._stepper.rows :]:
+                assert job.row is not None, "what is running has been read"
+                self._stepper.join(job.row)
             tokens = torch.tensor([job.token for job in self.running], device=self._device)
             logits = self._stepper.step(tokens)
         for job, scores in zip(self.running, logits, strict=True):
@@ -179,15 +182,10 @@ class Scheduler:
     def _memory(self) -> AbstractContextManager[None]:
         """A block that says what was needed if memory runs out in it."""
         if self.rows == 1:
-            return pool_memory(self.pools, "writing the answer", self._seen() + 1)
+            return pool_memory(self.pools, "writing the answer", self._stepper.seen() + 1)
         count, needed = len(self.running), 2 * len(self.pools) * self.pools[-1].k.nbytes
         doing = f"answering {count} requests together"
         return memory_for(doing, needed, self._device, _FEWER.format(count))
-
-    def _seen(self) -> int:
-        rows = (job.row for job in self.running)
-        settled = sum(row.seen for row in rows if row)
-        return self._stepper.seen(0) if self._stepper.decoding else settled
 
     def _choose(self, job: Job, logits: Tensor) -> Iterable[Event]:
         try:
@@ -200,23 +198,24 @@ class Scheduler:
 
     def _ended(self) -> Iterator[Event]:
         """Take out the jobs that are over."""
-        over = [job for job in self.running if job.over]
-        if over:
-            self._settle()
-        for job in over:
-            assert job.row is not None
-            cache = None if job.failed else report(job.row, self.pools)
-            self._drop(job)
+        for job in [job for job in self.running if job.over]:
+            row = self._take_out(job)
+            cache = None if job.failed else report(row, self.pools)
+            self._give(job)
             yield Over(job, cache)
 
-    def _drop(self, job: Job) -> None:
-        self.running.remove(job)
-        if job.row is not None and not job.keeps:
-            for pool, start, capacity in job.row.extents(self.pools):
-                pool.give(start, capacity)
+    def _take_out(self, job: Job) -> Row:
+        """End a job; the last of those that are decoded takes its place, here as in the steps."""
+        place, decoded = self.running.index(job), self._stepper.rows
+        if place < decoded:
+            job.row = self._stepper.leave(place)
+            self.running[place] = self.running[decoded - 1]
+            place = decoded - 1
+        self.running.pop(place)
+        assert job.row is not None, "what is running has been read"
+        return job.row
 
-    def _settle(self) -> None:
-        """Write the decode state back to the rows, before their number changes."""
-        if self._stepper.decoding:
-            for job, row in zip(self.running, self._stepper.settle(), strict=True):
-                job.row = row
+    def _give(self, job: Job) -> None:
+        """Give back what a job holds of the pools, unless a later turn goes on from there."""
+        if job.row is not None and not job.keeps:
+            job.row.give()

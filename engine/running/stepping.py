@@ -1,4 +1,4 @@
-"""Decode steps of changing rows: made of recorded layers or eager, or replayed as captured."""
+"""Decode steps of rows that come and go: replayed as captured, taped, or eager."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from ..cache.pool import Pool
 from ..cache.row import Row
 from ..cache.streams import check_form, side_for
 from ..models.vision_language import VisionLanguageModel
-from .graphs import CapturedStep, obstacle
-from .recorded import RecordedDecoder, recordable
+from . import captured, taped
+from .captured import Captured
+from .runner import Eager, Runner
+from .taped import Taped
 
 
 @dataclass(frozen=True)
@@ -34,86 +36,70 @@ class Stepping:
 
 
 class Stepper:
-    """Decodes rows of some pools, one token of each per step.
-
-    ``begin`` with the rows, ``step`` as often as wanted, ``settle`` before rows come or go.
-
-    Attributes:
-        eager_because: why steps are not replayed, None where they are.
-    """
+    """Decodes rows of some pools, one token of each per step; rows come and go between steps."""
 
     def __init__(
-        self,
-        model: VisionLanguageModel,
-        pools: Sequence[Pool],
-        stepping: Stepping,
+        self, model: VisionLanguageModel, pools: Sequence[Pool], stepping: Stepping
     ) -> None:
-        self.model, self.pools = model, pools
-        self.eager_because: str | None = None if stepping.graphs else "graphs are not asked for"
-        self._graphs = stepping.graphs
-        self._side = side_for(stepping.selection, pools[0].k.device)
-        self._by_rows: dict[int, CapturedStep] = {}
-        self._captured: CapturedStep | None = None
-        self._decoding: Decoding | None = None
-        self._recorded: RecordedDecoder | None = None
+        self._model, self._graphs = model, stepping.graphs
+        self.decoding = Decoding(pools, side=side_for(stepping.selection, pools[0].k.device))
+        self._captured = Captured(model, self.decoding)
+        self._taped = Taped(model.decoder, self.decoding)
+        self._runner: Runner | None = None
 
     @property
-    def decoding(self) -> bool:
-        """Whether rows are being decoded."""
-        return self._decoding is not None
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.decoding.rows)
 
-    def seen(self, r: int) -> int:
-        """Tokens of row ``r`` so far."""
-        assert self._decoding is not None, "begin comes first"
-        return self._decoding.seen[r] + (self._captured.done if self._captured else 0)
+    @property
+    def eager_because(self) -> str | None:
+        """Why a step's operations are started one by one; None where they are not."""
+        return self._loaded().eager_because
+
+    def seen(self) -> int:
+        """Tokens of all rows when they were last accounted for."""
+        return sum(self.decoding.seen)
 
     @torch.inference_mode()
-    def begin(self, rows: list[Row]) -> None:
-        """Take up the rows."""
-        self._decoding = self._pack(rows)
-        if self._graphs:
-            self.eager_because = obstacle(self.model, self._decoding)
-        if self._graphs and not self.eager_because:
-            self._captured = self._loaded(rows, self._decoding)
-            self._decoding = self._captured.decoding
+    def join(self, row: Row) -> None:
+        """Take up a row: the last one from now on."""
+        self._unload()
+        self.decoding.join(row)
+
+    @torch.inference_mode()
+    def leave(self, r: int) -> Row:
+        """Row ``r`` goes, complete; the last row takes its index."""
+        self._unload()
+        return self.decoding.leave(r)
+
+    @torch.inference_mode()
+    def pools_moved(self) -> None:
+        """A pool may have grown although no row has joined."""
+        self._unload()
+        self.decoding.pools_moved()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Process ``tokens [rows]`` int64; returns the next tokens' logits ``[rows, vocab]``."""
-        if self._captured is not None:
-            return self._captured.step(tokens).clone()
-        assert self._decoding is not None, "begin comes first"
-        decoder, decoding = self.model.decoder, self._decoding
-        hidden = decoder.embed(tokens)
-        if self._recorded is None and recordable(hidden, decoding):
-            self._recorded = RecordedDecoder(decoder, decoding)
-        if self._recorded:
-            logits = self._recorded(hidden)
-        else:
-            logits = decoder.logits(decoder(hidden, decoding))
-        decoding.advance()
-        return logits
+        return (self._runner or self._loaded()).step(tokens)
 
-    @torch.inference_mode()
-    def settle(self) -> list[Row]:
-        """The rows with their decode state written back."""
-        assert self._decoding is not None, "begin comes first"
-        if self._captured is not None:
-            self._captured.finish()
-        rows = [self._decoding.settle(r) for r in range(len(self._decoding.rows))]
-        self._decoding = self._captured = self._recorded = None
-        return rows
+    def _unload(self) -> None:
+        if self._runner is not None:
+            self._runner.unload()
+            self._runner = None
 
-    def _pack(self, rows: list[Row]) -> Decoding:
-        return Decoding(self.pools, rows, self._side, static=self._graphs)
+    def _loaded(self) -> Runner:
+        """What takes the steps of the rows that are there now."""
+        if self._runner is None:
+            self._runner = self._chosen()
+            self._runner.load()
+        return self._runner
 
-    def _loaded(self, rows: list[Row], decoding: Decoding) -> CapturedStep:
-        """The captured step of as many rows, with these loaded; captured anew unless they fit."""
-        captured = self._by_rows.pop(len(rows), None)
-        if captured is not None and captured.fits(decoding):
-            captured.load(decoding)
-        else:
-            del captured  # and with it what it holds of pools that have grown since
-            captured = CapturedStep(self.model, lambda: self._pack(rows))
-        self._by_rows[len(rows)] = captured
-        return captured
+    def _chosen(self) -> Runner:
+        decoder, decoding = self._model.decoder, self.decoding
+        if self._graphs:
+            because = captured.obstacle(self._model, decoding)
+            return Eager(decoder, decoding, because) if because else self._captured
+        because = taped.obstacle(decoder, decoding)
+        return Eager(decoder, decoding, because) if because else self._taped

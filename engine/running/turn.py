@@ -54,7 +54,7 @@ def make_pools(model: VisionLanguageModel) -> list[Pool]:
 
 def pool_memory(pools: Sequence[Pool], doing: str, tokens: int) -> AbstractContextManager[None]:
     """A block that says how much ``tokens`` take if memory runs out in it; see ``memory_for``."""
-    size = sum(2 * pool.k.element_size() * pool.k.shape[1] * pool.k.shape[2] for pool in pools)
+    size = sum(pool.slot_bytes for pool in pools)
     return memory_for(doing, tokens * size, pools[0].k.device)
 
 
@@ -78,7 +78,8 @@ def prefill(
     device = decoder.norm.weight.device
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
     ids = torch.tensor(turn.token_ids, device=device)
-    with Prefill(pools, policy, layout, new_tokens, past, observer) as step:
+    rotary = decoder.rotation.begin(len(turn.token_ids))
+    with Prefill(pools, policy, layout, new_tokens, past, observer, rotary) as step:
         hidden = decoder(model.embed(ids, turn.spans, turn.features), step)
         logits = decoder.logits(hidden[-1])
     return step.row, logits

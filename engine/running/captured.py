@@ -9,11 +9,10 @@ launches. So everything that changes from step to step lies in tensors that keep
   down for many steps ahead, see ``Lengths``, and every replay moves on by a line;
 - lists, scores and write places are those of ``Decoding``, which it changes in place.
 
-Two graphs serve a batch size: one for steps in which no row's core is ranked again, and one for
-steps in which some row's is, with logits and the ranking on a forked branch. They outlive the rows
-they were captured for: others are loaded into the same buffers if they fit. If they do not, or if
-a pool has grown since, the step is captured anew. Pools never grow while rows decode: what an
-answer may need is reserved when its prompt is read.
+Two graphs serve a number of rows: one for steps in which no row's core is ranked again, and one
+for steps in which some row's is, with logits and the ranking on a forked branch. They outlive the
+rows they were captured for, since others are filled into the same buffers. If a row is larger than
+all before, or if a pool has grown since, the step is captured anew.
 
 Without a CUDA device ``replay`` runs the very function that would be captured: a dry run.
 """
@@ -54,68 +53,84 @@ def obstacle(model: VisionLanguageModel, decoding: Decoding) -> str | None:
     return None
 
 
-class CapturedStep:
-    """The decode step of as many rows as ``make()`` decodes.
+class Captured:
+    """Replays captured steps; see ``Runner``.
 
     Attributes:
-        decoding: the state of the rows that are being decoded.
-        done: steps since they were loaded that are not accounted for; see ``finish``.
+        by_rows: the captured step of each number of rows, until a tensor it reads has moved.
     """
 
+    eager_because: str | None = None
+
+    def __init__(self, model: VisionLanguageModel, decoding: Decoding) -> None:
+        self._model, self._decoding, self._made = model, decoding, 0
+        self.by_rows: dict[int, CapturedStep] = {}
+        self._done = 0
+
     @torch.inference_mode()
-    def __init__(self, model: VisionLanguageModel, make: Callable[[], Decoding]) -> None:
-        """``make`` packs the rows anew at each call, with static shapes and the same side."""
-        self.model, self.decoding = model, make()
-        rows, device = len(self.decoding.rows), self.decoding.device
-        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._logits = torch.empty(rows, model.decoder.config.vocab, device=device)
-        self._schedule = torch.zeros(LINES, WORDS, rows, dtype=torch.int32, device=device)
-        self._line = torch.zeros(1, dtype=torch.int64, device=device)
-        self._pools = _addresses(self.decoding)
-        variants = (False, True) if self.decoding.tiered else (False,)
-        self._replay = {reranks: self._captured(reranks, make) for reranks in variants}
-        self.load(make())
-
-    def fits(self, decoding: Decoding) -> bool:
-        """Whether ``decoding`` can be loaded: nothing of it is larger, and no pool has moved."""
-        return self._pools == _addresses(decoding) and self.decoding.fits(decoding)
-
-    def load(self, decoding: Decoding) -> None:
-        """Decode the rows of ``decoding`` from now on."""
-        self.decoding.adopt(decoding)
-        self.done = 0
-        self._ahead = self.decoding.lengths.ahead()
+    def load(self) -> None:
+        """See ``Runner.load``."""
+        decoding, rows = self._decoding, len(self._decoding.rows)
+        if self._made != decoding.state.made:
+            self.by_rows.clear()
+            self._made = decoding.state.made
+        if rows not in self.by_rows:
+            self.by_rows[rows] = CapturedStep(self._model, decoding)
+        self._step = self.by_rows[rows]
+        self._ahead = decoding.state.lengths.ahead()
         self._refill()
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Process ``tokens [rows]`` int64; returns logits ``[rows, vocab]`` fp32.
-
-        The next step overwrites them.
-        """
+        """See ``Runner.step``."""
         if self._next == len(self._reranks):
             self._refill()
         if not self._reranks:
             raise no_slot(self._ahead.overfull()[0])
-        self._tokens.copy_(tokens, non_blocking=True)
-        self._replay[self._reranks[self._next]]()
+        logits = self._step.replay(tokens, self._reranks[self._next])
         self._next += 1
-        self.done += 1
-        return self._logits
+        self._done += 1
+        return logits.clone()
 
-    def finish(self) -> None:
-        """Account for the steps that were replayed, so that rows can be settled."""
-        for _ in range(self.done):
-            self.decoding.account()
-        self.done = 0
+    def unload(self) -> None:
+        """See ``Runner.unload``: the host counts what the device has done."""
+        for _ in range(self._done):
+            self._decoding.account()
+        self._done = 0
 
     def _refill(self) -> None:
         """Write down the words of the next steps, as many as there are lines and slots for."""
         lines = _lines(self._ahead)
-        self._reranks = [self.decoding.tiered and any(line[RERANKS]) for line in lines]
+        self._reranks = [self._decoding.tiered and any(line[RERANKS]) for line in lines]
         self._next = 0
+        self._step.schedule(lines)
+
+
+class CapturedStep:
+    """The decode step of as many rows as ``decoding`` has now."""
+
+    def __init__(self, model: VisionLanguageModel, decoding: Decoding) -> None:
+        self.model, self.decoding = model, decoding
+        rows, device = len(decoding.rows), decoding.state.device
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._logits = torch.empty(rows, model.decoder.config.vocab, device=device)
+        self._schedule = torch.zeros(LINES, WORDS, rows, dtype=torch.int32, device=device)
+        self._line = torch.zeros(1, dtype=torch.int64, device=device)
+        variants = (False, True) if decoding.tiered else (False,)
+        self._replay = {reranks: self._captured(reranks) for reranks in variants}
+
+    def schedule(self, lines: list[list[list[int]]]) -> None:
+        """Begin with the first of ``lines [steps][WORDS][rows]``."""
         if lines:
             self._schedule[: len(lines)] = torch.tensor(lines, dtype=torch.int32)
         self._line.zero_()
+
+    def replay(self, tokens: Tensor, reranks: bool) -> Tensor:
+        """Process ``tokens [rows]`` int64 by the schedule's next line; returns logits ``[rows,
+        vocab]`` fp32, which the next step overwrites.
+        """
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._replay[reranks]()
+        return self._logits
 
     def _run(self, reranks: bool) -> None:
         """One step, from buffers to buffers; the host neither reads nor decides anything."""
@@ -127,19 +142,30 @@ class CapturedStep:
         decoding.side.join()
         self._line += 1
 
-    def _captured(self, reranks: bool, make: Callable[[], Decoding]) -> Callable[[], None]:
+    def _captured(self, reranks: bool) -> Callable[[], None]:
         """A call that repeats the step."""
-        run, device = partial(self._run, reranks), self.decoding.device
+        run, device = partial(self._run, reranks), self.decoding.state.device
         if device.type != "cuda":
             return run
-        # Rows as they were before every run: a second one would write where the first has evicted.
-        return capture(run, lambda: self.load(make()), device)
+        self.schedule(_lines(self.decoding.state.lengths.ahead()))
+        return capture(run, self._rewound(), device)
+
+    def _rewound(self) -> Callable[[], None]:
+        """A call that makes the rows what they are now: every trial run takes the same step."""
+        now = [(tensor, tensor.clone()) for tensor, _ in self.decoding.state.by_row()]
+
+        def rewind() -> None:
+            for tensor, was in now:
+                tensor.copy_(was)
+            self._line.zero_()
+
+        return rewind
 
 
 def capture(
     run: Callable[[], None], prepare: Callable[[], None], device: torch.device
 ) -> Callable[[], None]:
-    """Capture ``run`` as a CUDA graph; ``prepare`` is called before every trial run.
+    """Capture ``run`` as a CUDA graph; ``prepare`` is called before every trial run, and at last.
 
     Returns what replays it on the current stream.
     """
@@ -154,6 +180,7 @@ def capture(
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             run()
+        prepare()
     return graph.replay
 
 
@@ -164,7 +191,3 @@ def _lines(ahead: Lengths) -> list[list[list[int]]]:
         lines.append([list(word) for word in ahead.words()])
         ahead.advance()
     return lines
-
-
-def _addresses(decoding: Decoding) -> list[int]:
-    return [pool.k.data_ptr() for pool in decoding.pools]

@@ -100,7 +100,8 @@ def decoder_of(
 ) -> Callable[[Tensor], Tensor]:
     """The engine's step as ``way`` asks for it: tokens ``[rows]`` to logits ``[rows, vocab]``."""
     stepper = Stepper(model, pools, Stepping(way.selection, way.graphs))
-    stepper.begin(rows)
+    for row in rows:
+        stepper.join(row)
     if way.graphs and stepper.eager_because:
         raise RuntimeError(f"steps are not replayed: {stepper.eager_because}")
     return stepper.step
@@ -109,7 +110,7 @@ def decoder_of(
 def reserve(pools: list[Pool], slots: int) -> None:
     """Give every pool its final size at once: growing row by row would copy, and hold both."""
     for pool in pools:
-        pool.give(pool.take(slots), slots)
+        pool.take(slots).give()
 
 
 class TheirRows:

@@ -81,7 +81,9 @@ class CacheRun:
     def prefill(self, hidden: Tensor, spans: list[tuple[int, int]], new_tokens: int) -> Tensor:
         self.settle()
         layout = Layout.of_tokens(len(hidden), spans, torch.device("cpu"))
-        with WatchedPrefill(self.pools, self.policy, layout, new_tokens, self.row) as step:
+        rotary = self.decoder.rotation.begin(len(hidden))
+        given = self.pools, self.policy, layout, new_tokens, self.row, None, rotary
+        with WatchedPrefill(*given) as step:
             self.step = step
             out = self.decoder(hidden.clone(), step)
         self.row = self.step.row
@@ -117,8 +119,8 @@ class CacheRun:
         if slots is None:
             return None
         if self.decoding is not None:
-            size = self.decoding.shared[CORE][0][layer]
-            listed = self.decoding.lists[CORE][layer, 0, :size].long() - stored.start
+            size = self.decoding.state.lists.shared[CORE][0][layer]
+            listed = self.decoding.state.lists.slots[CORE][layer, 0, :size].long() - stored.start
             slots = listed[stored.layout.image_of[listed] >= 0]
         return stored.layout.positions[0, slots].tolist()
 
@@ -127,9 +129,9 @@ class CacheRun:
         heads = self.decoder.config.kv_heads
         if self.decoding is None:
             return layout.positions[:, layout.text_start :].expand(heads, -1).sort().values.tolist()
-        n, seen = self.decoding.text.kept[0], self.decoding.seen[0]
-        if self.decoding.evicts[0]:
-            found = self.decoding.text.positions[layer, 0, :, : n + 1].tolist()
+        n, seen = self.decoding.state.lengths.texts[0], self.decoding.seen[0]
+        if self.decoding.evicts:
+            found = self.decoding.state.text.positions[layer, 0, :, : n + 1].tolist()
             return [sorted(p for p in head if p != seen) for head in found]
         old = layout.positions[:, layout.text_start :].expand(heads, -1).tolist()
         return [head + list(range(layout.seen, seen)) for head in old]

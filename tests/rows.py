@@ -54,8 +54,8 @@ class Rows:
 
     def go(self, steps: int, tokens: list[int] | None = None) -> list[list[int]]:
         """Greedy tokens of ``steps`` steps."""
-        if not self.stepper.decoding:
-            self.stepper.begin(self.rows)
+        for row in self.rows[self.stepper.rows :]:
+            self.stepper.join(row)
         now = tokens or [5 + r for r in range(len(self.rows))]
         said = []
         for _ in range(steps):
@@ -63,6 +63,10 @@ class Rows:
             now = logits.argmax(-1).tolist()
             said.append(now)
         return said
+
+    def settle(self) -> list[Row]:
+        """All rows, complete: none is decoded any more."""
+        return [self.stepper.leave(r) for r in reversed(range(self.stepper.rows))][::-1]
 
 
 def _moved(decoder: Decoder, device: torch.device) -> Decoder:

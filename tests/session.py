@@ -30,15 +30,15 @@ class Session:
 
     def prefill(self, turn: Turn, new_tokens: int) -> Tensor:
         """The next token's logits ``[vocab]``."""
-        if self.stepper.decoding:
-            [self.row] = self.stepper.settle()
+        if self.stepper.rows:
+            self.row = self.stepper.leave(0)
         arguments = self.model, self.pools, self.policy, turn, new_tokens, self.row, self.observer
         self.row, logits = prefill(*arguments)
         return logits
 
     def decode(self, token_id: int) -> Tensor:
         """The next token's logits ``[vocab]``."""
-        if not self.stepper.decoding:
+        if not self.stepper.rows:
             assert self.row is not None, "prefill comes first"
-            self.stepper.begin([self.row])
+            self.stepper.join(self.row)
         return self.stepper.step(torch.tensor([token_id])).flatten()

@@ -155,4 +155,4 @@ def test_the_worked_example_of_the_design():
         assert len(stored.core) == 172
         assert stored.layout.columns - 259 + len(stored.core) == 227
     run.decode(embeddings(1, 1))
-    assert run.decoding.shared == [[[35 + 259] * 3], [[35 + 172] * 3]]
+    assert run.decoding.state.lists.shared == [[[35 + 259] * 3], [[35 + 172] * 3]]

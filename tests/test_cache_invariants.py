@@ -14,6 +14,7 @@ from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.report import report
 from engine.cache.row import Row
+from engine.errors import CapacityError
 from engine.ops.attention import selective_attention
 from engine.policies.avl import Avl
 from engine.policies.fastv import FastV
@@ -136,11 +137,13 @@ def check_lists(decoding):
     """Slots sorted, unique and inside the extent; core inside secondary; writes inside the list."""
     for r, row in enumerate(decoding.rows):
         for layer, stored in enumerate(row.layers):
-            end = stored.start + stored.capacity
+            end = stored.start + stored.extent.size
             listed = []
             for kind in (FULL, CORE):
-                count = decoding.shared[kind][r][layer] + decoding.text.kept[r]
-                slots = decoding.lists[kind][layer, r, :count].tolist()
+                count = (
+                    decoding.state.lists.shared[kind][r][layer] + decoding.state.lengths.texts[r]
+                )
+                slots = decoding.state.lists.slots[kind][layer, r, :count].tolist()
                 assert slots == sorted(set(slots))
                 assert all(stored.start <= slot < end for slot in slots)
                 listed.append(set(slots))
@@ -148,22 +151,22 @@ def check_lists(decoding):
             assert core <= full
             assert full == set(range(stored.start, stored.start + len(full)))
             first = stored.start + stored.layout.text_start
-            for slot in decoding.text.slots(r)[layer].tolist():
-                assert first <= slot <= first + decoding.text.kept[r]
+            for slot in decoding.state.text.slots(r)[layer].tolist():
+                assert first <= slot <= first + decoding.state.lengths.texts[r]
 
 
 def check_recent(decoding, policy):
     """The latest tokens of the budget are kept by every head, each token once."""
     for r, row in enumerate(decoding.rows):
-        seen, n = decoding.seen[r], decoding.text.kept[r]
+        seen, n = decoding.seen[r], decoding.state.lengths.texts[r]
         layout = row.layers[0].layout
         more = seen - layout.seen
         budget = policy.text_budget(*layout.lengths(more))
-        assert decoding.evicts[r] == (budget is not None)
+        assert decoding.state.lengths.evicts[r] == (budget is not None)
         if budget is None:
             continue
         assert n <= budget.total
-        places = decoding.text.positions[:, r, :, : n + 1].flatten(0, 1).tolist()
+        places = decoding.state.text.positions[:, r, :, : n + 1].flatten(0, 1).tolist()
         evictable = seen if layout.text_seen == layout.seen else layout.text_seen + more
         recent = range(seen - min(budget.recent, n, evictable), seen)
         for head in places:
@@ -194,7 +197,7 @@ def check_settled(row, pools, policy):
     """Positions lie below ``seen``, once per head; bytes reported are bytes held."""
     for stored in row.layers:
         layout = stored.layout
-        assert layout.columns <= stored.capacity
+        assert layout.columns <= stored.extent.size
         for head in layout.positions.tolist():
             assert len(set(head)) == len(head)
             assert all(0 <= p < row.seen for p in head)
@@ -226,7 +229,7 @@ def test_turns_follow_each_other(policy, turns):
         assert row.seen == seen
         check_settled(row, pools, policy)
     for pool, stored in zip(pools, row.layers, strict=True):
-        assert stored.start + stored.capacity <= pool.slots
+        assert stored.start + stored.extent.size <= pool.slots
 
 
 @QUICK
@@ -270,7 +273,7 @@ def test_exactly_the_promised_number_of_tokens_can_be_decoded():
         for n in range(9):
             decode(decoding, [n])
         row = decoding.settle(0)
-        assert all(s.layout.columns <= s.capacity for s in row.layers)
+        assert all(s.layout.columns <= s.extent.size for s in row.layers)
 
 
 # -- several rows ---------------------------------------------------------------------------------
@@ -336,36 +339,70 @@ def test_extents_never_overlap_and_keep_what_was_written(actions):
     most = 0
     for takes, n in actions:
         if takes:
-            start, mark = pool.take(n), mark + 1
-            pool.k[start : start + n] = pool.v[start : start + n] = mark
-            owned[mark] = (start, n)
+            extent, mark = pool.take(n), mark + 1
+            assert extent.size == n
+            used = slice(extent.start, extent.start + n)
+            pool.k[used] = pool.v[used] = mark
+            owned[mark] = extent
         elif owned:
             key = list(owned)[n % len(owned)]
-            pool.give(*owned.pop(key))
-        covered = [slot for start, n in owned.values() for slot in range(start, start + n)]
+            owned.pop(key).give()
+        used = {mark: range(e.start, e.start + e.size) for mark, e in owned.items()}
+        covered = [slot for slots in used.values() for slot in slots]
         assert len(covered) == len(set(covered))
         most = max(most, len(covered))
         assert most <= pool.slots == len(pool.k) == len(pool.v)
-        for value, (start, n) in owned.items():
-            assert (pool.k[start : start + n] == value).all()
-            assert (pool.v[start : start + n] == value).all()
+        for value, slots in used.items():
+            assert (pool.k[list(slots)] == value).all()
+            assert (pool.v[list(slots)] == value).all()
     for extent in owned.values():
-        pool.give(*extent)
+        extent.give()
     if pool.slots:
         before = pool.slots
-        assert pool.take(before) == 0, "all holes join to one"
+        assert pool.take(before).start == 0, "all holes join to one"
         assert pool.slots == before
 
 
 def test_a_returned_extent_is_used_again():
     pool = Pool(1, 1, torch.float32, CPU)
     first, second = pool.take(10), pool.take(5)
-    pool.give(first, 10)
-    assert (pool.take(4), pool.take(6)) == (0, 4)
-    assert (second, pool.slots) == (10, 15)
-    pool.give(second, 5)
-    assert pool.take(8) == 10, "the last hole is extended, not skipped"
-    assert pool.slots == 18
+    assert pool.slots == 15, "10, and half as much again"
+    first.give()
+    assert (pool.take(4).start, pool.take(6).start) == (0, 4)
+    assert second.start == 10
+    second.give()
+    assert pool.take(20).start == 10, "the last hole is extended, not skipped"
+    assert pool.slots == 30
+
+
+def test_a_shared_extent_is_free_once_its_last_holder_has_given_it_back():
+    pool = Pool(1, 1, torch.float32, CPU, limit=8)
+    extent = pool.take(8)
+    shared = extent.share()
+    extent.give()
+    assert not pool.has(1)
+    with pytest.raises(CapacityError, match="no 1 consecutive slots are free in a pool of 8"):
+        pool.take(1)
+    shared.give()
+    assert pool.take(8).start == 0
+    with pytest.raises(AssertionError, match="given back once"):
+        shared.give()
+
+
+def test_a_pool_with_a_limit_never_moves_and_another_says_so_before_it_does():
+    class Holder:
+        told = 0
+
+        def void(self):
+            self.told += 1
+
+    for limit, expected in ((40, 0), (None, 2)):
+        pool, holder = Pool(1, 1, torch.float32, CPU, limit=limit), Holder()
+        pool.holders.add(holder)
+        where = pool.k.data_ptr()
+        for size in (10, 2, 3):  # the second adds five slots, of which it leaves three
+            pool.take(size)
+        assert (holder.told, pool.k.data_ptr() == where) == (expected, limit is not None)
 
 
 # -- selections -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.cache.prefill import Uncached
+from engine.cache.row import no_rotary
 from engine.engine import Engine
 from engine.errors import CapacityError
 from engine.result import Result
@@ -34,7 +35,7 @@ def test_the_full_cache_continues_exactly(
     with torch.inference_mode():
         hidden = engine.model.embed(ids, spans, features)
         exact = engine.model.decoder.logits(
-            engine.model.decoder(hidden, Uncached(len(ids), engine.device))
+            engine.model.decoder(hidden, Uncached(len(ids), no_rotary()))
         )
     assert exact[-5:].argmax(-1).tolist() == last.token_ids
 

@@ -20,6 +20,7 @@ from bench.gpu_parts import DRY, REAL
 from bench.gpu_steps import OurRows
 from bench.predict import SEVEN, THIRTEEN, TOY, Prompt, Way
 from engine.cache.prefill import Uncached
+from engine.cache.row import no_rotary
 from engine.ops import native
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
@@ -200,7 +201,9 @@ def test_transformers_computes_the_same_on_the_same_tensors() -> None:
     assert theirs == {p.data_ptr() for p in model.parameters()}
     ids = torch.arange(30)
     with torch.inference_mode():
-        mine = model.decoder.logits(model.decoder(model.decoder.embed(ids), Uncached(30, CPU)))
+        mine = model.decoder.logits(
+            model.decoder(model.decoder.embed(ids), Uncached(30, no_rotary()))
+        )
         torch.testing.assert_close(twin(input_ids=ids[None]).logits[0], mine)
     again = seeded_model(TOY, CPU, torch.float32)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
@@ -241,7 +244,7 @@ def test_what_a_cache_holds_is_what_is_predicted() -> None:
         for index in range(prompt.new):
             batch.step(index)
         for row in batch.rows:
-            assert {s.capacity for s in row.layers} == {predict.stored(policy, prompt)}
+            assert {s.extent.size for s in row.layers} == {predict.stored(policy, prompt)}
             for step, share in enumerate(row.attended_share):
                 wanted = predict.attended(policy, prompt, step + 1)[step % 3]
                 assert share * (prompt.read + step + 1) == pytest.approx(wanted, abs=1.01)

@@ -71,7 +71,7 @@ def test_the_embedded_model_says_what_it_says_on_a_cpu(cache: str, graphs: bool)
 def eager(spec: str, prompts: tuple[int, ...]) -> Any:
     """Tokens and what is kept, with selection in order."""
     rows = Rows(spec, list(prompts), STEPS + 1, device="cuda", selection="sync")
-    return rows.go(STEPS), state(rows.stepper.settle())
+    return rows.go(STEPS), state(rows.settle())
 
 
 def without_scores(kept: list[Any]) -> list[Any]:
@@ -118,7 +118,7 @@ def test_selection_beside_the_model_changes_nothing(spec: str, form: str) -> Non
         assert isinstance(rows.stepper._side, Beside)
         with delays(seed):
             said = rows.go(STEPS)
-        assert (said, state(rows.stepper.settle())) == eager(spec, prompts)
+        assert (said, state(rows.settle())) == eager(spec, prompts)
 
 
 # -- captured steps -------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_replayed_graphs_equal_eager_steps(spec: str, selection: str) -> None:
         # Lists have room for other rows, so that sums are split elsewhere: scores differ in bits.
         tokens, kept = eager(spec, prompts)
         assert said == tokens
-        assert without_scores(state(rows.stepper.settle())) == without_scores(kept)
+        assert without_scores(state(rows.settle())) == without_scores(kept)
 
 
 def test_a_captured_branch_waits_and_is_awaited() -> None:
@@ -149,13 +149,12 @@ def test_a_captured_branch_waits_and_is_awaited() -> None:
 def test_other_rows_are_loaded_into_captured_buffers() -> None:
     rows = Rows("avl:floor=3", [0], 20, device="cuda", graphs=True)
     rows.go(10)
-    first = rows.stepper._captured
-    [row] = rows.stepper.settle()
-    for pool, stored in zip(rows.pools, row.layers, strict=True):
-        pool.give(stored.start, stored.capacity)
+    first = rows.stepper._captured._step
+    [row] = rows.settle()
+    row.give()
     rows.rows = [rows.admit(3)]
     assert rows.go(15) == Rows("avl:floor=3", [3], 20, device="cuda").go(15)
-    assert rows.stepper._captured is first
+    assert rows.stepper._captured._step is first
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -61,7 +61,7 @@ def test_avl_over_two_turns_and_two_pictures(engine: Engine, arithmetic: QwenRef
     reference = ReferenceAvl(arithmetic, settings)
     turn(run, reference, tokens=36, spans=[(4, 30)], steps=7, seed=3)
     turn(run, reference, tokens=50, spans=[(5, 21), (25, 44)], steps=20, seed=4)
-    assert run.settle().opening == 36
+    assert run.settle().rotary.tolist() == [36]
 
 
 def test_avl_on_a_rendered_prompt_with_its_256_image_tokens(

@@ -228,7 +228,7 @@ def test_rotary_base_follows_the_prompt(tokens: int, alpha: int, tmp_path: Path)
     shape = QwenShape(trained=2048, layers=1, vision_layers=1)
     rotation = Engine.load(write_qwen(tmp_path / "m", shape), device="cpu").model.decoder.rotation
     positions = torch.tensor([1, 2047, 2048, 5000])
-    tables = rotation.tables(positions, torch.tensor([tokens]), torch.float32)
+    tables = rotation.tables(positions, rotation.begin(tokens)[None], torch.float32)
     base = 10000 * alpha ** (64 / 62)
     angles = positions[:, None] * base ** -(torch.arange(32) / 32)
     torch.testing.assert_close(tables.cos[:, 0, :32], angles.cos(), rtol=0, atol=2e-3)

@@ -34,8 +34,8 @@ PER_LAYER = {"branch": False, "layers": True}
 def in_order(spec: str, prompts: tuple[int, ...]) -> Any:
     """Tokens and what is kept when selection runs in the model's own order."""
     rows = Rows(spec, list(prompts), STEPS + 1, selection="sync")
-    assert isinstance(rows.stepper._side, InOrder)
-    return rows.go(STEPS), state(rows.stepper.settle())
+    assert isinstance(rows.stepper.decoding.side, InOrder)
+    return rows.go(STEPS), state(rows.settle())
 
 
 def beside(spec: str, prompts: tuple[int, ...], side: Simulated) -> Any:
@@ -44,7 +44,7 @@ def beside(spec: str, prompts: tuple[int, ...], side: Simulated) -> Any:
         patch.setattr(stepping, "side_for", lambda form, device: side)
         rows = Rows(spec, list(prompts), STEPS + 1)
     with points_in(side):
-        return rows.go(STEPS), state(rows.stepper.settle())
+        return rows.go(STEPS), state(rows.settle())
 
 
 @pytest.mark.parametrize("form", PER_LAYER)
@@ -70,9 +70,9 @@ def test_rows_at_different_steps_of_the_cycle(form: str) -> None:
             patch.setattr(stepping, "side_for", lambda *_, side=side: side)
             rows = Rows("avl:floor=3", [0], 60)
         said = rows.go(4)
-        rows.rows = [*rows.stepper.settle(), rows.admit(2)]
+        rows.rows.append(rows.admit(2))
         said += rows.go(20, [*said[-1], 7])
-        ends.append((said, state(rows.stepper.settle())))
+        ends.append((said, state(rows.settle())))
     assert all(end == ends[0] for end in ends)
 
 
@@ -132,23 +132,24 @@ def test_a_joined_step_waits_for_nothing_of_the_last_one(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("form", PER_LAYER)
 def test_a_cuda_side_runs_a_decoder(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The class itself, its streams pretended: work runs at once, so tokens are right."""
+    expected = in_order("avl:floor=3", (0, 1, 2))
     PretendCuda(monkeypatch)
     side = Beside(torch.device("cuda"), PER_LAYER[form])
     monkeypatch.setattr(stepping, "side_for", lambda *_: side)
     rows = Rows("avl:floor=3", [0, 1, 2], STEPS + 1)
     said = rows.go(STEPS)
-    assert (said, state(rows.stepper.settle())) == in_order("avl:floor=3", (0, 1, 2))
+    assert (said, state(rows.settle())) == expected
 
 
-def test_what_a_step_holds_is_freed_once_rows_are_settled() -> None:
+def test_what_steps_hold_is_freed_with_what_takes_them() -> None:
     """At once, without a search for cycles: on a GPU these are the pools."""
     rows = Rows("avl:floor=3", [0, 2], 9, selection="branch")
     gc.disable()
     try:
         rows.go(8)
-        decoding = weakref.ref(rows.stepper._decoding)
-        rows.stepper.settle()
-        assert decoding() is None
+        held = [weakref.ref(rows.stepper.decoding), *map(weakref.ref, rows.pools)]
+        del rows
+        assert [found() for found in held] == [None] * len(held)
     finally:
         gc.enable()
 

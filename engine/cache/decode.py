@@ -82,10 +82,10 @@ class Decoding:
         self._asked: Side = side or InOrder()
         self.state = State(pools, spare=self._asked.per_layer)
         self._error = torch.zeros(1, dtype=torch.int32, device=self.state.device)
-        self._buffer, self._made = 0, 0
+        self._buffer, self.evicts = 0, False
         self._watched: dict[int, list[Tensor]] = {}
-        self.evicts = False
-        self._disconnect()
+        self._use(self._asked)
+        self.state.holders.add(self)
         for row in rows:
             self.join(row)
 
@@ -134,11 +134,6 @@ class Decoding:
         self._quiet()
         return self.state.settle(r)
 
-    def pools_moved(self) -> None:
-        """A pool may have grown although no row has joined."""
-        self.state.follow()
-        self._changed()
-
     def _quiet(self) -> None:
         """Wait for selection, and raise what it has met."""
         self.side.join()
@@ -150,19 +145,24 @@ class Decoding:
         self._observed = [r for r, row in enumerate(self.rows) if row.observer is not None]
         # An observer reads every step before it is closed: nothing may still be running then.
         side = InOrder() if self._observed else self._asked
-        if self._made != self.state.made or side.per_layer != self.side.per_layer:
-            self._disconnect(side)
+        if side.per_layer != self.side.per_layer:
+            self._use(side)
         self.evicts = any(self.state.lengths.evicts)
-        self._wired: Wiring | None = self._wirings.get(len(self.rows))
+        self._wired = self._wirings.get(len(self.rows))
         if self.rows:
             self._prepare()
 
-    def _disconnect(self, side: Side | None = None) -> None:
-        """Forget all that has been planned for tensors that are no longer there."""
-        self.side = side or self._asked
-        layers, self._made = len(self.pools), self.state.made
-        size = 1 if self.side.per_layer else layers
+    def _use(self, side: Side) -> None:
+        """Select on this side from now on."""
+        self.side, layers = side, len(self.pools)
+        size = 1 if side.per_layer else layers
         self.parts = [slice(start, start + size) for start in range(0, layers, size)]
+        self.void()
+
+    def void(self) -> None:
+        """See ``Holder``."""
+        self.side.join()
+        self._wired: Wiring | None = None
         self._wirings: dict[int, Wiring] = {}
         self._selections: dict[tuple[int, StepPlan], list[Callable[[], object]]] = {}
         self.scores: Scores | None = None

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
 
 from ..errors import CapacityError
+
+
+class Holder(Protocol):
+    """Holds what was made for tensors where they lie."""
+
+    def void(self) -> None:
+        """The tensors are about to move: let go of them."""
 
 
 class Pool:
@@ -15,6 +25,9 @@ class Pool:
     CPU). Extents are handed out first fit. A pool with a ``limit`` claims its slots once and never
     moves; another grows where no hole is large enough: its first extent as it is, then by half of
     what there is at least, so that growing costs no more than writing has.
+
+    Attributes:
+        holders: whoever has planned work on ``k`` and ``v``: is told before they move.
     """
 
     def __init__(
@@ -26,6 +39,7 @@ class Pool:
         limit: int | None = None,
     ) -> None:
         self.limit = limit
+        self.holders: WeakSet[Holder] = WeakSet()
         self.k = torch.empty(limit or 0, kv_heads, head_dim, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self._holes: list[tuple[int, int]] = [(0, limit)] if limit else []
@@ -74,6 +88,8 @@ class Pool:
         old, joins = self.slots, bool(self._holes) and self._holes[-1][1] == self.slots
         start = self._holes[-1][0] if joins else old
         extra = max(start + size - old, old // 2)
+        for holder in list(self.holders):
+            holder.void()
         # Both or neither: where memory runs out in between, the pool is still what it was.
         self.k, self.v = _extended(self.k, extra), _extended(self.v, extra)
         if joins:

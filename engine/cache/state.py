@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .core_lists import CoreRuns
 from .lengths import WORDS, Lengths
-from .pool import Pool
+from .pool import Holder, Pool
 from .row import Row, Stored
 from .sizes import Sizes
 from .slot_lists import CORE, SlotLists
@@ -34,8 +35,7 @@ class State:
         words: ``[2, WORDS, rows]`` int32, two steps' words in turns; zeros where there is no row.
         core: which lists serve as core, CORE or SPARE.
         sizes: what the tensors have room for.
-        made: how often they have been made anew, and been found where pools have moved: what has
-            been planned on addresses of an earlier count is void.
+        holders: are told before any of this, or of the pools, moves.
     """
 
     def __init__(self, pools: Sequence[Pool], *, spare: bool) -> None:
@@ -44,13 +44,14 @@ class State:
         self.device, self.kv_heads = pools[0].k.device, pools[0].k.shape[1]
         self.rows: list[Row] = []
         self.lengths = Lengths()
-        self.core, self.made = CORE, 0
+        self.core = CORE
+        self.holders: WeakSet[Holder] = WeakSet()
+        for pool in pools:
+            pool.holders.add(self)
         self._make(Sizes())
-        self._moved = _addresses(pools)
 
     def _make(self, sizes: Sizes) -> None:
         self.sizes, layers = sizes, len(self.pools)
-        self.made += 1
         self.lists = SlotLists(layers, sizes, self.device, spare=self._spare)
         self.text = TextSlots(layers, self.kv_heads, sizes, self.device)
         self.runs = CoreRuns(sizes, self.device)
@@ -78,7 +79,6 @@ class State:
         self.text.join(row, r, self.lengths.texts[r], self.lengths.evicts[r])
         self.runs.join(row, r)
         self.rotary[r, : len(row.rotary)] = row.rotary
-        self.follow()
 
     def leave(self, r: int) -> Row:
         """Row ``r`` goes, see ``settle``; the last one is row ``r`` from now on."""
@@ -93,13 +93,13 @@ class State:
         self.lists.leave(r)
         return row
 
-    def follow(self) -> None:
-        """Take note of where the pools lie, after one may have grown."""
-        now = _addresses(self.pools)
-        self.made += now != self._moved
-        self._moved = now
+    def void(self) -> None:
+        """See ``Holder``."""
+        for holder in list(self.holders):
+            holder.void()
 
     def _enlarge(self, sizes: Sizes) -> None:
+        self.void()
         old, (shared, means) = self.by_row(), (self.lists.shared, self.lists.mean_shared)
         self._make(sizes)
         self.lists.shared, self.lists.mean_shared = shared, means
@@ -183,7 +183,3 @@ class State:
         )
         if stored.core is not None:
             stored.core = self._core_slots(r, layer)
-
-
-def _addresses(pools: Sequence[Pool]) -> list[int]:
-    return [pool.k.data_ptr() for pool in pools]

@@ -63,17 +63,21 @@ class Captured:
     eager_because: str | None = None
 
     def __init__(self, model: VisionLanguageModel, decoding: Decoding) -> None:
-        self._model, self._decoding, self._made = model, decoding, 0
+        self._model, self._decoding = model, decoding
         self.by_rows: dict[int, CapturedStep] = {}
+        self._step: CapturedStep | None = None
         self._done = 0
+        decoding.state.holders.add(self)
+
+    def void(self) -> None:
+        """See ``Holder``."""
+        self.by_rows.clear()
+        self._step = None
 
     @torch.inference_mode()
     def load(self) -> None:
         """See ``Runner.load``."""
         decoding, rows = self._decoding, len(self._decoding.rows)
-        if self._made != decoding.state.made:
-            self.by_rows.clear()
-            self._made = decoding.state.made
         if rows not in self.by_rows:
             self.by_rows[rows] = CapturedStep(self._model, decoding)
         self._step = self.by_rows[rows]
@@ -86,6 +90,7 @@ class Captured:
             self._refill()
         if not self._reranks:
             raise no_slot(self._ahead.overfull()[0])
+        assert self._step is not None, "load comes first"
         logits = self._step.replay(tokens, self._reranks[self._next])
         self._next += 1
         self._done += 1
@@ -102,6 +107,7 @@ class Captured:
         lines = _lines(self._ahead)
         self._reranks = [self._decoding.tiered and any(line[RERANKS]) for line in lines]
         self._next = 0
+        assert self._step is not None, "load comes first"
         self._step.schedule(lines)
 
 

@@ -157,9 +157,6 @@ class Scheduler:
         except Exception as error:
             job.failed = error
             return [Over(job, None)]
-        finally:
-            if self._stepper.rows:
-                self._stepper.pools_moved()
         self.running.append(job)
         events = self._choose(job, logits)  # reads the logits: a GPU is done by then
         job.timings.prefill = perf_counter() - began

@@ -46,6 +46,7 @@ class Stepper:
         self._captured = Captured(model, self.decoding)
         self._taped = Taped(model.decoder, self.decoding)
         self._runner: Runner | None = None
+        self.decoding.state.holders.add(self)
 
     @property
     def rows(self) -> int:
@@ -74,15 +75,13 @@ class Stepper:
         return self.decoding.leave(r)
 
     @torch.inference_mode()
-    def pools_moved(self) -> None:
-        """A pool may have grown although no row has joined."""
-        self._unload()
-        self.decoding.pools_moved()
-
-    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Process ``tokens [rows]`` int64; returns the next tokens' logits ``[rows, vocab]``."""
         return (self._runner or self._loaded()).step(tokens)
+
+    def void(self) -> None:
+        """See ``Holder``."""
+        self._unload()
 
     def _unload(self) -> None:
         if self._runner is not None:

@@ -48,20 +48,24 @@ class Taped:
 
     def __init__(self, decoder: Decoder, decoding: Decoding) -> None:
         self.eager_because: str | None = None
-        self._decoder, self._decoding, self._made = decoder, decoding, 0
+        self._decoder, self._decoding = decoder, decoding
         self._eager = Eager(decoder, decoding)
         self._rotations = Rotations(decoder, decoding)
         # For each kind of step its tape and where it leaves its result; None: not all was native.
         self._tapes: dict[object, tuple[Tape, Tensor] | None] = {}
+        self._stream: Tensor | None = None
+        decoding.state.holders.add(self)
+
+    def void(self) -> None:
+        """See ``Holder``."""
+        self._tapes.clear()
+        self._stream = None
 
     def load(self) -> None:
         """See ``Runner.load``."""
-        state = self._decoding.state
         self._rotations.forget()
-        if self._made != state.made:
-            self._tapes.clear()
-            self._made, rows = state.made, state.sizes.rows
-            weight = self._decoder.norm.weight
+        if self._stream is None:
+            rows, weight = self._decoding.state.sizes.rows, self._decoder.norm.weight
             self._stream = torch.empty(rows, len(weight), dtype=weight.dtype)
             self._tables = self._rotations.tables(weight.dtype).room_for(rows)
 
@@ -71,10 +75,12 @@ class Taped:
         kind = (rows, decoding.kind, torch.get_num_threads())
         if kind in self._tapes and self._tapes[kind] is None:
             return self._eager.step(tokens)
-        self._stream[:rows].copy_(self._decoder.embed(tokens))
-        self._tables.narrowed(slice(rows)).copy_(self._rotations.tables(self._stream.dtype))
+        assert self._stream is not None, "load comes first"
+        stream, tables = self._stream[:rows], self._tables.narrowed(slice(rows))
+        stream.copy_(self._decoder.embed(tokens))
+        tables.copy_(self._rotations.tables(stream.dtype))
         decoding.arrive(0)
-        result = self._run(kind) if kind in self._tapes else self._record(kind, rows)
+        result = self._run(kind) if kind in self._tapes else self._record(kind, stream, tables)
         decoding.leave_part(0)
         decoding.advance()
         return result.to(torch.float32, copy=True)
@@ -88,10 +94,9 @@ class Taped:
         found[0].run()
         return found[1]
 
-    def _record(self, kind: object, rows: int) -> Tensor:
+    def _record(self, kind: object, stream: Tensor, tables: Tables) -> Tensor:
         """Make a step and keep its calls, if they are all there is to it."""
         decoder, tape, inner = self._decoder, Tape(), Inner(self._decoding)
-        stream, tables = self._stream[:rows], self._tables.narrowed(slice(rows))
         with Strangers() as strangers, tape.record():
             result = decoder.head(decoder.through(stream, tables, inner))
         if strangers.met:

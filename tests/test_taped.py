@@ -14,8 +14,7 @@ from engine.ops import fused, native, products
 from engine.ops.products import gemv
 from engine.ops.tape import Tape, recording
 from engine.result import Timings
-from engine.running import recorded, stepping
-from engine.running.recorded import CALLS_BEHIND, CALLS_PER_LAYER, RecordedDecoder
+from engine.running import taped
 from tests.checkpoints import Shape
 from tests.session import Session
 
@@ -35,7 +34,7 @@ AVL = "avl:secondary=0.5,core=0.25,every=3,text=0.7,floor=3"
 def few_rows_are_multiplied_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor on which torch would be as fast."""
     monkeypatch.setattr(products, "_gemv_pays", lambda: True)
-    monkeypatch.setattr(recorded, "AHEAD", 16)  # so that tests come to the end of it
+    monkeypatch.setattr(taped, "AHEAD", 16)  # so that tests come to the end of it
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def picture() -> Image.Image:
 
 
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stepping, "recordable", lambda hidden, decoding: False)
+    monkeypatch.setattr(taped, "obstacle", lambda decoder, decoding: "a test asks for it")
 
 
 def logits_of(engine: Engine) -> tuple[Tensor, Session]:
@@ -65,9 +64,7 @@ def logits_of(engine: Engine) -> tuple[Tensor, Session]:
 
 
 def tapes(session: Session) -> list[tuple[Tape, Tensor] | None]:
-    made = session.stepper._recorded
-    assert isinstance(made, RecordedDecoder)
-    return list(made._tapes.values())
+    return list(session.stepper._taped._tapes.values())
 
 
 CASES = [("llama", cache) for cache in ("full", AVL, "avl:core=none", "h2o:heavy=0.125", "fastv")]
@@ -83,18 +80,16 @@ def test_a_tape_repeats_what_python_does(
 ) -> None:
     engine = engine_of(name, cache)
     repeated, session = logits_of(engine)
-    layers = engine.model.decoder.config.layers
     found = tapes(session)
     assert found
-    for made in found:
-        assert made is not None, "a step was not made of native calls alone"
-        assert len(made[0]) == CALLS_PER_LAYER * layers + CALLS_BEHIND
+    assert all(found), "a step was not made of native calls alone"
+    assert session.stepper.eager_because is None
     eager(monkeypatch)
     made_anew, _ = logits_of(engine)
     assert torch.equal(repeated, made_anew)
 
 
-def test_rows_that_come_and_go_are_recorded_anew(
+def test_rows_that_come_and_go_are_taped_too(
     engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of("llama", AVL)
@@ -133,6 +128,7 @@ def test_more_rows_than_the_product_takes_are_not_recorded(
     engine = engine_of("llama", "full")
     made, session = logits_of(engine)
     assert tapes(session) == [None]
+    assert session.stepper.eager_because == "linear is computed outside the native kernels"
     eager(monkeypatch)
     assert torch.equal(made, logits_of(engine)[0])
 

@@ -183,9 +183,11 @@ class Engine:
         job = new_job(self, prompt, images, chosen, raw=raw, observer=observer)
         return stream(self.scheduler(), job)
 
-    def scheduler(self, rows: int = 1) -> Scheduler:
-        """What answers jobs, ``rows`` of them together, in pools of its own."""
-        return Scheduler(self.model, self.stepping, rows)
+    def scheduler(
+        self, rows: int = 1, budget: int | None = None, slices: int | None = None
+    ) -> Scheduler:
+        """What answers jobs, ``rows`` of them together, in pools of its own; see ``Scheduler``."""
+        return Scheduler(self.model, self.stepping, rows, budget, slices)
 
     def chat(self) -> Chat:
         """A conversation whose turns share one cache; see ``Chat``."""

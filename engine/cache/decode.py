@@ -83,6 +83,7 @@ class Decoding:
         self.state = State(pools, spare=self._asked.per_layer)
         self._error = torch.zeros(1, dtype=torch.int32, device=self.state.device)
         self._buffer, self.evicts = 0, False
+        self._wired: Wiring | None = None
         self._watched: dict[int, list[Tensor]] = {}
         self._use(self._asked)
         self.state.holders.add(self)
@@ -162,7 +163,7 @@ class Decoding:
     def void(self) -> None:
         """See ``Holder``."""
         self.side.join()
-        self._wired: Wiring | None = None
+        self._wired = None
         self._wirings: dict[int, Wiring] = {}
         self._selections: dict[tuple[int, StepPlan], list[Callable[[], object]]] = {}
         self.scores: Scores | None = None
@@ -172,6 +173,10 @@ class Decoding:
     def view(self, layer: int) -> DecodeView:
         """See ``Step.view``."""
         return (self._wired or self._wire()).views[layer]
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """A step is one."""
+        return [slice(None)]
 
     def narrow(self, layer: int) -> Tensor | None:
         """Decoding never narrows."""

@@ -23,6 +23,10 @@ from .pool import Extent, Pool
 from .row import Row, Stored
 from .showing import show_prefill
 
+# Tokens that pass a layer at once: what a layer needs beside its keys and values stays bounded, and
+# a pass can be left between two of them.
+CHUNK = 2048
+
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend ``q [tokens, heads, head_dim]`` over ``k, v [columns, kv_heads, head_dim]``.
@@ -41,17 +45,70 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
 
 
+def chunks(tokens: int) -> list[slice]:
+    """The token ranges of a pass; their bounds count from its first token and from nothing else.
+
+    >>> CHUNK, chunks(100), chunks(4096)
+    (2048, [slice(0, 100, None)], [slice(0, 2048, None), slice(2048, 4096, None)])
+    """
+    return [slice(start, min(start + CHUNK, tokens)) for start in range(0, tokens, CHUNK)]
+
+
+class Whole:
+    """One layer's queries, keys and values of a whole pass, gathered chunk by chunk."""
+
+    def __init__(self, tokens: int, past: tuple[Tensor, Tensor] | None = None) -> None:
+        """``past``: keys and values that are visible to all of the tokens."""
+        self._tokens, self._past, self._done = tokens, past, 0
+        self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, keys and values until now, those of the next chunk ``q, k, v`` included."""
+        begin, self._done = self._done, self._done + len(q)
+        if len(q) == self._tokens and self._past is None:
+            return q, k, v
+        earlier = 0 if self._past is None else len(self._past[0])
+        if self._buffers is None:
+            self._buffers = self._made(earlier, q, k, v)
+        for buffer, new, lead in zip(self._buffers, (q, k, v), (0, earlier, earlier), strict=True):
+            buffer[lead + begin : lead + self._done] = new
+        queries, keys, values = self._buffers
+        columns = earlier + self._done
+        return queries[: self._done], keys[:columns], values[:columns]
+
+    def _made(self, earlier: int, *like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Buffers for queries, and for keys and values behind those of the past."""
+        leads = (0, earlier, earlier)
+        q, k, v = (
+            x.new_empty(lead + self._tokens, *x.shape[1:])
+            for x, lead in zip(like, leads, strict=True)
+        )
+        if self._past is not None:
+            k[:earlier], v[:earlier] = self._past
+        return q, k, v
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens are there."""
+        return self._done == self._tokens
+
+
 @dataclass
 class LayerView:
-    """A layer's view of a step: hands the call on with the layer's number."""
+    """A layer's view of a pass over whole sequences."""
 
     step: Prefill | Uncached
     layer: int
+    whole: Whole
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
-        """See ``View.attend``."""
+        """See ``View.attend``; called for one chunk after the other."""
         q, k = rotated(q, tables, queries=True), rotated(k, tables)
-        return self.step.attend(self.layer, q, k, v)
+        queries, k, v = self.whole.add(q, k, v)
+        out = causal_attention(q, k, v)
+        if self.whole.complete:
+            self.step.keep(self.layer, queries, k, v)
+        return out
 
 
 class Uncached:
@@ -63,15 +120,18 @@ class Uncached:
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
-        return LayerView(self, layer)
+        return LayerView(self, layer, Whole(len(self.positions)))
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """See ``Step.chunks``."""
+        return chunks(tokens)
 
     def narrow(self, layer: int) -> Tensor | None:
         """Nothing is narrowed."""
         return None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Plain causal attention."""
-        return causal_attention(q, k, v)
+    def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Nothing is kept."""
 
 
 class Prefill:
@@ -122,7 +182,16 @@ class Prefill:
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
-        return LayerView(self, layer)
+        past = None
+        if self.past.layers:
+            pool, stored = self.pools[layer], self.past.layers[layer]
+            used = slice(stored.start, stored.start + stored.layout.columns)
+            past = pool.k[used], pool.v[used]
+        return LayerView(self, layer, Whole(self._turn.columns, past))
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """See ``Step.chunks``."""
+        return chunks(tokens)
 
     def narrow(self, layer: int) -> Tensor | None:
         """See ``Step.narrow``; later layers' layout loses the same tokens."""
@@ -131,38 +200,31 @@ class Prefill:
             self._turn = self._turn.narrowed(kept)
         return kept
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend, let the policy choose, and store what it keeps."""
+    def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Let the policy choose of a layer's columns ``k, v``, and store what it keeps."""
         layout, earlier = self._turn, None
         if self.past.layers:
-            k, v, layout, earlier = self._behind_past(layer, k, v)
-        out = causal_attention(q, k, v)
+            layout, earlier = self._behind_past(layer)
         received = Received(q, k, earlier)
         kept = self.policy.retain(layer, layout, received)
         self._narrowed = self.policy.narrow(layer, layout, received)
         self.row.layers.append(self._store(self.pools[layer], k, v, layout, kept))
         if self.row.observer is not None:
             show_prefill(self.row, layer, layout, received, self.row.layers[layer])
-        return out
 
-    def _behind_past(
-        self, layer: int, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Layout, Tensor | None]:
-        """Keys, values, layout and earlier scores: stored columns, then the new ones."""
-        pool, stored = self.pools[layer], self.past.layers[layer]
-        used = slice(stored.start, stored.start + stored.layout.columns)
-        k, v = torch.cat([pool.k[used], k]), torch.cat([pool.v[used], v])
+    def _behind_past(self, layer: int) -> tuple[Layout, Tensor | None]:
+        """The layout of stored columns and then the new ones, and what was received earlier."""
+        stored = self.past.layers[layer]
         layout = stored.layout.followed_by(self._turn)
         if stored.text_scores is None:
-            return k, v, layout, None
+            return layout, None
         behind = layout.columns - stored.layout.columns
-        return k, v, layout, F.pad(stored.text_scores, (stored.layout.text_start, behind))
+        return layout, F.pad(stored.text_scores, (stored.layout.text_start, behind))
 
     def _store(self, pool: Pool, k: Tensor, v: Tensor, layout: Layout, kept: Kept) -> Stored:
         """Gather the kept columns into a fresh extent of ``pool``."""
         shared, text = len(kept.shared), kept.text.shape[-1]
-        capacity = shared + text + self._growth(layout, text)
-        extent = pool.take(capacity)
+        extent = pool.take(extent_size(self.policy, layout, shared, text, self.new_tokens))
         self._taken.append(extent)
         start = extent.start
         for rows, source in ((pool.k, k), (pool.v, v)):
@@ -171,12 +233,21 @@ class Prefill:
         core = None if kept.core is None else torch.searchsorted(kept.shared, kept.core)
         return Stored(extent, _stored_layout(layout, kept), core, kept.text_scores)
 
-    def _growth(self, layout: Layout, text: int) -> int:
-        """Slots to leave free for the tokens to be decoded."""
-        budget = self.policy.text_budget(*layout.lengths(self.new_tokens))
-        if budget is None:
-            return self.new_tokens
-        return min(self.new_tokens, max(budget.total - text, 0) + 1)
+
+def extent_size(policy: Policy, layout: Layout, shared: int, text: int, new_tokens: int) -> int:
+    """Slots that a layer needs which keeps so many columns, and for the tokens to be decoded."""
+    budget = policy.text_budget(*layout.lengths(new_tokens))
+    if budget is None:
+        return shared + text + new_tokens
+    return shared + text + min(new_tokens, max(budget.total - text, 0) + 1)
+
+
+def most_slots(policy: Policy, turn: Layout, new_tokens: int, past: Row) -> int:
+    """Slots that any layer needs at most for a turn on top of ``past``."""
+    layouts = [stored.layout.followed_by(turn) for stored in past.layers] or [turn]
+    kept = [policy.most_kept(layout) for layout in layouts]
+    both = zip(layouts, kept, strict=True)
+    return max(extent_size(policy, layout, *most, new_tokens) for layout, most in both)
 
 
 def _spans(turn: Layout, offset: int) -> list[tuple[int, int]]:

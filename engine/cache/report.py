@@ -55,7 +55,11 @@ class CacheReport:
 
 
 def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
-    """Count what ``row`` (settled) holds in ``pools``."""
+    """Count what ``row`` (settled) holds in ``pools``; nothing, if it has not been read."""
+    if not row.layers:
+        none = Spread(0.0, 0.0, 0.0)
+        counts = 0, none, none, none, none
+        return CacheReport(row.policy.spec, *counts, 0.0, 0.0, 0, allocated_bytes(pools), 0)
     images = [_image_tokens(stored, row.image_spans) for stored in row.layers]
     total = sum(end - start for start, end in row.image_spans)
     core = [

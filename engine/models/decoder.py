@@ -8,8 +8,9 @@ policy; it hands queries, keys and values to ``view.attend``.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +148,9 @@ class Step(Protocol):
     def view(self, layer: int) -> View:
         """The view that layer number ``layer`` attends through."""
 
+    def chunks(self, tokens: int) -> list[slice]:
+        """The ranges in which ``tokens`` pass a layer, in order."""
+
     def narrow(self, layer: int) -> Tensor | None:
         """Indices of the tokens that go on after ``layer``, or None where all do."""
 
@@ -210,6 +214,28 @@ class DecoderLayer(nn.Module):
         return self.o_proj(view.attend(q, k, v, tables).flatten(1))
 
 
+Result = TypeVar("Result")
+Slices: TypeAlias = Generator[None, None, Result]  # work in pieces, and what it comes to
+
+
+def finished(slices: Slices[Result]) -> Result:
+    """What slices come to, all taken at once."""
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The stream's two parts, put together from those of its chunks."""
+    if len(parts) == 1:
+        return parts[0]
+    hidden, delta = zip(*parts, strict=True)
+    return torch.cat(hidden), torch.cat(delta)
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm and language head.
 
@@ -236,14 +262,25 @@ class Decoder(nn.Module):
         A policy may narrow the sequence after a layer; the result then has fewer rows, the last
         token always among them.
         """
-        tables = self.rotation.tables(step.positions, step.rotary, hidden.dtype)
-        return self.through(hidden, tables, step)
+        return finished(self.slices(hidden, step))
 
-    def through(self, hidden: Tensor, tables: Tables, step: Step) -> Tensor:
-        """All layers and the final norm; see ``forward``."""
+    def slices(self, hidden: Tensor, step: Step) -> Slices[Tensor]:
+        """``forward`` in pieces, each a layer and a range of tokens, layers outermost; what is
+        yielded says nothing.
+        """
+        tables = self.rotation.tables(step.positions, step.rotary, hidden.dtype)
+        return (yield from self.through(hidden, tables, step))
+
+    def through(self, hidden: Tensor, tables: Tables, step: Step) -> Slices[Tensor]:
+        """All layers and the final norm; see ``slices``."""
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            hidden, delta = layer(hidden, delta, tables, step.view(index))
+            view, parts = step.view(index), []
+            for chunk in step.chunks(len(hidden)):
+                behind = None if delta is None else delta[chunk]
+                parts.append(layer(hidden[chunk], behind, tables.narrowed(chunk), view))
+                yield
+            hidden, delta = joined(parts)
             kept = step.narrow(index)
             if kept is not None:
                 hidden, delta = hidden[kept], delta[kept]

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .cut import best, without_the_least
+from .cut import best, most_of_pictures, without_the_least
 from .policy import Budget, Policy, check_count, check_layer, check_share
 from .select import heavy_and_recent
 
@@ -91,6 +91,12 @@ class Avl(Policy):
             core=torch.cat(core).sort().values if core else None,
             text_scores=scores,
         )
+
+    def most_kept(self, layout: Layout) -> tuple[int, int]:
+        """See ``Policy.most_kept``."""
+        shared = most_of_pictures(layout, lambda size: int(self.secondary * size))
+        budget, text = self.text_budget(*layout.lengths()), layout.columns - layout.text_start
+        return shared, text if budget is None else min(budget.total, text)
 
     def _keep_text(self, layout: Layout, received: Received) -> tuple[Tensor, Tensor | None]:
         """The text columns each head keeps, and the attention they have received."""

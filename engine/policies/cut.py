@@ -19,6 +19,15 @@ def best(columns: Tensor, received: Received, count: int) -> Tensor:
     return columns[top(received.from_last(1).mean(0)[columns], count)]
 
 
+def most_of_pictures(layout: Layout, share: Callable[[int], int]) -> int:
+    """Columns before the text when ``share(size)`` of every new picture are kept."""
+    shared = len(layout.fixed())
+    for index, size in enumerate(layout.image_sizes):
+        there = layout.image_columns(index)
+        shared += there if index < layout.settled else min(there, share(size))
+    return shared
+
+
 def without_the_least(layout: Layout, received: Received, share: Callable[[int], int]) -> Tensor:
     """New tokens that go on when of each new picture only the best ``share(size)`` do (FastV's
     cut).

@@ -47,6 +47,13 @@ class H2o(Policy):
         nothing = torch.empty(0, dtype=torch.int64, device=kept.device)
         return Kept(shared=nothing, text=kept, text_scores=scores.gather(1, kept))
 
+    def most_kept(self, layout: Layout) -> tuple[int, int]:
+        """See ``Policy.most_kept``."""
+        budget = self.text_budget(*layout.lengths())
+        if budget is None:
+            return super().most_kept(layout)
+        return 0, min(budget.total, layout.columns)
+
     def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
         """Both shares of all tokens seen, at least one token in all."""
         if self.heavy + self.recent >= 1:

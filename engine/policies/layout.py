@@ -69,6 +69,10 @@ class Layout:
         """Ascending columns of picture ``index``."""
         return (self.image_of == index).nonzero()[:, 0]
 
+    def image_columns(self, index: int) -> int:
+        """How many columns picture ``index`` has."""
+        return int((self.image_of == index).sum())
+
     def fixed(self) -> Tensor:
         """Ascending columns before the text that belong to no picture."""
         return (self.image_of[: self.text_start] < 0).nonzero()[:, 0]

@@ -44,6 +44,12 @@ class Policy:
 
         return Kept.everything(layout)
 
+    def most_kept(self, layout: Layout) -> tuple[int, int]:
+        """How many columns for all heads, and how many of evictable text, ``retain`` keeps of a
+        layout at most, in any layer: known before a prompt is read.
+        """
+        return layout.text_start, layout.columns - layout.text_start
+
     def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
         """Ascending new tokens whose hidden states go on after ``layer``; None: all of them."""
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from .cut import most_of_pictures
 from .policy import Policy, check_count, check_share
 
 if TYPE_CHECKING:
@@ -40,3 +41,8 @@ class Random(Policy):
                 columns = columns[order[: int(self.keep * size)]]
             shared.append(columns)
         return Kept(shared=torch.cat(shared).sort().values, text=layout.text())
+
+    def most_kept(self, layout: Layout) -> tuple[int, int]:
+        """See ``Policy.most_kept``."""
+        shared = most_of_pictures(layout, lambda size: int(self.keep * size))
+        return shared, layout.columns - layout.text_start

@@ -60,3 +60,10 @@ class SnapKv(Policy):
         nothing = torch.empty(0, dtype=torch.int64, device=sums.device)
         text = torch.cat([chosen, recent.expand(len(sums), -1)], 1)
         return Kept(shared=nothing, text=text)
+
+    def most_kept(self, layout: Layout) -> tuple[int, int]:
+        """See ``Policy.most_kept``."""
+        total, columns = int(self.keep * layout.columns), layout.columns
+        if total >= columns:
+            return super().most_kept(layout)
+        return 0, max(total, min(self.window, columns))

@@ -45,6 +45,13 @@ class Streaming(Policy):
         sinks, later = columns[positions < self.sink], columns[positions >= self.sink]
         return Kept(shared=sinks, text=later[top(positions[later], budget.total)])
 
+    def most_kept(self, layout: Layout) -> tuple[int, int]:
+        """See ``Policy.most_kept``."""
+        budget = self.text_budget(*layout.lengths())
+        if budget is None:
+            return super().most_kept(layout)
+        return self.sink, min(budget.total, layout.columns)
+
     def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
         """The window, at least one token."""
         if self.recent == 1:

@@ -116,10 +116,15 @@ class Answer:
         elif len(self.token_ids) == self._options.max_new_tokens:
             self.finish = "length"
             piece += self._rest()
-        elif self._options.cancel is not None and self._options.cancel.is_set():
-            self.finish = "cancelled"
+        elif self.stopped():
             piece += self._rest()
         return self._say(piece)
+
+    def stopped(self) -> bool:
+        """Whether it is over without a further token: its ``cancel`` is set."""
+        if self._options.cancel is not None and self._options.cancel.is_set():
+            self.finish = "cancelled"
+        return self.finish is not None
 
     def _rest(self) -> str:
         """What was held back, once nothing more can follow."""
@@ -167,6 +172,10 @@ class Forced:
     def take(self, token: int) -> str:
         """Nothing is said."""
         return ""
+
+    def stopped(self) -> bool:
+        """Nobody can stop it."""
+        return False
 
 
 def stream(scheduler: Scheduler, job: Job) -> Iterator[str | Result]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import count
 from time import perf_counter
 from typing import Protocol
 
@@ -19,12 +20,14 @@ from torch import Tensor
 from ..cache.observe import Observer
 from ..cache.report import CacheReport, report
 from ..cache.row import Row
+from ..errors import CapacityError
 from ..loading.capacity import memory_for
+from ..models.decoder import Slices
 from ..models.vision_language import VisionLanguageModel
 from ..policies.policy import Policy
 from ..result import FinishReason, Timings
 from .stepping import Stepper, Stepping
-from .turn import Turn, make_pools, pool_memory, prefill
+from .turn import Read, Turn, make_pools, pool_memory, reading
 
 _FEWER = "try fewer --rows than {}, --dtype bf16, or smaller pictures; finished answers are kept"
 
@@ -43,6 +46,9 @@ class Chooses(Protocol):
 
     def take(self, token: int) -> str:
         """Add a chosen token; returns the text that is now certain."""
+
+    def stopped(self) -> bool:
+        """Whether it is over without a further token, because somebody wants it so."""
 
 
 @dataclass(eq=False)
@@ -106,11 +112,24 @@ class Scheduler:
     ``submit``, then ``step`` until it is ``idle``.
     """
 
-    def __init__(self, model: VisionLanguageModel, stepping: Stepping, rows: int = 1) -> None:
-        self.model, self.rows = model, rows
-        self.pools = make_pools(model)
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        stepping: Stepping,
+        rows: int = 1,
+        budget: int | None = None,
+        slices: int | None = None,
+    ) -> None:
+        """``budget``: bytes of the pools, claimed at once (None: they grow as they are used);
+        ``slices``: how much of a prompt is read between two decode steps, in layers and ranges of
+        tokens (None: all of it).
+        """
+        self.model, self.rows, self.slices = model, rows, slices
+        self.pools = make_pools(model, budget)
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
+        self._reading: Slices[Read] | None = None  # of the first that waits
+        self._decodes = False  # whether it is the running ones' turn
         self._device = self.pools[0].k.device
         self._stepper = Stepper(model, self.pools, stepping)
 
@@ -130,37 +149,98 @@ class Scheduler:
         return job
 
     def step(self) -> list[Event]:
-        """Read the next prompt where there is a place for it, else decode a token of every row.
+        """Read of the next prompt where there is a place for it, else decode a token of every row;
+        in turns where prompts are read in parts.
 
         What is wrong with one job ends that job alone. Raises CapacityError if memory runs out in
         a decode step: it cannot be taken again, for any of the rows.
         """
-        if self.waiting and len(self.running) < self.rows:
-            return self._read(self.waiting.popleft())
-        return self._decode() if self.running else []
+        self._decodes = bool(self.running) and (self._decodes or not self._readable())
+        if not self._decodes:
+            return self._read(self.waiting[0]) if self.waiting else []
+        self._decodes = False
+        return self._decode()
 
     def cancel(self, job: Job) -> None:
         """End a job wherever it is; one that is over already stays as it is."""
         if job in self.waiting:
-            self.waiting.remove(job)
+            self._leave_off(job)
         elif job in self.running:
             self._take_out(job)
             self._give(job)
 
+    def _readable(self) -> bool:
+        """Whether the next prompt can be read now, or refused."""
+        if not self.waiting or len(self.running) == self.rows:
+            return False
+        job = self.waiting[0]
+        return bool(self._reading) or all(pool.has(self._slots(job)) for pool in self.pools)
+
+    def _slots(self, job: Job) -> int:
+        """Slots that a job needs in a layer at most; none to speak of where pools grow."""
+        if self.pools[0].limit is None:
+            return 0
+        return job.turn.slots(job.policy, job.new_tokens, job.past)
+
     def _read(self, job: Job) -> list[Event]:
-        """A job's prefill, and its first token."""
-        seen, began = job.past.seen, perf_counter()
+        """Some slices of a job's prefill; at their end its first token."""
+        began = perf_counter()
         try:
-            with pool_memory(self.pools, "reading the prompt", seen + len(job.turn.token_ids)):
-                given = job.policy, job.turn, job.new_tokens, job.past, job.observer
-                job.row, logits = prefill(self.model, self.pools, *given)
+            if self._reading is None:
+                self._reading = self._opened(job)
+            tokens = job.past.seen + len(job.turn.token_ids)
+            with pool_memory(self.pools, "reading the prompt", tokens):
+                read = self._sliced(job, self._reading)
         except Exception as error:
             job.failed = error
+            self._leave_off(job)
             return [Over(job, None)]
-        self.running.append(job)
-        events = self._choose(job, logits)  # reads the logits: a GPU is done by then
-        job.timings.prefill = perf_counter() - began
+        events = list(self._begun(job, read)) if read else []
+        self._decodes = self.slices is not None
+        job.timings.prefill += perf_counter() - began
+        if job.over and not read:
+            self._leave_off(job)
+            return [Over(job, report(Row(job.policy), self.pools))]
         return [*events, *self._ended()]
+
+    def _begun(self, job: Job, read: Read) -> Iterable[Event]:
+        """A job whose prompt has been read: its first token."""
+        self._leave_off(job)
+        job.row, logits = read
+        self.running.append(job)
+        return self._choose(job, logits)  # reads the logits: a GPU is done by then
+
+    def _opened(self, job: Job) -> Slices[Read]:
+        """A job's prefill, not begun; refuses what can never fit."""
+        slots, pool = self._slots(job), self.pools[0]
+        if not pool.has(slots):  # with nothing running that could make room
+            raise CapacityError(
+                f"the request needs {slots:,} slots of cache in a layer ({job.past.seen:,} tokens "
+                f"so far, {len(job.turn.token_ids):,} of the prompt, {job.new_tokens:,} to come, "
+                f"under {job.policy.spec}); there are {pool.limit:,}, some of them perhaps in use",
+                hint="give fewer pictures, ask for fewer tokens, or give a larger cache budget",
+            )
+        given = job.policy, job.turn, job.new_tokens, job.past, job.observer
+        return reading(self.model, self.pools, *given)
+
+    def _sliced(self, job: Job, slices: Slices[Read]) -> Read | None:
+        """Read on; what it comes to, if this is the end."""
+        for _ in count() if self.slices is None else range(self.slices):
+            if job.answer.stopped():
+                return None
+            try:
+                next(slices)
+            except StopIteration as end:
+                read: Read = end.value
+                return read
+        return None
+
+    def _leave_off(self, job: Job) -> None:
+        """A job waits no longer; what was read of it, and is not complete, is as if it were not."""
+        if job is self.waiting[0] and self._reading:
+            self._reading.close()
+            self._reading = None
+        self.waiting.remove(job)
 
     def _decode(self) -> list[Event]:
         began, events = perf_counter(), list[Event]()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cache.decode import Decoding
 from ..cache.views import DecodeView
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, finished
 from ..ops import fused, native
 from ..ops.rotary import Tables
 from ..ops.tape import Tape
@@ -98,7 +98,7 @@ class Taped:
         """Make a step and keep its calls, if they are all there is to it."""
         decoder, tape, inner = self._decoder, Tape(), Inner(self._decoding)
         with Strangers() as strangers, tape.record():
-            result = decoder.head(decoder.through(stream, tables, inner))
+            result = decoder.head(finished(decoder.through(stream, tables, inner)))
         if strangers.met:
             self.eager_because = f"{strangers.met} is computed outside the native kernels"
         if len(self._tapes) == TAPES:
@@ -116,6 +116,10 @@ class Inner:
     def view(self, layer: int) -> DecodeView:
         """See ``Step.view``."""
         return DecodeView(self._decoding, layer)
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """A step is one."""
+        return [slice(None)]
 
     def narrow(self, layer: int) -> Tensor | None:
         """Decoding never narrows."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..cache.observe import Observer
 from ..cache.pool import Pool
-from ..cache.prefill import Prefill
+from ..cache.prefill import Prefill, most_slots
 from ..cache.row import Row
 from ..errors import ContextError
 from ..loading.capacity import memory_for
-from ..models.decoder import DecoderConfig
+from ..models.decoder import DecoderConfig, Slices, finished
 from ..models.vision_language import VisionLanguageModel
 from ..policies.layout import Layout
 from ..policies.policy import Policy
@@ -42,14 +42,23 @@ class Turn:
         """Image tokens among the ids."""
         return sum(end - start for start, end in self.spans)
 
+    def slots(self, policy: Policy, new_tokens: int, past: Row) -> int:
+        """Slots of cache that a layer needs at most for it, and ``new_tokens``, behind ``past``."""
+        device = past.layers[0].layout.positions.device if past.layers else torch.device("cpu")
+        layout = Layout.of_tokens(len(self.token_ids), self.spans, device)
+        return most_slots(policy, layout, new_tokens, past)
 
-def make_pools(model: VisionLanguageModel) -> list[Pool]:
-    """Empty pools for the layers of ``model``'s decoder."""
+
+def make_pools(model: VisionLanguageModel, budget: int | None = None) -> list[Pool]:
+    """Empty pools for the layers of ``model``'s decoder, which claim ``budget`` bytes together at
+    once; None: they grow as they are used.
+    """
     config, weight = model.decoder.config, model.decoder.norm.weight
-    return [
-        Pool(config.kv_heads, config.head_dim, weight.dtype, weight.device)
-        for _ in range(config.layers)
-    ]
+    given = config.kv_heads, config.head_dim, weight.dtype, weight.device
+    limit = None
+    if budget is not None:
+        limit = budget // (config.kv_bytes_per_token * weight.element_size())
+    return [Pool(*given, limit) for _ in range(config.layers)]
 
 
 def pool_memory(pools: Sequence[Pool], doing: str, tokens: int) -> AbstractContextManager[None]:
@@ -58,7 +67,9 @@ def pool_memory(pools: Sequence[Pool], doing: str, tokens: int) -> AbstractConte
     return memory_for(doing, tokens * size, pools[0].k.device)
 
 
-@torch.inference_mode()
+Read = tuple[Row, Tensor]
+
+
 def prefill(
     model: VisionLanguageModel,
     pools: Sequence[Pool],
@@ -67,11 +78,25 @@ def prefill(
     new_tokens: int,
     past: Row | None = None,
     observer: Observer | None = None,
-) -> tuple[Row, Tensor]:
-    """Process a turn on top of ``past``; returns the sequence and the next token's logits
-    ``[vocab]``.
+) -> Read:
+    """Process a turn on top of ``past``, all at once; see ``reading``."""
+    return finished(reading(model, pools, policy, turn, new_tokens, past, observer))
 
-    Raises CapacityError if the turn and ``new_tokens`` more do not fit the model's context.
+
+@torch.inference_mode()
+def reading(
+    model: VisionLanguageModel,
+    pools: Sequence[Pool],
+    policy: Policy,
+    turn: Turn,
+    new_tokens: int,
+    past: Row | None = None,
+    observer: Observer | None = None,
+) -> Slices[Read]:
+    """Process a turn on top of ``past``, slice by slice; comes to the sequence and the next token's
+    logits ``[vocab]``. Closed before its end, it leaves everything as it was.
+
+    Raises ContextError if the turn and ``new_tokens`` more do not fit the model's context.
     """
     decoder = model.decoder
     _check_context(turn, past.seen if past else 0, new_tokens, decoder.config)
@@ -80,7 +105,8 @@ def prefill(
     ids = torch.tensor(turn.token_ids, device=device)
     rotary = decoder.rotation.begin(len(turn.token_ids))
     with Prefill(pools, policy, layout, new_tokens, past, observer, rotary) as step:
-        hidden = decoder(model.embed(ids, turn.spans, turn.features), step)
+        embedded = model.embed(ids, turn.spans, turn.features)
+        hidden = yield from decoder.slices(embedded, step)
         logits = decoder.logits(hidden[-1])
     return step.row, logits
 

@@ -20,27 +20,46 @@ NATIVE_SOURCES := CMakeLists.txt $(wildcard cuda/*.* cuda/*/*.*)
 # imported when it is; compiling all of torch and transformers here takes a minute.
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 ASKED := $(BIN)/python .ci/asked.py
+# Kept where the environment forbids it as well: the tests start a hundred processes, and compiling
+# torch takes each of them longer than its work.
+export PYTHONDONTWRITEBYTECODE =
+# What need not wait for each other: packages, compilation, checks of the sources.
+BESIDE := --no-print-directory -j3
 # One process for each core, one thread in each, waiting asleep: half the time of two threads in one.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8
 
 .PHONY: demo test test-slow gpu-check gpu-bench clean fuzz bench lock
+.PHONY: demo-ready test-ready lint types
 
-demo: $(STAMPS)/run
+demo:
+	@$(MAKE) $(BESIDE) demo-ready
 	$(BIN)/python main.py --image examples/car.jpg --prompt "What colour is the car?"
 
+demo-ready: $(STAMPS)/run $(STAMPS)/module
+	@:
+
 test: export AVL_REQUIRE_NATIVE = 1
-test: $(STAMPS)/test $(STAMPS)/browser
+test:
+	@$(MAKE) $(BESIDE) test-ready
+	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-ready: lint types $(STAMPS)/native $(STAMPS)/browser
+	@:
+
+lint: $(STAMPS)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'cuda/*.h' 'cuda/*.cpp' 'cuda/*.cu' 'cuda/*.cuh')
-	$(BIN)/mypy
-	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+# What it says stays together, whatever else is being said.
+types: $(STAMPS)/test
+	@said=$$($(BIN)/mypy 2>&1); failed=$$?; echo "$$said"; exit $$failed
 
 test-slow: export AVL_REQUIRE_NATIVE = 1
-test-slow: $(STAMPS)/test
+test-slow: $(STAMPS)/test $(STAMPS)/native
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
-fuzz: $(STAMPS)/test
+fuzz: $(STAMPS)/test $(STAMPS)/native
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),60) \
 		--seed $(or $(SEED),$(shell date +%s)) --target "$(TARGET)"
 
@@ -56,7 +75,7 @@ gpu-bench:
 
 QUICK := --out build/bench --overwrite
 
-bench: $(STAMPS)/test
+bench: $(STAMPS)/test $(STAMPS)/native
 	$(BIN)/python -m bench.memory --table $(QUICK)
 	$(BIN)/python -m bench.kernels --quick $(QUICK)
 	$(BIN)/python -m bench.latency --quick $(QUICK)
@@ -78,29 +97,43 @@ lock: $(STAMPS)/torch
 clean:
 	rm -rf build dist gpu-results engine/_native*.so $(STAMPS)
 
-# torch comes first and alone: what follows must take the installed one, not choose another.
-$(STAMPS)/torch: constraints.txt
+$(STAMPS)/venv:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
-	$(PIP) $(TORCH)
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/build: $(STAMPS)/torch
+$(STAMPS)/build: $(STAMPS)/venv constraints.txt
 	$(PIP) $$($(ASKED) build)
 	touch $@
 
-# The project itself, editable: Python changes are live, a change in cuda/ installs anew. After a
-# build that failed, CMake's memory of it goes first.
-INSTALL = test -e engine/_native*.so || rm -rf build/cp*; rm -f engine/_native*.so; \
-	$(PIP) --no-build-isolation
-
-$(STAMPS)/run: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
-	$(INSTALL) -e .
+# torch comes before the others and alone: what follows must take the installed one, not choose
+# another.
+$(STAMPS)/torch: $(STAMPS)/build
+	$(PIP) $(TORCH)
 	touch $@
 
-$(STAMPS)/test: export AVL_REQUIRE_NATIVE = 1
-$(STAMPS)/test: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
-	$(INSTALL) -e ".[test,train]"
+$(STAMPS)/run: $(STAMPS)/torch pyproject.toml
+	$(PIP) $$($(ASKED) run)
+	touch $@
+
+# The oracle is imported once: the processes of the tests would compile it all at the same time.
+$(STAMPS)/test: $(STAMPS)/torch pyproject.toml
+	$(PIP) $$($(ASKED) run test train)
+	$(BIN)/python -c "import tests.oracle"
 	touch $@ $(STAMPS)/run
+
+# The project itself, editable: Python changes are live, a change in cuda/ installs anew. It needs
+# no package but those it is built with. After a build that failed, CMake's memory of it goes first.
+INSTALL = test -e engine/_native*.so || rm -rf build/cp*; rm -f engine/_native*.so; \
+	$(PIP) --no-build-isolation --no-deps -e .
+
+$(STAMPS)/module: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
+	$(INSTALL)
+	touch $@
+
+$(STAMPS)/native: export AVL_REQUIRE_NATIVE = 1
+$(STAMPS)/native: $(STAMPS)/build pyproject.toml $(NATIVE_SOURCES)
+	$(INSTALL)
+	touch $@ $(STAMPS)/module
 
 # Debian's browser for the tests of the attention page. Tried once: where apt is not to be had (no
 # root and no sudo without a password, no network, another system) those tests are skipped.

@@ -53,7 +53,7 @@ def test_transformers_generates_the_same_tokens(engine: Engine) -> None:
             TINY, dtype=torch.float32
         ).eval()
         processor = transformers.AutoProcessor.from_pretrained(TINY, use_fast=False)
-        for seed in range(400_000, 400_010):
+        for seed in range(400_000, 400_004):
             page = make_scene(seed)
             question = page.questions[seed % len(page.questions)].text
             ours = engine.generate(question, images=[page.image], max_new_tokens=24)
@@ -69,7 +69,7 @@ def test_transformers_generates_the_same_tokens(engine: Engine) -> None:
 @pytest.mark.parametrize("task", ["colour", "shape", "where"])
 def test_it_has_learnt_to_look(engine: Engine, task: str) -> None:
     """A spot check on held-out scenes; the figures for 500 are in training/README.md."""
-    items = list(questions_of(task, 16, "test"))
+    items = list(questions_of(task, 8, "test"))
     answers = [engine.generate(q.text, images=[p.image], max_new_tokens=24).text for p, q in items]
     right = sum(a == question.answer for a, (_, question) in zip(answers, items, strict=True))
-    assert right >= 12
+    assert right >= 6

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,12 @@ def build() -> dict[str, Any]:
 
 def load(path: Path | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder's tokenizer.json, or a freshly trained one."""
-    text = path.read_text(encoding="utf-8") if path else json.dumps(build(), ensure_ascii=False)
-    return Tokenizer.from_str(text)
+    return Tokenizer.from_str(path.read_text(encoding="utf-8") if path else _fresh())
+
+
+@cache
+def _fresh() -> str:
+    return json.dumps(build(), ensure_ascii=False)
 
 
 def vocabulary_rows(tokenizer: Tokenizer) -> int:

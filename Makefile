@@ -26,7 +26,8 @@ export PYTHONDONTWRITEBYTECODE =
 # What need not wait for each other: packages, compilation, checks of the sources.
 BESIDE := --no-print-directory -j3
 # One process for each core, one thread in each, waiting asleep: half the time of two threads in one.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8
+# Each begins with a run of whole files, so that what a file's tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow gpu-check gpu-bench clean fuzz bench lock
 .PHONY: demo-ready test-ready lint types

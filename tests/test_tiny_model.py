@@ -53,7 +53,7 @@ def test_transformers_generates_the_same_tokens(engine: Engine) -> None:
             TINY, dtype=torch.float32
         ).eval()
         processor = transformers.AutoProcessor.from_pretrained(TINY, use_fast=False)
-        for seed in range(400_000, 400_004):
+        for seed in range(400_000, 400_010):
             page = make_scene(seed)
             question = page.questions[seed % len(page.questions)].text
             ours = engine.generate(question, images=[page.image], max_new_tokens=24)
@@ -72,4 +72,4 @@ def test_it_has_learnt_to_look(engine: Engine, task: str) -> None:
     items = list(questions_of(task, 8, "test"))
     answers = [engine.generate(q.text, images=[p.image], max_new_tokens=24).text for p, q in items]
     right = sum(a == question.answer for a, (_, question) in zip(answers, items, strict=True))
-    assert right >= 6
+    assert right >= 7

@@ -157,7 +157,7 @@ def test_run_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(train.PLANS, "two-cores", (tiny, replace(tiny, name="last")))
     monkeypatch.setattr(train, "ModelConfig", lambda vocab: ModelConfig(vocab=vocab, **SMALL))
     folder = ["--out", str(tmp_path / "run"), "--export", str(tmp_path / "model")]
-    argv = [*folder, "--no-compile", "--workers", "0", "--score-pages", "4", "--threads", "1"]
+    argv = [*folder, "--no-compile", "--workers", "0", "--score-pages", "16", "--threads", "1"]
     run = train.Run(tmp_path / "run", train.PLANS["two-cores"], train.parse(argv))
     run.train_stage(tiny)
     run.save()

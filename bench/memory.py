@@ -193,21 +193,15 @@ class Watched(Prefill):
 class NaiveOrder(Watched):
     """The order to compare with: all layers' full keys and values first, compacted at the end."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep the layer's keys and values whole until the last layer is through."""
+    def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Hold the layer's keys and values whole until the last layer is through."""
         self.waiting = [*getattr(self, "waiting", []), (q, k, v, self._turn)]
-        out = super().attend(layer, q, k, v)
-        if layer + 1 < len(self.pools):  # undo what was stored: it is done again at the end
-            self.row.layers.pop()
-            self.pools[layer].k = self.pools[layer].k[:0].clone()
-            self.pools[layer].v = self.pools[layer].v[:0].clone()
-            return out
-        stored = self.row.layers.pop()
-        for number, (q_, k_, v_, layout) in enumerate(self.waiting[:-1]):
+        self._narrowed = self.policy.narrow(layer, self._turn, Received(q, k))
+        if layer + 1 < len(self.pools):
+            return
+        for number, (q_, k_, v_, layout) in enumerate(self.waiting):
             kept = self.policy.retain(number, layout, Received(q_, k_))
             self.row.layers.append(self._store(self.pools[number], k_, v_, layout, kept))
-        self.row.layers.append(stored)
-        return out
 
 
 def seeded(layers: int = 8, heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> Decoder:

@@ -165,7 +165,7 @@ def test_row39_a_megabyte_of_prompt_is_refused_before_prefill(
     def no_prefill(*_: Any) -> None:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr("engine.models.decoder.Decoder.forward", no_prefill)
+    monkeypatch.setattr("engine.models.decoder.Decoder.slices", no_prefill)
     began = time.process_time()
     asked = ask("--prompt", "word " * 200_000, "--model", model)
     refused(asked, 5, "exceed the model's context of 400", "-n")
@@ -184,7 +184,7 @@ def test_row44_out_of_memory_says_how_much_is_needed(
         "load": "engine.loading.loading.load_weights",
         "decode": "engine.running.stepping.Stepper.step",
     }
-    name = place.get(where, "engine.models.decoder.Decoder.forward")
+    name = place.get(where, "engine.models.decoder.Decoder.slices")
     monkeypatch.setattr(name, lambda *_, **__: fill())
     if where == "batch":
         failure = next(Engine.load(model, device="cpu").generate_batch([{"prompt": "Hi"}]))
@@ -201,7 +201,7 @@ def test_row44_other_runtime_errors_are_not_called_out_of_memory(
     def broken(*_: Any) -> None:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr("engine.models.decoder.Decoder.forward", broken)
+    monkeypatch.setattr("engine.models.decoder.Decoder.slices", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         Engine.load(model, device="cpu").generate("Hi")
 

@@ -41,8 +41,10 @@ class Lengths:
         self._layouts: list[Layout] = []
         self._known: list[tuple[int, int]] | None = None
 
-    def join(self, row: Row) -> None:
-        """A row more, the last."""
+    def join(self, row: Row, r: int) -> None:
+        """A row more, with ``r`` before it."""
+        for values in self._each():
+            del values[r:]
         layout = row.layers[0].layout
         self._policies.append(row.policy)
         self._layouts.append(layout)
@@ -50,7 +52,7 @@ class Lengths:
         self.texts.append(layout.columns - layout.text_start)
         self.text_slots.append(min(stored.text_slots for stored in row.layers))
         self.steps.append(row.step)
-        self.evicts.append(self._budget(len(self.seen) - 1, 0) is not None)
+        self.evicts.append(self._budget(r, 0) is not None)
         self._known = None
 
     def leave(self, r: int) -> None:

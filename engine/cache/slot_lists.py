@@ -34,16 +34,15 @@ class SlotLists:
         self.shared: list[list[list[int]]] = [[], []]
         self.mean_shared: list[list[float]] = [[], []]
 
-    def join(self, row: Row) -> None:
-        """Write the lists of one row more, the last."""
-        r = len(self.shared[FULL])
+    def join(self, row: Row, r: int) -> None:
+        """Write the lists of one row more, with ``r`` before it."""
         for kind in (FULL, CORE):
             lists, first = _lists(row, kind)
             for same in (kind, SPARE) if kind == CORE and len(self.slots) > SPARE else (kind,):
                 self.slots[same, :, r, : lists.shape[1]] = lists
                 self.first[same, :, r] = torch.tensor(first, dtype=torch.int32)
-            self.shared[kind].append(first)
-            self.mean_shared[kind].append(sum(first) / len(first))
+            self.shared[kind][r:] = [first]
+            self.mean_shared[kind][r:] = [sum(first) / len(first)]
 
     def leave(self, r: int) -> None:
         """Forget row ``r`` on the host; the last one takes its place."""

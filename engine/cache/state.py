@@ -68,17 +68,17 @@ class State:
     # -- rows come and go -------------------------------------------------------------------------
 
     def join(self, row: Row) -> None:
-        """One row more, the last."""
+        """One row more, the last: it counts when all of it is written."""
         r = len(self.rows)
         needed = Sizes.of(row)._replace(rows=r + 1)
         if not self.sizes.covers(needed):
             self._enlarge(self.sizes.covering(needed))
-        self.rows.append(row)
-        self.lengths.join(row)
-        self.lists.join(row)
+        self.lengths.join(row, r)
+        self.lists.join(row, r)
         self.text.join(row, r, self.lengths.texts[r], self.lengths.evicts[r])
         self.runs.join(row, r)
         self.rotary[r, : len(row.rotary)] = row.rotary
+        self.rows.append(row)
 
     def leave(self, r: int) -> Row:
         """Row ``r`` goes, see ``settle``; the last one is row ``r`` from now on."""
@@ -140,14 +140,13 @@ class State:
     def settle(self, r: int) -> Row:
         """Write row ``r``'s state back, its text slots closed up, so that a turn can follow.
 
-        No step may follow before the row has left.
+        No step may follow before the row has left. Interrupted, it can be done again.
         """
         row = self.rows[r]
         if self.lengths.evicts[r]:
             self._close_up(r)
-        for layer, stored in enumerate(row.layers):
-            self._settle_layer(r, layer, stored)
-        row.step = self.lengths.steps[r]
+        layers = [self._settled(r, layer, stored) for layer, stored in enumerate(row.layers)]
+        row.layers, row.step = layers, self.lengths.steps[r]
         return row
 
     def _close_up(self, r: int) -> None:
@@ -165,21 +164,21 @@ class State:
             for store in (pool.k, pool.v):
                 store[slots[layer], heads] = store[ends[layer]].clone()
 
-    def _settle_layer(self, r: int, layer: int, stored: Stored) -> None:
+    def _settled(self, r: int, layer: int, stored: Stored) -> Stored:
         old, n, seen = stored.layout, self.lengths.texts[r], self.lengths.seen[r]
         shared = old.positions[:, : old.text_start]
         if self.lengths.evicts[r]:  # in the order of the slots, which are closed up by now
             text = self.text.positions[layer, r, :, :n].long()
-            stored.text_scores = self.text.scores[layer, r, :, :n].clone()
+            scores: Tensor | None = self.text.scores[layer, r, :, :n].clone()
             shared = shared.expand(self.kv_heads, -1)
         else:
-            text = self.text_of(r, layer, n)
-        stored.layout = replace(
+            text, scores = self.text_of(r, layer, n), stored.text_scores
+        layout = replace(
             old,
             image_of=torch.cat([old.image_of[: old.text_start], text.new_full((n,), -1)]),
             positions=torch.cat([shared, text], 1),
             text_seen=old.text_seen + seen - old.seen,
             seen=seen,
         )
-        if stored.core is not None:
-            stored.core = self._core_slots(r, layer)
+        core = None if stored.core is None else self._core_slots(r, layer)
+        return Stored(stored.extent, layout, core, scores)

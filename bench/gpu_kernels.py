@@ -1,16 +1,12 @@
-"""The kernels of a decode step as benchmark cells: attention, teaching levels, policy, fused."""
+"""The kernels of a decode step as benchmark cells: attention, policy, fused."""
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
 
 from bench import kernels, predict
 from bench.gpu_cells import Contestant, Device, KernelCell
 from bench.gpu_timing import Call
 from bench.policy_calls import Stored, policy_calls
 from bench.predict import SEVEN, Shape
-from engine.ops.attention import AttentionPlan
 
 # Inputs are rotated over this many bytes, so that the L2 cache (60 MB on an H200) does not help.
 ROTATED = 1 << 30
@@ -47,31 +43,6 @@ def attention_cell(rows: int, tokens: int, quick: bool = False) -> KernelCell:
 
     key = f"attention, {rows} x {tokens} tokens"
     return KernelCell(key, contestants, make, turns, 3 if quick else 21)
-
-
-def levels_cell(tokens: int, quick: bool = False) -> KernelCell:
-    """What each idea of cuda/levels.cuh buys: one layer, one row."""
-    whole = tokens * SEVEN.layer_kv
-    contestants = {
-        f"level {number}": Contestant(predict.level(number, tokens, SEVEN.head_dim, whole), whole)
-        for number in (4, 3, 2, 1)
-    }
-    turns = 2 if quick else 8
-
-    def make(on: Device) -> dict[str, Call]:
-        size = (2, tokens, SEVEN.kv_heads, SEVEN.head_dim)
-        pools = [torch.randn(size, device=on.device).to(on.dtype) for _ in range(turns)]
-        q = torch.randn(1, SEVEN.heads, SEVEN.head_dim, device=on.device).to(on.dtype)
-        return {f"level {number}": _leveled(q, pools, number) for number in (4, 3, 2, 1)}
-
-    return KernelCell(
-        f"teaching levels, {tokens} tokens", contestants, make, turns, 3 if quick else 11
-    )
-
-
-def _leveled(q: Tensor, pools: list[Tensor], level: int) -> Call:
-    plans = [AttentionPlan(q, p[0], p[1], want_logits=True, level=level) for p in pools]
-    return lambda turn: plans[turn].run()
 
 
 def policy_cell(rows: int, image: int, text: int, shape: Shape, quick: bool = False) -> KernelCell:

@@ -1,6 +1,6 @@
 """Attention kernels over LLaVA's shapes: full, slice-then-multiply, ours in place, torch's SDPA.
 
-    python -m bench.kernels [--device cpu|cuda] [--threads N] [--quick] [--levels]
+    python -m bench.kernels [--device cpu|cuda] [--threads N] [--quick]
 
 Every contestant computes one decode step's attention of one layer. Contestants are interleaved and
 the pools rotated over enough memory that no cache helps; reported are medians, the ratio to SDPA
@@ -189,25 +189,6 @@ def product_rows(
     return result
 
 
-def measure_levels(device: str, quick: bool) -> list[Row]:
-    """What each idea of cuda/levels.cuh buys: one layer, one sequence, 2,880 tokens, bf16."""
-    pools = [torch.randn(2, 2880, HEADS, HEAD_DIM, device=device).bfloat16() for _ in range(8)]
-    q = torch.randn(1, HEADS, HEAD_DIM, device=device).bfloat16()
-
-    def at(level: int) -> Callable[[int], object]:
-        plans = [AttentionPlan(q, p[0], p[1], want_logits=True, level=level) for p in pools]
-        return lambda turn: plans[turn % len(plans)].run()
-
-    calls = {f"level {level}": at(level) for level in (1, 2, 3, 4)}
-    touched = pools[0].numel() * 2
-    result = []
-    for name, spent in interleaved(calls, 5 if quick else 21, device).items():
-        median = statistics.median(spent)
-        speed = touched / median / 1e9
-        result.append(Row("levels", name, median * 1e3, 0.0, touched, speed, 0.0))
-    return result
-
-
 def show(rows: list[Row]) -> None:
     case = ""
     for row in rows:
@@ -227,7 +208,6 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (ratios: 1 is safest)")
     parser.add_argument("--quick", action="store_true", help="small and short: a smoke test")
-    parser.add_argument("--levels", action="store_true", help="time the teaching kernels (cuda)")
     options = common.read_options(parser)
     torch.set_num_threads(options.threads)
     torch.manual_seed(common.SEED)
@@ -247,8 +227,6 @@ def main() -> int:
         results += measure(rows, tokens, dtype, options.device, peak, options.quick)
     if options.device == "cpu":
         results += measure_gemv(peak, options.quick) + measure_uneven(peak, options.quick)
-    elif options.levels:
-        results += measure_levels(options.device, options.quick)
     show(results)
     settings = {"dtype": "in the case", "seed": common.SEED, "device": options.device}
     settings |= {"threads": options.threads, "read GB/s": peak, "quick": options.quick}

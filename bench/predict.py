@@ -33,7 +33,6 @@ RANK_WAVE, RANK_FIT = 10 * US, 132 * 2  # blocks that fit at once, one per layer
 AGE_WAVE, AGE_FIT = 3 * US, 132 * 8  # one per layer, row and kv head, over a few text tokens
 PEER_HOST = 390 * US  # host time of transformers for a layer: 12.5 ms for 32 layers (8 to 17)
 PEER_STREAM = 0.80  # of the read peak, over weights and three passes over the whole cache
-DEPENDENT_LOAD = 0.7 * US  # a load whose address is known only once the one before has come
 
 # -- what A-VL keeps: its default policy ----------------------------------------------------------
 SECONDARY, CORE, EVERY, TEXT, TEXT_FLOOR = 0.45, 0.30, 3, 0.70, 20
@@ -171,17 +170,6 @@ def sdpa(read: float) -> float:
 def slice_then_multiply(read: float) -> float:
     """Rows are gathered (read and written) and then attended: three passes, three launches."""
     return SDPA_FIXED + 2 * ATTENTION_FIXED + 3 * read / READ_PEAK
-
-
-def level(number: int, rows: int, head_dim: int, read: float) -> float:
-    """Seconds of a teaching kernel: each of the first three waits for loads one after the other."""
-    if number == 1:  # a load of 32 bytes serves 16 numbers; the product is read once, values once
-        return 2 * rows * head_dim / 16 * DEPENDENT_LOAD
-    if number == 2:  # list and key, then list, key and value: two loads deep, two passes
-        return 2 * 2 * rows * DEPENDENT_LOAD
-    if number == 3:  # sixteen groups share the rows
-        return 2 * rows / 16 * DEPENDENT_LOAD + ATTENTION_FIXED
-    return attention(read)
 
 
 def rank(problems: int, read: float) -> float:

@@ -32,7 +32,6 @@ struct AttentionArgs {
   int32_t* error;    // set to 1 where a slot or a count is out of range; never reset by a kernel
   int32_t threads;   // CPU
   int32_t device;    // CUDA: which
-  int32_t level;     // CUDA: 1 to 3 for levels.cuh, else the real kernel
   int32_t splits;    // CUDA: thread blocks along one list
   float* partials;   // CUDA: [rows, heads, splits, head_dim + 2] when splits > 1
   int32_t* tickets;  // CUDA: [rows, heads], zero before and after every run

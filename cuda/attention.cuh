@@ -1,4 +1,4 @@
-// Fused attention over listed slots, level 4: what the engine runs (levels.cuh leads up to it).
+// Fused attention over listed slots: what the engine runs (lessons/ leads up to it).
 //
 // A row of K or V is spread over LANES lanes, eight numbers each, so a warp holds 32 / LANES rows
 // and a block 256 / LANES. Each group of lanes walks its own rows with its own running softmax: no

@@ -89,7 +89,6 @@ class AttentionPlan {
     a_.threads = size(f, "threads", 1, 1024);
     a_.splits = size(f, "splits", 1, 65535);
     a_.device = size(f, "device", 0, 1024);
-    a_.level = size(f, "level", 1, 4);
     a_.scale = f["scale"].cast<float>();
     a_.slots_list = size(f, "slots_list", 0, most);
     a_.count_list = size(f, "count_list", 0, most);

@@ -2,7 +2,6 @@
 #include "launch.h"
 
 #include "attention.cuh"
-#include "levels.cuh"
 #include "policy.cuh"
 #include "products.cuh"
 #include "start.cuh"
@@ -33,19 +32,6 @@ static void start_attention(const AttentionArgs& a, void* stream) {
 }
 
 template <class T, int LANES>
-static void start_level(const AttentionArgs& a, void* stream) {
-  const dim3 grid(a.heads, a.rows);
-  if (a.level == 1)
-    AVL_LAUNCH((level1_kernel<T>), grid, 1, stream, a);
-  else if (a.level == 2)
-    AVL_LAUNCH((level2_kernel<T, LANES>), grid, 32, stream, a);
-  else if (a.level == 3)
-    AVL_LAUNCH((level3_kernel<T, LANES>), grid, THREADS, stream, a);
-  else
-    start_attention<T, LANES>(a, stream);
-}
-
-template <class T, int LANES>
 static void start_qk(const AttentionArgs& a, void* stream) {
   const dim3 grid(parts(a.width, 4 * THREADS / LANES), a.kv_heads, a.rows);
   AVL_LAUNCH((qk_kernel<T, LANES>), grid, THREADS, stream, a);
@@ -70,8 +56,7 @@ static void start_pv(const AttentionArgs& a, void* stream) {
   return launched();
 
 int cuda_attention(const AttentionArgs& a, void* stream) {
-  if (a.level == 1 && !a.logits) return unsupported;  // it keeps its scores there
-  AVL_START(start_level)
+  AVL_START(start_attention)
 }
 
 int cuda_qk(const AttentionArgs& a, void* stream) {

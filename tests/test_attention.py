@@ -424,19 +424,6 @@ def test_the_plain_call_takes_the_native_way():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_teaching_levels_match_float64(level):
-    available("cuda")
-    x = make(65, 128, 4, per_head=True)
-    y = x.to("cuda")
-    plan = AttentionPlan(y.q, y.k, y.v, y.slots, y.count, want_logits=True, level=level)
-    poisoned(plan).run()
-    plan.check()
-    result = AttentionResult(*(None if t is None else t.cpu() for t in plan.result()))
-    assert_close_as_torch(result, x, reference(x))
-
-
-@pytest.mark.gpu
 def test_a_captured_graph_reads_its_tensors_anew():
     available("cuda")
     x = make(300, 128, 2).to("cuda")

@@ -16,7 +16,7 @@ from engine.policies.avl import Avl
 from engine.policies.policy import Policy
 
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "cuda" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "cuda").rglob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TOUR = ROOT / "docs" / "tour.md"
 SUFFIXES = "py|cuh|cu|cpp|h|md|js|css|html|toml"
 REFERENCE = re.compile(rf"`([\w./-]+\.(?:{SUFFIXES}))(?::([\w.]+))?`")
@@ -58,11 +58,11 @@ def test_commands_in_documents_exist(document: Path) -> None:
 
 def test_a_name_that_is_not_there_is_found_missing() -> None:
     assert holds(ROOT / "engine" / "policies" / "avl.py", "Avl.retain")
-    assert holds(ROOT / "cuda" / "levels.cuh", "level1_kernel")
+    assert holds(ROOT / "cuda" / "attention.cuh", "attention_kernel")
     for file, name in (
         ("engine/policies/avl.py", "Avl.retained"),
         ("engine/policies/avl.py", "retain"),
-        ("cuda/levels.cuh", "level1"),
+        ("cuda/attention.cuh", "attention_kern"),
     ):
         assert not holds(ROOT / file, name)
 

@@ -154,7 +154,6 @@ class AttentionPlan:
         op: str = "attention",
         p: Tensor | None = None,
         isa: str = "",
-        level: int = 4,
     ) -> None:
         module, problem = load()
         if module is None:
@@ -191,7 +190,7 @@ class AttentionPlan:
         fields: dict[str, Any] = {name: address(t) for name, t in tensors.items()}
         fields |= _sizes(q, k, v, slots, count, pool)
         fields |= {"rows": rows, "heads": heads, "width": width, "splits": splits}
-        fields |= {"device": lead.device.index or 0, "level": level}
+        fields |= {"device": lead.device.index or 0}
         fields["scale"] = 1 / math.sqrt(pool.shape[2]) if scale is None else scale
         self._plan = module.AttentionPlan(op, self._cuda, isa, fields)
 

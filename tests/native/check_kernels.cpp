@@ -43,7 +43,7 @@ struct Case {
   DType dtype;
   int rows, kv_heads, group, head_dim, n;
   bool per_head;
-  int splits, level;
+  int splits;
   const char* isa;  // null: emulated
 };
 
@@ -52,9 +52,9 @@ int mistakes = 0;
 void mistake(const Case& c, const char* op, const char* what, double got, double limit) {
   std::printf(
       "%s %s: %s: %g, limit %g (dtype %d, rows %d, kv heads %d x %d, size %d, n %d, per head"
-      " %d, splits %d, level %d, order %d)\n",
+      " %d, splits %d, order %d)\n",
       c.isa ? c.isa : "emulated", op, what, got, limit, int(c.dtype), c.rows, c.kv_heads, c.group,
-      c.head_dim, c.n, c.per_head, c.splits, c.level, emulator::order);
+      c.head_dim, c.n, c.per_head, c.splits, emulator::order);
   if (++mistakes == 20) std::exit(1);  // enough to see that something is wrong
 }
 
@@ -161,7 +161,7 @@ struct Problem {
     a.slots = slots.get(), a.slots_row = lists * width, a.slots_list = c.per_head ? width : 0;
     a.count = count.get(), a.count_row = lists, a.count_list = c.per_head;
     a.logits = logits.get(), a.lse = lse.get(), a.p = p.get(), a.error = &error;
-    a.threads = 2, a.splits = c.splits, a.level = c.level;
+    a.threads = 2, a.splits = c.splits;
     a.partials = partials.get(), a.tickets = tickets.get();
   }
 
@@ -237,14 +237,12 @@ void check(const Case& c) {
     cpu ? cpu->attention(p.a) : cuda_attention(p.a, nullptr);
     check_attention(p);
   }
-  if (c.level == 4) {
-    AttentionArgs qk = p.a, pv = p.a;
-    qk.v = nullptr;
-    pv.out = p.product.get();
-    cpu ? cpu->qk(qk) : cuda_qk(qk, nullptr);
-    cpu ? cpu->pv(pv) : cuda_pv(pv, nullptr);
-    check_products(p);
-  }
+  AttentionArgs qk = p.a, pv = p.a;
+  qk.v = nullptr;
+  pv.out = p.product.get();
+  cpu ? cpu->qk(qk) : cuda_qk(qk, nullptr);
+  cpu ? cpu->pv(pv) : cuda_pv(pv, nullptr);
+  check_products(p);
   if (p.error) mistake(c, "all", "error flag", p.error, 0);
   if (c.n == 0) return;
   const int32_t good = p.slots[0];
@@ -278,7 +276,7 @@ void check_gemv(const char* isa) {
         for (int o = 0; o < out; ++o) {
           double want = 2;
           for (int i = 0; i < in; ++i) want += double(x.get(r * in + i)) * w.get(o * in + i);
-          const Case c{dtype, rows, 0, 0, in, out, false, 0, 0, isa};
+          const Case c{dtype, rows, 0, 0, in, out, false, 0, isa};
           const int at = o < first ? r * first + o : rows * first + r * (out - first) + o - first;
           expect(c, "gemv", "y", y.get(at), want, std::fabs(want) / 128);
         }
@@ -368,22 +366,19 @@ void check_policy(const PolicyKernels& kernels) {
 int main(int argc, char** argv) {
   const std::string which = argc > 1 ? argv[1] : "emulated";
   const Case shapes[] = {
-      // dtype, rows, kv heads, group, size, n, per head, splits, level
-      {DType::bf16, 2, 2, 1, 128, 65, false, 1, 4, nullptr},
-      {DType::bf16, 1, 1, 1, 128, 300, false, 2, 4, nullptr},
-      {DType::f32, 2, 2, 4, 64, 7, true, 2, 4, nullptr},
-      {DType::f16, 1, 2, 7, 96, 64, true, 2, 4, nullptr},
-      {DType::f32, 2, 1, 2, 16, 1, false, 2, 4, nullptr},
-      {DType::bf16, 1, 2, 1, 32, 0, false, 2, 4, nullptr},
-      {DType::f32, 2, 2, 1, 80, 40, false, 1, 1, nullptr},
-      {DType::bf16, 2, 1, 3, 64, 63, true, 1, 2, nullptr},
-      {DType::f16, 2, 2, 2, 128, 33, false, 1, 3, nullptr},
+      // dtype, rows, kv heads, group, size, n, per head, splits
+      {DType::bf16, 2, 2, 1, 128, 65, false, 1, nullptr},
+      {DType::bf16, 1, 1, 1, 128, 300, false, 2, nullptr},
+      {DType::f32, 2, 2, 4, 64, 7, true, 2, nullptr},
+      {DType::f16, 1, 2, 7, 96, 64, true, 2, nullptr},
+      {DType::f32, 2, 1, 2, 16, 1, false, 2, nullptr},
+      {DType::bf16, 1, 2, 1, 32, 0, false, 2, nullptr},
+      {DType::f32, 2, 2, 1, 80, 40, false, 1, nullptr},
   };
   for (Case c : shapes) {
     if (which == "cpu") {
       c.splits = 2;
-      for (const char* isa : {"baseline", "avx2", "avx512"})
-        if (c.level == 4) c.isa = isa, check(c);
+      for (const char* isa : {"baseline", "avx2", "avx512"}) c.isa = isa, check(c);
     } else {
       for (emulator::order = 0; emulator::order < 3; ++emulator::order) check(c);
     }

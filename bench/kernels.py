@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common
 from engine.ops import native, products
-from engine.ops.attention import AttentionPlan
+from engine.ops.attention import AttentionPlan, Tier
 
 HEADS, HEAD_DIM = 32, 128  # LLaVA-1.5/1.6 7B
 SECONDARY, CORE, EVERY = 0.45, 0.30, 3  # A-VL's S, C and K
@@ -95,7 +95,7 @@ def contestants(
 
     def plans(listed: torch.Tensor) -> list[AttentionPlan]:
         slots = (first + listed).int()[:, None]
-        return [AttentionPlan(q, p[0], p[1], slots) for p in pools]
+        return [AttentionPlan(q, [Tier(p[0], p[1], slots)]) for p in pools]
 
     ours = {"all": plans(everything), "secondary": plans(stored), "core": plans(core)}
     query = q[:, :, None]

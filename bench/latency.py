@@ -29,7 +29,7 @@ from torch import Tensor
 from bench import common
 from bench.kernels import CORE, EVERY, HEAD_DIM, HEADS, SECONDARY, interleaved, read_bandwidth
 from bench.policy_calls import Stored, policy_calls
-from engine.ops.attention import AttentionPlan
+from engine.ops.attention import AttentionPlan, Tier
 from engine.ops.native import backend
 
 # Tokens before the picture, of the picture and after it: the average sequences of the memory table.
@@ -166,7 +166,7 @@ def attention_calls(case: Case, tokens: int, stored: int, sparse: int) -> dict[s
 
     def plans(listed: Tensor, sources: list[Tensor]) -> list[AttentionPlan]:
         slots = (first + listed).int()[:, None] if sources is pools else None
-        return [AttentionPlan(q, source[0], source[1], slots) for source in sources]
+        return [AttentionPlan(q, [Tier(source[0], source[1], slots)]) for source in sources]
 
     everything = torch.arange(tokens, device=case.device)
     chosen = torch.randperm(stored, device=case.device)[:sparse].sort().values
@@ -174,7 +174,7 @@ def attention_calls(case: Case, tokens: int, stored: int, sparse: int) -> dict[s
     core = plans(chosen, pools)
     copied = torch.empty(2, case.batch, sparse, HEADS, HEAD_DIM, device=case.device, dtype=q.dtype)
     one = torch.arange(case.batch * sparse, device=case.device).view(case.batch, 1, sparse).int()
-    of_copy = AttentionPlan(q, copied[0].flatten(0, 1), copied[1].flatten(0, 1), one)
+    of_copy = AttentionPlan(q, [Tier(*copied.flatten(1, 2), one)])
     picked = (first + chosen).flatten()
 
     def sliced(turn: int) -> None:

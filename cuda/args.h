@@ -8,28 +8,42 @@
 namespace avl {
 
 // How a launch ended. Every launcher returns one of these; bind.cpp turns it into an exception.
-enum Status : int { ok = 0, bad_slot = 1, unsupported = 2, cuda_error = 3 };
+// bad_slot + 1 + i: it is tier i that is wrong, of several.
+enum Status : int { ok = 0, unsupported = 1, cuda_error = 2, bad_slot = 3 };
 
-// Attention of `rows` queries over lists of slots of one pool; also its two halves, qk and pv.
+constexpr int MAX_TIERS = 4;
+
+// A pool and the lists of its slots that rows attend to.
 //
-// Strides count elements; the last dimension is contiguous. Lists: entry i of (row, list) is
+// Strides count elements; the last dimension is contiguous. Entry i of (row, list) is
 // slots[row * slots_row + list * slots_list + i], list = 0 or the kv head (slots_list = 0: shared).
 // slots null: the pool in its own order; count null: `width` entries each.
-struct AttentionArgs {
-  DType dtype;  // of q, k, v and out
-  int32_t rows, heads, kv_heads, head_dim;
-  int32_t width;  // entries in each list = width of logits
-  int64_t pool_slots;
-  float scale;
-  const void *q, *k, *v;
-  int64_t q_row, q_head, k_slot, k_head, v_slot, v_head;
+struct Tier {
+  const void *k, *v;
+  int32_t pool_slots, k_slot, v_slot;
+  int64_t k_head, v_head;
   const int32_t *slots, *count;
   int64_t slots_row, slots_list, count_row, count_list;
+  int32_t width;  // entries in each list
+  int32_t at;     // where its logits begin
+};
+
+// Attention of `rows` queries over a few tiers, one after the other under one softmax; also its two
+// halves, qk and pv, over the first tier alone.
+struct AttentionArgs {
+  DType dtype;  // of q, of every k and v, and of out
+  int32_t rows, heads, kv_heads, head_dim;
+  int32_t width;  // of logits: the tiers' widths together
+  int32_t tier_count;
+  Tier tiers[MAX_TIERS];
+  float scale;
+  const void* q;
+  int64_t q_row, q_head;
   void* out;         // [rows, heads, head_dim] contiguous
   float* logits;     // [rows, heads, width] or null
   float* lse;        // [rows, heads] or null
   const float* p;    // pv only: [rows, heads, width]
-  int32_t* error;    // set to 1 where a slot or a count is out of range; never reset by a kernel
+  int32_t* error;    // set to 1 + i where a slot or a count of tier i is out of range; never reset
   int32_t threads;   // CPU
   int32_t device;    // CUDA: which
   int32_t splits;    // CUDA: thread blocks along one list

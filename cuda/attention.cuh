@@ -3,8 +3,9 @@
 // A row of K or V is spread over LANES lanes, eight numbers each, so a warp holds 32 / LANES rows
 // and a block 256 / LANES. Each group of lanes walks its own rows with its own running softmax: no
 // barrier inside the loop. Four K rows and four V rows (bf16) are requested before the first is
-// used, since a decode step waits for memory and for nothing else. The list is split over blocks;
-// the last block to finish merges (FlashDecoding with a ticket instead of a second kernel).
+// used, since a decode step waits for memory and for nothing else. The lists of all tiers, taken as
+// one, are split over blocks, and a block walks its part of them tier by tier; the last block to
+// finish merges (FlashDecoding with a ticket instead of a second kernel).
 #pragma once
 
 #include "device.cuh"
@@ -20,17 +21,19 @@ struct Running {
   float m, l, acc[CHUNK];
 };
 
-// Which part of which list a block handles, and for which G query heads.
+// Which part of the lists a block handles, and for which G query heads. It lies in shared memory:
+// in registers it would live through the walk, which needs them all.
 struct Place {
   int row, kv_head, head, heads;  // first query head and how many (at most G)
-  int begin, end;
+  int begin, end;                 // of all tiers' lists as one
 };
 
 template <int G>
-__device__ __forceinline__ Place place_of(const AttentionArgs& a, const List& list, int chunks) {
+__device__ __forceinline__ Place place_of(const AttentionArgs& a, int chunks) {
   const int group = a.heads / a.kv_heads, kv_head = blockIdx.y / chunks;
   const int first = blockIdx.y % chunks * G;
-  const int64_t n = list.count, split = blockIdx.x;
+  int64_t n = 0, split = blockIdx.x;
+  for (int tier = 0; tier < a.tier_count; ++tier) n += List(a, tier, blockIdx.z, kv_head).count;
   Place p;
   p.row = blockIdx.z;
   p.kv_head = kv_head;
@@ -42,8 +45,9 @@ __device__ __forceinline__ Place place_of(const AttentionArgs& a, const List& li
 }
 
 template <class T, int LANES, int G>
-__device__ __forceinline__ void load_query(const AttentionArgs& a, const Place& p, bool active,
+__device__ __forceinline__ void load_query(const AttentionArgs& a, const Place& p,
                                            Eight<T> (&q)[G]) {
+  const bool active = int(threadIdx.x) % LANES * CHUNK < a.head_dim;
   const T* from = static_cast<const T*>(a.q) + p.row * a.q_row + threadIdx.x % LANES * CHUNK;
 #pragma unroll
   for (int g = 0; g < G; ++g) {
@@ -74,27 +78,28 @@ __device__ __forceinline__ void absorb(Running& r, const float (&logit)[N],
   }
 }
 
+// Take in a block's part of one tier's list, `before` entries behind the beginning of all lists.
 template <class T, int LANES, int G>
 __device__ __forceinline__ void walk(const AttentionArgs& a, const List& list, const Place& p,
-                                     Running (&run)[G]) {
+                                     int before, const Eight<T> (&q)[G], Running (&run)[G]) {
   constexpr int GROUPS = THREADS / LANES, N = UNROLL<T, G>;
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   const bool active = lane * CHUNK < a.head_dim;
-  const T* k = static_cast<const T*>(a.k) + p.kv_head * a.k_head + lane * CHUNK;
-  const T* v = static_cast<const T*>(a.v) + p.kv_head * a.v_head + lane * CHUNK;
-  float* logits = a.logits + (int64_t(p.row) * a.heads + p.head) * a.width;
-  Eight<T> q[G];
-  load_query<T, LANES, G>(a, p, active, q);
-  for (int base = p.begin; base < p.end; base += GROUPS * N) {  // the same for all lanes
+  const Tier& tier = a.tiers[list.tier];
+  const T* k = static_cast<const T*>(tier.k) + p.kv_head * tier.k_head + lane * CHUNK;
+  const T* v = static_cast<const T*>(tier.v) + p.kv_head * tier.v_head + lane * CHUNK;
+  float* logits = a.logits + (int64_t(p.row) * a.heads + p.head) * a.width + tier.at;
+  const int begin = max(p.begin - before, 0), end = min(p.end - before, list.count);
+  for (int base = begin; base < end; base += GROUPS * N) {  // the same for all lanes
     Eight<T> keys[N], values[N];
     bool real[N];
 #pragma unroll
     for (int u = 0; u < N; ++u) {
       const int i = base + u * GROUPS + group;
-      const int64_t slot = i < p.end ? list[i] : -1;
+      const int slot = i < end ? list[i] : -1;
       real[u] = slot >= 0;
-      keys[u] = real[u] && active ? load_eight(k + slot * a.k_slot) : zero_eight<T>();
-      values[u] = real[u] && active ? load_eight(v + slot * a.v_slot) : zero_eight<T>();
+      keys[u] = real[u] && active ? load_eight(k + int64_t(slot) * tier.k_slot) : zero_eight<T>();
+      values[u] = real[u] && active ? load_eight(v + int64_t(slot) * tier.v_slot) : zero_eight<T>();
     }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
@@ -107,7 +112,7 @@ __device__ __forceinline__ void walk(const AttentionArgs& a, const List& list, c
         logit[u] = lane_sum<LANES>(sum) * a.scale;
         if (!real[u]) logit[u] = AVL_LOWEST;
         const int i = base + u * GROUPS + group;
-        if (a.logits && lane == 0 && i < p.end && g < p.heads)
+        if (a.logits && lane == 0 && i < end && g < p.heads)
           logits[unsigned(g * a.width + i)] = logit[u];
       }
       absorb(run[g], logit, values);
@@ -168,27 +173,43 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& a, int row, in
   write_head<T>(a, row, head, m, l, acc);
 }
 
-// Entries beyond count get -inf, each split filling its share of the width.
-__device__ __forceinline__ void fill_tail(const AttentionArgs& a, const Place& p, int count) {
+// Entries beyond a list's count get -inf, each split filling its share of the width.
+__device__ __forceinline__ void fill_tail(const AttentionArgs& a, const List& list,
+                                          const Place& p) {
   if (!a.logits) return;
-  const int begin = int(int64_t(a.width) * blockIdx.x / gridDim.x);
-  const int end = int(int64_t(a.width) * (blockIdx.x + 1) / gridDim.x);
+  const Tier& tier = a.tiers[list.tier];
+  const int begin = int(int64_t(tier.width) * blockIdx.x / gridDim.x);
+  const int end = int(int64_t(tier.width) * (blockIdx.x + 1) / gridDim.x);
   for (int g = 0; g < p.heads; ++g)
-    for (int i = max(begin, count) + int(threadIdx.x); i < end; i += THREADS)
-      a.logits[(int64_t(p.row) * a.heads + p.head + g) * a.width + i] = AVL_LOWEST;
+    for (int i = max(begin, list.count) + int(threadIdx.x); i < end; i += THREADS)
+      a.logits[(int64_t(p.row) * a.heads + p.head + g) * a.width + tier.at + i] = AVL_LOWEST;
+}
+
+// What a block finds in its part of every tier.
+template <class T, int LANES, int G>
+__device__ __forceinline__ void walk_tiers(const AttentionArgs& a, const Place& p,
+                                           Running (&run)[G]) {
+  Eight<T> q[G];
+  load_query<T, LANES, G>(a, p, q);
+  for (int tier = 0, before = 0; tier < a.tier_count; ++tier) {
+    const List list(a, tier, p.row, p.kv_head);
+    walk<T, LANES, G>(a, list, p, before, q, run);
+    fill_tail(a, list, p);
+    before += list.count;
+  }
 }
 
 // grid (splits, kv_heads * chunks, rows); `chunks` parts of G query heads share a kv head.
 template <class T, int LANES, int G>
 __global__ void __launch_bounds__(THREADS, G == 1 ? 3 : 2)
-    attention_kernel(const AttentionArgs a, int chunks) {
-  const List list(a, blockIdx.z, blockIdx.y / chunks);
-  const Place p = place_of<G>(a, list, chunks);
+    attention_kernel(const __grid_constant__ AttentionArgs a, int chunks) {
+  __shared__ Place p;
+  if (threadIdx.x == 0) p = place_of<G>(a, chunks);
+  __syncthreads();
   Running run[G];
 #pragma unroll
   for (int g = 0; g < G; ++g) run[g] = Running{AVL_LOWEST, 0, {}};
-  walk<T, LANES, G>(a, list, p, run);
-  fill_tail(a, p, list.count);
+  walk_tiers<T, LANES, G>(a, p, run);
 #pragma unroll
   for (int g = 0; g < G; ++g) {
     if (g >= p.heads) break;

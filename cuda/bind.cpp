@@ -8,6 +8,7 @@
 
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -52,6 +53,9 @@ class AttentionPlan {
   AttentionPlan(const std::string& op, bool cuda, const std::string& isa, const py::dict& f)
       : op_(op), cuda_(cuda), table_(kernels(isa)) {
     read_sizes(f);
+    for (const py::handle tier : f["tiers"]) read_tier(tier.cast<py::dict>());
+    require(a_.tier_count == 1 || (a_.tier_count > 1 && op == "attention"),
+            op + " cannot take " + std::to_string(a_.tier_count) + " tiers");
     read_addresses(f);
     if (cuda_) {
       check_alignment();
@@ -84,22 +88,41 @@ class AttentionPlan {
     require(a_.heads % a_.kv_heads == 0, "heads must be a multiple of kv_heads");
     require(a_.heads / a_.kv_heads <= 64, "at most 64 heads may share a kv head");
     a_.head_dim = size(f, "head_dim", 1, 1024);
-    a_.width = size(f, "width", 0, 1 << 28);
-    a_.pool_slots = size(f, "pool_slots", 0, most);
     a_.threads = size(f, "threads", 1, 1024);
     a_.splits = size(f, "splits", 1, 65535);
     a_.device = size(f, "device", 0, 1024);
     a_.scale = f["scale"].cast<float>();
-    a_.slots_list = size(f, "slots_list", 0, most);
-    a_.count_list = size(f, "count_list", 0, most);
-    for (auto [name, to] : {std::pair{"q_row", &a_.q_row},
-                            {"q_head", &a_.q_head},
-                            {"k_slot", &a_.k_slot},
-                            {"k_head", &a_.k_head},
-                            {"v_slot", &a_.v_slot},
-                            {"v_head", &a_.v_head},
-                            {"slots_row", &a_.slots_row},
-                            {"count_row", &a_.count_row}}) {
+    read_strides(f, {{"q_row", &a_.q_row}, {"q_head", &a_.q_head}});
+  }
+
+  // The next tier; its logits follow those of the tiers before it.
+  void read_tier(const py::dict& f) {
+    require(a_.tier_count < MAX_TIERS, "too many tiers");
+    Tier& t = a_.tiers[a_.tier_count++];
+    t.width = size(f, "width", 0, 1 << 28);
+    t.at = a_.width;
+    a_.width += t.width;
+    t.pool_slots = size(f, "pool_slots", 0, INT32_MAX);
+    t.k_slot = size(f, "k_slot", 0, INT32_MAX);
+    t.v_slot = size(f, "v_slot", 0, INT32_MAX);
+    read_strides(f, {{"k_head", &t.k_head},
+                     {"v_head", &t.v_head},
+                     {"slots_row", &t.slots_row},
+                     {"slots_list", &t.slots_list},
+                     {"count_row", &t.count_row},
+                     {"count_list", &t.count_list}});
+    t.k = address<void>(f, "k");
+    t.v = address<void>(f, "v");
+    t.slots = address<int32_t>(f, "slots");
+    t.count = address<int32_t>(f, "count");
+    const bool empty = a_.rows == 0 || t.width == 0;
+    require(empty || op_ == "pv" || t.k, "k must not be null");
+    require(empty || op_ == "qk" || t.v, "v must not be null");
+  }
+
+  static void read_strides(const py::dict& f,
+                           std::initializer_list<std::pair<const char*, int64_t*>> strides) {
+    for (auto [name, to] : strides) {
       *to = number(f, name);
       require(*to >= 0, std::string(name) + " is a stride and must not be negative");
     }
@@ -107,10 +130,6 @@ class AttentionPlan {
 
   void read_addresses(const py::dict& f) {
     a_.q = address<void>(f, "q");
-    a_.k = address<void>(f, "k");
-    a_.v = address<void>(f, "v");
-    a_.slots = address<int32_t>(f, "slots");
-    a_.count = address<int32_t>(f, "count");
     a_.out = address<void>(f, "out");
     a_.logits = address<float>(f, "logits");
     a_.lse = address<float>(f, "lse");
@@ -119,8 +138,8 @@ class AttentionPlan {
     a_.partials = address<float>(f, "partials");
     a_.tickets = address<int32_t>(f, "tickets");
     const bool empty = a_.rows == 0 || a_.width == 0;
-    require(empty || op_ == "pv" || (a_.q && a_.k), "q and k must not be null");
-    require(empty || op_ == "qk" || (a_.v && a_.out), "v and out must not be null");
+    require(empty || op_ == "pv" || a_.q, "q must not be null");
+    require(empty || op_ == "qk" || a_.out, "out must not be null");
     require(empty || op_ != "qk" || a_.logits, "logits must not be null");
     require(empty || op_ != "pv" || a_.p, "p must not be null");
     require(op_ == "pv" || op_ == "qk" || op_ == "attention", "no such operator: " + op_);
@@ -128,11 +147,13 @@ class AttentionPlan {
 
   // The CUDA kernels load 16 bytes at a time.
   void check_alignment() const {
-    uintptr_t all = 0;
-    for (const void* p : {a_.q, a_.k, a_.v, static_cast<const void*>(a_.out)})
-      all |= reinterpret_cast<uintptr_t>(p);
-    for (int64_t stride : {a_.q_row, a_.q_head, a_.k_slot, a_.k_head, a_.v_slot, a_.v_head})
-      all |= static_cast<uintptr_t>(bytes_of(a_.dtype, stride));
+    uintptr_t all = reinterpret_cast<uintptr_t>(a_.q) | reinterpret_cast<uintptr_t>(a_.out);
+    for (int64_t stride : {a_.q_row, a_.q_head}) all |= bytes_of(a_.dtype, stride);
+    for (const Tier& t : a_.tiers) {  // those that are not used are zero
+      all |= reinterpret_cast<uintptr_t>(t.k) | reinterpret_cast<uintptr_t>(t.v);
+      for (int64_t stride : {int64_t(t.k_slot), t.k_head, int64_t(t.v_slot), t.v_head})
+        all |= bytes_of(a_.dtype, stride);
+    }
     require(all % 16 == 0, "q, k and v must lie on 16-byte boundaries");
   }
 
@@ -141,7 +162,8 @@ class AttentionPlan {
     const int status = op_ == "attention" ? table_.attention(a_)
                        : op_ == "qk"      ? table_.qk(a_)
                                           : table_.pv(a_);
-    return error_ ? bad_slot : status;
+    if (!error_) return status;
+    return a_.tier_count == 1 ? bad_slot : bad_slot + error_;
   }
 
   int run_cuda(void* stream) {

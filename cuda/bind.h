@@ -27,7 +27,11 @@ inline DType dtype_of(int64_t number) {
 // Turn a kernel's status into a Python exception that names the operator.
 inline void raise_for(int status, const std::string& op) {
   if (status == ok) return;
-  if (status == bad_slot) throw pybind11::value_error(op + ": a slot or a count is out of range");
+  if (status >= bad_slot) {
+    const int tier = status - bad_slot - 1;
+    const std::string whose = tier < 0 ? "" : " of tier " + std::to_string(tier);
+    throw pybind11::value_error(op + ": a slot or a count" + whose + " is out of range");
+  }
   if (status == unsupported)
     throw pybind11::value_error(op + ": no kernel for this head size or dtype");
 #if AVL_WITH_CUDA

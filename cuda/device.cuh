@@ -77,30 +77,31 @@ __device__ __forceinline__ float lane_sum(float x) {
   return x;
 }
 
-// The entries of one list, checked: a slot or a count out of range sets the flag and is left out.
+// The entries of a tier's list, checked: a slot or a count out of range sets the flag and is left
+// out.
 struct List {
   const int32_t* slots;  // null: identity
   int count;
-  int64_t pool_slots;
+  int pool_slots;
   int32_t* error;
+  int tier;
 
-  __device__ __forceinline__ List(const AttentionArgs& a, int row, int kv_head)
-      : slots(a.slots ? a.slots + row * a.slots_row + kv_head * a.slots_list : nullptr),
-        count(a.count ? a.count[row * a.count_row + kv_head * a.count_list] : a.width),
-        pool_slots(a.pool_slots),
-        error(a.error) {
-    if (count < 0 || count > a.width) {
-      *error = 1;
+  __device__ __forceinline__ List(const AttentionArgs& a, int tier, int row, int kv_head)
+      : pool_slots(a.tiers[tier].pool_slots), error(a.error), tier(tier) {
+    const Tier& t = a.tiers[tier];
+    slots = t.slots ? t.slots + row * t.slots_row + kv_head * t.slots_list : nullptr;
+    count = t.count ? t.count[row * t.count_row + kv_head * t.count_list] : t.width;
+    if (count < 0 || count > t.width) {
+      *error = 1 + tier;
       count = 0;
     }
   }
 
-  // The slot of entry i, or -1 where there is none to use.
-  __device__ __forceinline__ int64_t operator[](int i) const {
-    if (i >= count) return -1;
-    const int64_t slot = slots ? slots[i] : i;
+  // The slot of entry i < count, or -1 where there is none to use.
+  __device__ __forceinline__ int operator[](int i) const {
+    const int slot = slots ? slots[i] : i;
     if (slot >= 0 && slot < pool_slots) return slot;
-    *error = 1;
+    *error = 1 + tier;
     return -1;
   }
 };

@@ -12,13 +12,15 @@ __global__ void __launch_bounds__(THREADS) qk_kernel(const AttentionArgs a) {
   const int row = blockIdx.z, kv_head = blockIdx.y, heads = a.heads / a.kv_heads;
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   const bool active = lane * CHUNK < a.head_dim;
-  const List list(a, row, kv_head);
-  const T* k = static_cast<const T*>(a.k) + kv_head * a.k_head + lane * CHUNK;
+  const List list(a, 0, row, kv_head);
+  const Tier& tier = a.tiers[0];
+  const T* k = static_cast<const T*>(tier.k) + kv_head * tier.k_head + lane * CHUNK;
   const T* q = static_cast<const T*>(a.q) + row * a.q_row + lane * CHUNK;
   for (int base = blockIdx.x * GROUPS; base < a.width; base += gridDim.x * GROUPS) {
     const int i = base + group;
-    const int64_t slot = list[i];
-    const Eight<T> key = slot >= 0 && active ? load_eight(k + slot * a.k_slot) : zero_eight<T>();
+    const int slot = i < list.count ? list[i] : -1;
+    const Eight<T> key =
+        slot >= 0 && active ? load_eight(k + int64_t(slot) * tier.k_slot) : zero_eight<T>();
     for (int h = kv_head * heads; h < (kv_head + 1) * heads; ++h) {
       float sum = 0;
       for (int j = 0; active && j < CHUNK; ++j)
@@ -37,14 +39,15 @@ __global__ void __launch_bounds__(THREADS) pv_kernel(const AttentionArgs a) {
   __shared__ float accs[GROUPS][LANES * CHUNK];
   const int row = blockIdx.y, head = blockIdx.x, kv_head = head / (a.heads / a.kv_heads);
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-  const List list(a, row, kv_head);
-  const T* v = static_cast<const T*>(a.v) + kv_head * a.v_head + lane * CHUNK;
+  const List list(a, 0, row, kv_head);
+  const Tier& tier = a.tiers[0];
+  const T* v = static_cast<const T*>(tier.v) + kv_head * tier.v_head + lane * CHUNK;
   const int64_t at = int64_t(row) * a.heads + head;
   float acc[CHUNK] = {};
   for (int i = group; i < list.count; i += GROUPS) {
-    const int64_t slot = list[i];
+    const int slot = list[i];
     if (slot < 0 || lane * CHUNK >= a.head_dim) continue;
-    const Eight<T> value = load_eight(v + slot * a.v_slot);
+    const Eight<T> value = load_eight(v + int64_t(slot) * tier.v_slot);
     const float weight = a.p[at * a.width + i];
     for (int j = 0; j < CHUNK; ++j) acc[j] += weight * number(value, j);
   }

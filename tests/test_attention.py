@@ -15,11 +15,12 @@ from torch import Tensor
 from engine.ops import native, products
 from engine.ops.attention import (
     selective_attention,
-    selective_attention_torch,
     selective_pv_torch,
     selective_qk_torch,
+    tiered_attention,
+    tiered_attention_torch,
 )
-from engine.ops.native import AttentionPlan, AttentionResult
+from engine.ops.native import AttentionPlan, AttentionResult, Tier
 
 HAVE_NATIVE = native.backend().name != "torch"
 needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="the native module is not built")
@@ -70,6 +71,14 @@ class Inputs:
         parts = (self.q, self.k, self.v, self.slots, self.count)
         return Inputs(*(None if t is None else t.to(device) for t in parts))
 
+    @property
+    def tier(self) -> Tier:
+        return Tier(self.k, self.v, self.slots, self.count)
+
+    @property
+    def width(self) -> int:
+        return self.tier.width
+
 
 def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" else "cpu"
@@ -82,15 +91,17 @@ def poisoned(plan: AttentionPlan) -> AttentionPlan:
     return plan
 
 
-def attend(backend: str, x: Inputs, scale: float | None = None) -> AttentionResult:
-    """Run one backend, outputs poisoned first, results back on the CPU."""
+def attend(backend: str, *parts: Inputs, scale: float | None = None) -> AttentionResult:
+    """Run one backend on the parts' tiers with the first's queries, outputs poisoned first.
+
+    Results are back on the CPU.
+    """
+    q, tiers = parts[0].q, [part.tier for part in parts]
     if backend == "torch":
-        return selective_attention_torch(
-            x.q, x.k, x.v, x.slots, x.count, scale=scale, want_logits=True
-        )
-    y = x.to(device_of(backend))
-    isa = "" if backend == "cuda" else backend
-    plan = AttentionPlan(y.q, y.k, y.v, y.slots, y.count, scale=scale, want_logits=True, isa=isa)
+        return tiered_attention_torch(q, tiers, scale=scale, want_logits=True)
+    moved = [part.to(device_of(backend)) for part in parts]
+    isa, tiers = "" if backend == "cuda" else backend, [part.tier for part in moved]
+    plan = AttentionPlan(moved[0].q, tiers, scale=scale, want_logits=True, isa=isa)
     poisoned(plan).run()
     plan.check()
     return AttentionResult(*(None if t is None else t.cpu() for t in plan.result()))
@@ -106,38 +117,52 @@ def listed(x: Inputs, row: int, kv_head: int) -> list[int]:
     return entries[: int(x.count[row, min(kv_head, x.count.shape[1] - 1)])]
 
 
-def reference(x: Inputs, scale: float | None = None) -> AttentionResult:
+def gathered(parts: tuple[Inputs, ...], row: int, head: int) -> tuple[Tensor, Tensor]:
+    """Keys and values that a row attends to with one head, of all parts."""
+    kv_head = head // (parts[0].q.shape[1] // parts[0].k.shape[1])
+    used = [(part, listed(part, row, kv_head)) for part in parts]
+    keys = torch.cat([part.k[slots, kv_head] for part, slots in used])
+    return keys, torch.cat([part.v[slots, kv_head] for part, slots in used])
+
+
+def reference(*parts: Inputs, scale: float | None = None) -> AttentionResult:
     """Attention in float64, one row and one head at a time."""
-    rows, heads, dim = x.q.shape
-    width = x.k.shape[0] if x.slots is None else x.slots.shape[-1]
+    q = parts[0].q
+    rows, heads, dim = q.shape
     out = torch.zeros(rows, heads, dim, dtype=torch.float64)
+    width = sum(part.width for part in parts)
     logits = torch.full((rows, heads, width), -math.inf, dtype=torch.float64)
     lse = torch.full((rows, heads), -math.inf, dtype=torch.float64)
     for row in range(rows):
         for head in range(heads):
-            kv_head = head // (heads // x.k.shape[1])
-            used = listed(x, row, kv_head)
-            if not used:
+            keys, values = gathered(parts, row, head)
+            scores = keys.double() @ q[row, head].double() * (scale or dim**-0.5)
+            if not len(scores):
                 continue
-            keys, values = x.k[used, kv_head].double(), x.v[used, kv_head].double()
-            scores = keys @ x.q[row, head].double() * (scale or dim**-0.5)
-            logits[row, head, : len(used)] = scores
+            logits[row, head, places(parts, row, head)] = scores
             lse[row, head] = scores.logsumexp(0)
-            out[row, head] = scores.softmax(0) @ values
+            out[row, head] = scores.softmax(0) @ values.double()
     return AttentionResult(out, logits, lse)
 
 
-def torch_error(x: Inputs, want: Tensor) -> float:
+def places(parts: tuple[Inputs, ...], row: int, head: int) -> list[int]:
+    """Where a row's logits of one head lie: a part's begin where the widths before it end."""
+    kv_head, at, found = head // (parts[0].q.shape[1] // parts[0].k.shape[1]), 0, []
+    for part in parts:
+        found += range(at, at + len(listed(part, row, kv_head)))
+        at += part.width
+    return found
+
+
+def torch_error(parts: tuple[Inputs, ...], want: Tensor) -> float:
     """The error of programs without these operators at this dtype: SDPA, and by hand."""
-    rows, heads, dim = x.q.shape
+    rows, heads, dim = parts[0].q.shape
     worst = 0.0
     for row in range(rows):
         for head in range(heads):
-            kv_head = head // (heads // x.k.shape[1])
-            used = listed(x, row, kv_head)
-            if not used:
+            q, (k, v) = parts[0].q[row, head][None], gathered(parts, row, head)
+            if not len(k):
                 continue
-            q, k, v = x.q[row, head][None], x.k[used, kv_head], x.v[used, kv_head]
             fused = F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])
             eager = ((q @ k.T) * dim**-0.5).float().softmax(-1).to(q.dtype) @ v
             for out in (fused[0, 0], eager):
@@ -179,11 +204,12 @@ def make(
     return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), slots, count)
 
 
-def assert_close_as_torch(got: AttentionResult, x: Inputs, want: AttentionResult) -> None:
+def assert_close_as_torch(got: AttentionResult, want: AttentionResult, *parts: Inputs) -> None:
     """At most twice the error of plain torch at this dtype, plus half a unit in the last place."""
-    floor = torch.finfo(x.q.dtype).eps * float(want.out.abs().max()) / 2
-    allowed = 2 * torch_error(x, want.out) + floor
-    assert got.out.dtype == x.q.dtype
+    dtype = parts[0].q.dtype
+    floor = torch.finfo(dtype).eps * float(want.out.abs().max()) / 2
+    allowed = 2 * torch_error(parts, want.out) + floor
+    assert got.out.dtype == dtype
     assert float((got.out.double() - want.out).abs().max()) <= allowed
     torch.testing.assert_close(got.lse.double(), want.lse, rtol=2e-6, atol=2e-5)
     torch.testing.assert_close(got.logits.double(), want.logits, rtol=2e-6, atol=2e-5)
@@ -207,7 +233,7 @@ CASES = [
 @pytest.mark.parametrize(("n", "dim", "group", "per_head"), CASES)
 def test_sanitize_matches_float64(backend, dtype, n, dim, group, per_head):
     x = make(n, dim, group, per_head=per_head, dtype=dtype)
-    assert_close_as_torch(attend(backend, x), x, reference(x))
+    assert_close_as_torch(attend(backend, x), reference(x), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -216,10 +242,9 @@ def test_identity_list_is_the_whole_pool_bit_for_bit(backend, dtype):
     x.k, x.v = x.k.nan_to_num(), x.v.nan_to_num()
     pool = x.k.shape[0]
     every = torch.arange(pool, dtype=torch.int32).expand(2, 1, pool)
-    whole = attend(backend, Inputs(x.q, x.k, x.v, None, None))
-    assert_close_as_torch(
-        whole, Inputs(x.q, x.k, x.v, None, None), reference(Inputs(x.q, x.k, x.v, None, None))
-    )
+    all_slots = Inputs(x.q, x.k, x.v, None, None)
+    whole = attend(backend, all_slots)
+    assert_close_as_torch(whole, reference(all_slots), all_slots)
     for given, listed_ in zip(
         whole, attend(backend, Inputs(x.q, x.k, x.v, every, None)), strict=True
     ):
@@ -230,7 +255,7 @@ def test_count_without_a_list_takes_a_prefix(backend):
     x = make(70, 32, 2)
     x = Inputs(x.q, x.k.nan_to_num(), x.v.nan_to_num(), None, x.count)
     x.k[70:], x.v[70:] = math.nan, math.nan
-    assert_close_as_torch(attend(backend, x), x, reference(x))
+    assert_close_as_torch(attend(backend, x), reference(x), x)
 
 
 def test_nothing_to_attend_gives_zeros(backend):
@@ -240,7 +265,7 @@ def test_nothing_to_attend_gives_zeros(backend):
     assert torch.equal(got.out[0], torch.zeros_like(got.out[0]))
     assert bool((got.lse[0] == -math.inf).all())
     assert bool((got.logits[0] == -math.inf).all())
-    assert_close_as_torch(got, x, reference(x))
+    assert_close_as_torch(got, reference(x), x)
 
 
 def test_lists_of_no_entries_and_no_rows(backend):
@@ -255,7 +280,7 @@ def test_lists_of_no_entries_and_no_rows(backend):
 def test_a_slot_named_twice_counts_twice(backend):
     x = make(20)
     x.slots[:, :, 3:9] = x.slots[:, :, 2:3]
-    assert_close_as_torch(attend(backend, x), x, reference(x))
+    assert_close_as_torch(attend(backend, x), reference(x), x)
 
 
 def test_order_of_the_list_changes_only_rounding(backend):
@@ -343,13 +368,13 @@ def test_wrong_outputs_and_devices_are_named():
     x = make(40)
     for name, given in (("out", torch.empty(2, 2, 32)), ("lse", torch.empty(2, 3))):
         with pytest.raises(ValueError, match=name):
-            AttentionPlan(x.q, x.k, x.v, x.slots, x.count, want_logits=True, **{name: given})
+            AttentionPlan(x.q, [x.tier], want_logits=True, **{name: given})
     with pytest.raises(ValueError, match="slots is on meta"):
-        AttentionPlan(x.q, x.k, x.v, x.slots.to("meta"), x.count)
+        AttentionPlan(x.q, [Tier(x.k, x.v, x.slots.to("meta"), x.count)])
     with pytest.raises(ValueError, match=r"head size|native kernel"):
-        AttentionPlan(x.q[..., :24], x.k[..., :24], x.v[..., :24], x.slots, x.count)
+        AttentionPlan(x.q[..., :24], [Tier(x.k[..., :24], x.v[..., :24], x.slots, x.count)])
     with pytest.raises(ValueError, match=r"dtype|native kernel"):
-        AttentionPlan(x.q.double(), x.k.double(), x.v.double(), x.slots, x.count)
+        AttentionPlan(x.q.double(), [Tier(x.k.double(), x.v.double(), x.slots, x.count)])
 
 
 @pytest.mark.parametrize(("n", "dim", "group", "per_head"), CASES)
@@ -363,9 +388,9 @@ def test_sanitize_products_match_float64(backend, n, dim, group, per_head):
         mixed = selective_pv_torch(p, x.v, x.slots, x.count)
     else:
         y, isa = x.to(device_of(backend)), "" if backend == "cuda" else backend
-        qk = AttentionPlan(y.q, y.k, None, y.slots, y.count, op="qk", isa=isa)
+        qk = AttentionPlan(y.q, [Tier(y.k, None, y.slots, y.count)], op="qk", isa=isa)
         weights = p.to(device_of(backend))
-        pv = AttentionPlan(None, None, y.v, y.slots, y.count, op="pv", p=weights, isa=isa)
+        pv = AttentionPlan(None, [Tier(None, y.v, y.slots, y.count)], op="pv", p=weights, isa=isa)
         for plan in (poisoned(qk), poisoned(pv)):
             plan.run()
             plan.check()
@@ -384,7 +409,7 @@ def test_a_plan_reads_its_tensors_anew(compiled):
     """Changing q, the lists or the pool in place is all the engine does between two steps."""
     x = make(200, 128, 2).to(device_of(compiled))
     isa = "" if compiled == "cuda" else compiled
-    plan = AttentionPlan(x.q, x.k, x.v, x.slots, x.count, want_logits=True, isa=isa)
+    plan = AttentionPlan(x.q, [x.tier], want_logits=True, isa=isa)
     plan.run()
     other = make(200, 128, 2, seed=7)
     for mine, new in zip((x.q, x.k, x.v, x.slots, x.count), vars(other).values(), strict=True):
@@ -392,7 +417,7 @@ def test_a_plan_reads_its_tensors_anew(compiled):
     poisoned(plan).run()
     plan.check()
     result = AttentionResult(*(t.cpu() for t in plan.result()))
-    assert_close_as_torch(result, other, reference(other))
+    assert_close_as_torch(result, reference(other), other)
     again = plan.out.clone()
     poisoned(plan).run()
     assert torch.equal(plan.out, again)  # bit for bit: nothing is left over from a run
@@ -405,7 +430,7 @@ def test_any_number_of_threads(isa, threads, kv_heads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert_close_as_torch(attend(isa, x), x, reference(x))
+        assert_close_as_torch(attend(isa, x), reference(x), x)
     finally:
         torch.set_num_threads(before)
 
@@ -414,7 +439,7 @@ def test_the_plain_call_takes_the_native_way():
     """What the engine calls gives the twin's result, and raises where a slot is wrong."""
     x = make(60, 64, 2)
     got = selective_attention(x.q, x.k, x.v, x.slots, x.count, want_logits=True)
-    want = selective_attention_torch(x.q, x.k, x.v, x.slots, x.count, want_logits=True)
+    want = tiered_attention_torch(x.q, [x.tier], want_logits=True)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert selective_attention(x.q, x.k, x.v, x.slots, x.count).logits is None
@@ -423,11 +448,128 @@ def test_the_plain_call_takes_the_native_way():
         selective_attention(x.q, x.k, x.v, x.slots, x.count)
 
 
+# -- several tiers under one softmax --------------------------------------------------------------
+
+# rows listed in each tier, head size, query heads per kv head, lists per kv head
+TIERS = [
+    ((7,), 32, 7, True),
+    ((40, 25), 64, 1, False),
+    ((1, 575, 7), 128, 4, True),
+    ((5, 0, 9), 16, 2, False),
+    ((33, 31, 64, 65), 80, 2, False),
+]
+
+
+def tiers(sizes: tuple[int, ...], dim: int = 64, **options: object) -> list[Inputs]:
+    """Pools and lists of several sizes, each with numbers of its own."""
+    return [make(n, dim, seed=i + 1, **options) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("sizes", "dim", "group", "per_head"), TIERS)
+def test_sanitize_tiers_match_float64(backend, dtype, sizes, dim, group, per_head):
+    parts = tiers(sizes, dim, group=group, per_head=per_head, dtype=dtype)
+    assert_close_as_torch(attend(backend, *parts), reference(*parts), *parts)
+
+
+def test_tiers_of_several_kinds(backend):
+    """Lists per head, one for all heads, a whole pool, and the beginning of a head-major one."""
+    per_head, shared, whole, prefix = make(70, per_head=True), *tiers((30, 20, 50))
+    for x in (whole, prefix):
+        x.k, x.v, x.slots = x.k.nan_to_num(), x.v.nan_to_num(), None
+    whole.count = None
+    prefix.k, prefix.v = (
+        t.transpose(0, 1).contiguous().transpose(0, 1) for t in (prefix.k, prefix.v)
+    )
+    parts = [per_head, shared, whole, prefix]
+    assert_close_as_torch(attend(backend, *parts), reference(*parts), *parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tier_of_nothing_changes_no_bit(backend, dtype):
+    x, empty = make(130, 128, 2, dtype=dtype), make(9, 128, 2, dtype=dtype)
+    empty.count.zero_()
+    want, got = attend(backend, x), attend(backend, x, empty)
+    behind = attend(backend, Inputs(x.q, empty.k, empty.v, empty.slots, empty.count), x)
+    for result, own in ((got, slice(x.width)), (behind, slice(empty.width, None))):
+        assert torch.equal(result.out, want.out)
+        assert torch.equal(result.lse, want.lse)
+        assert torch.equal(result.logits[..., own], want.logits)
+        assert int((result.logits == -math.inf).sum()) >= empty.width * 2 * 4
+
+
+def test_nothing_in_any_tier_gives_zeros(backend):
+    parts = tiers((40, 20))
+    for part in parts:
+        part.count.zero_()
+    got = attend(backend, *parts)
+    assert torch.equal(got.out, torch.zeros_like(got.out))
+    assert bool((got.lse == -math.inf).all())
+    assert bool((got.logits == -math.inf).all())
+
+
+def test_a_list_cut_into_tiers_is_the_list(backend):
+    x = make(301, 128, 4)
+    x.count.fill_(301)
+    x.k, x.v = x.k.nan_to_num(), x.v.nan_to_num()
+    cuts = [Inputs(x.q, x.k, x.v, x.slots[..., n:301:3].contiguous(), None) for n in range(3)]
+    torch.testing.assert_close(
+        attend(backend, *cuts).out, attend(backend, x).out, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_tiers_in_any_number_of_threads(isa, threads):
+    parts = tiers((300, 70, 205), rows=1, kv_heads=1, group=2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_close_as_torch(attend(isa, *parts), reference(*parts), *parts)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_refusal_names_the_tier(backend, number):
+    parts = tiers((40, 30, 20))
+    good = parts[number].slots[1, 0, 7].item()
+    parts[number].slots[1, 0, 7] = 10_000
+    with pytest.raises(ValueError, match=f"slot.*tier {number}|tier {number}.*slot"):
+        attend(backend, *parts)
+    parts[number].slots[1, 0, 7] = good
+    parts[number].count[0] = -1
+    with pytest.raises(ValueError, match=f"count.*tier {number}|tier {number}.*count"):
+        attend(backend, *parts)
+
+
+def test_tiers_that_do_not_fit_together_are_refused(backend):
+    x = make(40)
+    wrong = {
+        "1 to 4 tiers, got 5": [x] * 5,
+        "tier 1: q is": [x, make(40, 32)],
+        "tier 1: v is": [x, Inputs(x.q, x.k, x.v[:9], x.slots, x.count)],
+        "tier 2: its pool is": [x, x, make(40, kv_heads=1)],
+        "tier 1: slots must be int32": [x, Inputs(x.q, x.k, x.v, x.slots.long(), x.count)],
+    }
+    for message, parts in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            attend(backend, *parts)
+    with pytest.raises(ValueError, match="1 to 4 tiers, got 0"):
+        tiered_attention(x.q, [])
+
+
+@needs_native
+def test_the_products_take_one_tier():
+    x = make(40)
+    with pytest.raises(ValueError, match="qk cannot take 2 tiers"):
+        AttentionPlan(x.q, [Tier(x.k, None), Tier(x.k, None)], op="qk")
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_reads_its_tensors_anew():
     available("cuda")
     x = make(300, 128, 2).to("cuda")
-    plan = AttentionPlan(x.q, x.k, x.v, x.slots, x.count, want_logits=True)
+    plan = AttentionPlan(x.q, [x.tier], want_logits=True)
     plan.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -440,7 +582,7 @@ def test_a_captured_graph_reads_its_tensors_anew():
     graph.replay()
     plan.check()
     result = AttentionResult(*(None if t is None else t.cpu() for t in plan.result()))
-    assert_close_as_torch(result, other, reference(other))
+    assert_close_as_torch(result, reference(other), other)
 
 
 @pytest.mark.gpu
@@ -448,7 +590,7 @@ def test_the_merge_of_many_small_splits_never_varies():
     """Blocks publish partial results to each other: a missing fence would show as a difference."""
     available("cuda")
     x = make(575, 128, 1, kv_heads=4, rows=1, dtype=torch.bfloat16).to("cuda")
-    plan = AttentionPlan(x.q, x.k, x.v, x.slots, x.count)
+    plan = AttentionPlan(x.q, [x.tier])
     plan.run()
     first = plan.result().out.clone()
     differing = torch.zeros((), dtype=torch.int64, device="cuda")

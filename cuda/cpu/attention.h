@@ -1,11 +1,11 @@
 // Attention of one query per row over listed slots, on the CPU, rows read where they lie.
 //
-// A task is (row, a few kv heads, a part of the list). A token's heads are one run of memory, so a
-// task walks tokens outside and heads inside; 32 tokens at a time. Their V rows are requested while
-// their K rows are read, and the next 32 tokens' K rows while V is read: memory is never idle, and
-// what was requested is still in the cache when it is needed. Softmax is online (Milakov and
-// Gimelshein 2018): m, l and acc are rescaled whenever a larger logit appears. Parts of a list meet
-// in `partials` and are merged at the end.
+// A task is (row, a few kv heads, a part of the row's lists, tier after tier). A token's heads are
+// one run of memory, so a task walks tokens outside and heads inside; 32 tokens at a time. Their V
+// rows are requested while their K rows are read, and the next 32 tokens' K rows while V is read:
+// memory is never idle, and what was requested is still in the cache when it is needed. Softmax is
+// online (Milakov and Gimelshein 2018): m, l and acc are rescaled whenever a larger logit appears.
+// Parts of a list meet in `partials` and are merged at the end.
 #pragma once
 
 #include <type_traits>
@@ -20,39 +20,41 @@ constexpr int BLOCK = 32;  // tokens between two updates of the running maximum
 constexpr int AHEAD = 2;   // tokens to prefetch
 constexpr float LOWEST = -__builtin_inff();
 
-// One query head's running softmax over its part of the list, in `partials`.
+// One query head's running softmax over its part of the lists, in `partials`.
 template <int D>
 struct Running {
   float m, l, acc[D];
 };
 
-// Which tokens of which heads a task handles.
-struct Part {
-  int row, kv_head, kv_heads, begin, end;
-  const int32_t* slots;  // null: identity
-};
-
-static inline int list_count(const AttentionArgs& a, int row, int kv_head) {
-  if (!a.count) return a.width;
-  int n = a.count[row * a.count_row + kv_head * a.count_list];
-  if (n < 0 || n > a.width) {
-    *a.error = 1;
+static inline int list_count(const AttentionArgs& a, int tier, int row, int kv_head) {
+  const Tier& t = a.tiers[tier];
+  if (!t.count) return t.width;
+  int n = t.count[row * t.count_row + kv_head * t.count_list];
+  if (n < 0 || n > t.width) {
+    *a.error = 1 + tier;
     return 0;
   }
   return n;
 }
 
-static inline const int32_t* list_slots(const AttentionArgs& a, int row, int kv_head) {
-  return a.slots ? a.slots + row * a.slots_row + kv_head * a.slots_list : nullptr;
-}
+// Which tokens of a tier a task handles, and for which heads.
+struct Part {
+  int tier, row, kv_head, kv_heads, begin, end;
+  const int32_t* slots;  // null: identity
+  Part(const AttentionArgs& a, int tier, int row, int kv_head, int kv_heads, int begin, int end)
+      : tier(tier), row(row), kv_head(kv_head), kv_heads(kv_heads), begin(begin), end(end) {
+    const Tier& t = a.tiers[tier];
+    slots = t.slots ? t.slots + row * t.slots_row + kv_head * t.slots_list : nullptr;
+  }
+};
 
 // The slots of tokens begin.. of a list, `n` of them checked; false (and error set) if one is out.
 static inline bool read_slots(const AttentionArgs& a, const Part& part, int begin, int n,
                               int64_t* slot) {
   for (int t = 0; t < n; ++t) {
     slot[t] = part.slots ? part.slots[begin + t] : begin + t;
-    if (slot[t] < 0 || slot[t] >= a.pool_slots) {
-      *a.error = 1;
+    if (slot[t] < 0 || slot[t] >= a.tiers[part.tier].pool_slots) {
+      *a.error = 1 + part.tier;
       return false;
     }
   }
@@ -104,23 +106,23 @@ struct Rows {
   Rows(const AttentionArgs& a, const Part& part) : heads(part.kv_heads * (a.heads / a.kv_heads)) {
     for (int h = 0; h < heads; ++h) {
       const int64_t kv_head = part.kv_head + h / (a.heads / a.kv_heads);
-      k[h] = kv_head * a.k_head, v[h] = kv_head * a.v_head;
+      k[h] = kv_head * a.tiers[part.tier].k_head, v[h] = kv_head * a.tiers[part.tier].v_head;
     }
   }
 };
 
 // logits[head * BLOCK + t] = q . k for n tokens and the part's query heads, four at a time.
 template <class T, int D>
-static void score_block(const AttentionArgs& a, const Rows& rows, const int64_t* slot, int n,
+static void score_block(const Tier& tier, const Rows& rows, const int64_t* slot, int n,
                         const Query<T, D>* q, float* logits) {
   for (int t = 0; t < n; ++t) {
-    const T* k = static_cast<const T*>(a.k) + slot[t] * a.k_slot;
-    const T* v = static_cast<const T*>(a.v) + slot[t] * a.v_slot;
+    const T* k = static_cast<const T*>(tier.k) + slot[t] * tier.k_slot;
+    const T* v = static_cast<const T*>(tier.v) + slot[t] * tier.v_slot;
     for (int first = 0; first < rows.heads; first += 4) {
       vf dots[4] = {};
       for (int j = 0; j < 4; ++j) {
         const int head = first + j < rows.heads ? first + j : rows.heads - 1;
-        if (a.v && (head == 0 || rows.v[head] != rows.v[head - 1]))
+        if (tier.v && (head == 0 || rows.v[head] != rows.v[head - 1]))
           prefetch_row<T, D>(v + rows.v[head]);
         dots[j] = products<T, D>(q + head * D, k + rows.k[head]);
       }
@@ -192,17 +194,14 @@ static inline float soften(float* logits, int n, float& m, float& l) {
   return keep;
 }
 
+// Take in a part of a tier: run[h * splits] of every query head h goes on from where it stands.
 template <class T, int D>
-static void attend_part(const AttentionArgs& a, const Part& part, Query<T, D>* q, float* logits,
-                        Running<D>* run, int splits) {
+static void attend_part(const AttentionArgs& a, const Part& part, const Query<T, D>* q,
+                        float* logits, Running<D>* run, int splits) {
   const int group = a.heads / a.kv_heads, first = part.kv_head * group;
   const Rows rows(a, part);
-  const T* query = static_cast<const T*>(a.q) + part.row * a.q_row + first * a.q_head;
-  for (int h = 0; h < rows.heads; ++h) {
-    take_query<T, D>(query + h * a.q_head, q + h * D);
-    run[h * splits] = Running<D>{LOWEST, 0.0f, {}};
-  }
-  const T *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
+  const Tier& tier = a.tiers[part.tier];
+  const T *k = static_cast<const T*>(tier.k), *v = static_cast<const T*>(tier.v);
   int64_t slots[2][BLOCK];  // of these tokens and of the next
   int now = 0, n = block_at(part, part.begin);
   if (!read_slots(a, part, part.begin, n, slots[now])) return;
@@ -210,24 +209,50 @@ static void attend_part(const AttentionArgs& a, const Part& part, Query<T, D>* q
     const int64_t *slot = slots[now], *next = slots[1 - now];
     const int next_n = block_at(part, begin + BLOCK);
     if (!read_slots(a, part, begin + BLOCK, next_n, slots[1 - now])) return;
-    score_block<T, D>(a, rows, slot, n, q, logits);
+    score_block<T, D>(tier, rows, slot, n, q, logits);
     for (int h = 0; h < rows.heads; ++h) {
       float* mine = logits + h * BLOCK;
       for (int t = 0; t < n; ++t) mine[t] *= a.scale;
       if (a.logits) {
-        float* kept = a.logits + (int64_t(part.row) * a.heads + first + h) * a.width + begin;
-        __builtin_memcpy(kept, mine, n * sizeof(float));
+        float* kept = a.logits + (int64_t(part.row) * a.heads + first + h) * a.width + tier.at;
+        __builtin_memcpy(kept + begin, mine, n * sizeof(float));
       }
       Running<D>& r = run[h * splits];
       const float keep = soften(mine, n, r.m, r.l);
-      const Coming<T> coming{k + rows.k[h], a.k_slot, next, h % group ? 0 : next_n};
-      weigh_block<T, D>(v + rows.v[h], a.v_slot, slot, n, mine, keep, r.acc, coming);
+      const Coming<T> coming{k + rows.k[h], tier.k_slot, next, h % group ? 0 : next_n};
+      weigh_block<T, D>(v + rows.v[h], tier.v_slot, slot, n, mine, keep, r.acc, coming);
     }
     n = next_n;
   }
 }
 
-// Join the parts of one query head's list, write out, lse and the unused end of its logits.
+// One part in `splits` of a row's lists, taken as one list, for a few kv heads.
+template <class T, int D>
+static void attend_task(const AttentionArgs& a, int row, int kv_head, int kv_heads, int split,
+                        Query<T, D>* q, float* logits) {
+  const int group = a.heads / a.kv_heads, first = kv_head * group;
+  const T* query = static_cast<const T*>(a.q) + row * a.q_row + first * a.q_head;
+  Running<D>* run = reinterpret_cast<Running<D>*>(a.partials) +
+                    (int64_t(row) * a.heads + first) * a.splits + split;
+  for (int h = 0; h < kv_heads * group; ++h) {
+    take_query<T, D>(query + h * a.q_head, q + h * D);
+    run[h * a.splits] = Running<D>{LOWEST, 0.0f, {}};
+  }
+  int64_t n = 0;
+  for (int tier = 0; tier < a.tier_count; ++tier) n += list_count(a, tier, row, kv_head);
+  int begin = n * split / a.splits, end = n * (split + 1) / a.splits;
+  for (int tier = 0; tier < a.tier_count; ++tier) {  // of what is left, its beginning is here
+    const int count = list_count(a, tier, row, kv_head);
+    const int from = begin > 0 ? begin : 0, to = end < count ? end : count;
+    if (from < to) {
+      const Part part(a, tier, row, kv_head, kv_heads, from, to);
+      attend_part<T, D>(a, part, q, logits, run, a.splits);
+    }
+    begin -= count, end -= count;
+  }
+}
+
+// Join the parts of one query head's lists, write out, lse and the unused end of its logits.
 template <class T, int D>
 static void merge_head(const AttentionArgs& a, int row, int head, const Running<D>* parts) {
   float m = LOWEST, l = 0;
@@ -247,17 +272,20 @@ static void merge_head(const AttentionArgs& a, int row, int head, const Running<
   for (int d = 0; d < D; ++d) out[d] = from_float<T>(numbers[place<T, D>(d)]);
   if (a.lse) a.lse[at] = l == 0 ? LOWEST : m + __builtin_logf(l);
   if (!a.logits) return;
-  const int used = list_count(a, row, head / (a.heads / a.kv_heads));
-  for (int t = used; t < a.width; ++t) a.logits[at * a.width + t] = LOWEST;
+  for (int tier = 0; tier < a.tier_count; ++tier) {
+    float* logits = a.logits + at * a.width + a.tiers[tier].at;
+    const int used = list_count(a, tier, row, head / (a.heads / a.kv_heads));
+    for (int t = used; t < a.tiers[tier].width; ++t) logits[t] = LOWEST;
+  }
 }
 
 template <class T, int D>
 static int attention(const AttentionArgs& a) {
   static_assert(D % W == 0);
-  const int group = a.heads / a.kv_heads, chunk = cpu_heads_per_task(a);
+  const int chunk = cpu_heads_per_task(a);
   const int chunks = (a.kv_heads + chunk - 1) / chunk;
   const int64_t tasks = int64_t(a.rows) * chunks * a.splits;
-  Running<D>* partials = reinterpret_cast<Running<D>*>(a.partials);
+  const Running<D>* partials = reinterpret_cast<const Running<D>*>(a.partials);
 #pragma omp parallel num_threads(a.threads)
   {
     alignas(64) Query<T, D> q[MAX_HEADS * D];
@@ -267,11 +295,7 @@ static int attention(const AttentionArgs& a) {
       const int split = task % a.splits, first = task / a.splits % chunks * chunk;
       const int row = task / a.splits / chunks;
       const int heads = a.kv_heads - first < chunk ? a.kv_heads - first : chunk;
-      const int64_t n = list_count(a, row, first);
-      const int begin = n * split / a.splits, end = n * (split + 1) / a.splits;
-      const Part part{row, first, heads, begin, end, list_slots(a, row, first)};
-      Running<D>* run = partials + (int64_t(row) * a.heads + first * group) * a.splits + split;
-      attend_part<T, D>(a, part, q, logits, run, a.splits);
+      attend_task<T, D>(a, row, first, heads, split, q, logits);
     }
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < int64_t(a.rows) * a.heads; ++at)
@@ -280,7 +304,8 @@ static int attention(const AttentionArgs& a) {
   return ok;
 }
 
-// The two products alone, one task for each (row, kv head): for reading and for scoring policies.
+// The two products alone, of one tier, one task for each (row, kv head): for reading and for
+// scoring policies.
 template <class T, int D>
 static int qk(const AttentionArgs& a) {
   const int group = a.heads / a.kv_heads;
@@ -294,14 +319,14 @@ static int qk(const AttentionArgs& a) {
       take_query<T, D>(query, q + g * D);
     }
     float* out = a.logits + (int64_t(row) * a.heads + first) * a.width;
-    const int used = list_count(a, row, kv_head);
-    const Part part{row, kv_head, 1, 0, used, list_slots(a, row, kv_head)};
+    const int used = list_count(a, 0, row, kv_head);
+    const Part part(a, 0, row, kv_head, 1, 0, used);
     const Rows rows(a, part);
     int64_t slot[BLOCK];
     for (int begin = 0; begin < used; begin += BLOCK) {
       const int n = used - begin < BLOCK ? used - begin : BLOCK;
       if (!read_slots(a, part, begin, n, slot)) break;
-      score_block<T, D>(a, rows, slot, n, q, scores);
+      score_block<T, D>(a.tiers[0], rows, slot, n, q, scores);
       for (int g = 0; g < group; ++g)
         __builtin_memcpy(out + int64_t(g) * a.width + begin, scores + g * BLOCK, n * sizeof(float));
     }
@@ -317,18 +342,18 @@ static int pv(const AttentionArgs& a) {
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
   for (int64_t task = 0; task < int64_t(a.rows) * a.kv_heads; ++task) {
     const int row = task / a.kv_heads, kv_head = task % a.kv_heads;
-    const T* v = static_cast<const T*>(a.v) + kv_head * a.v_head;
+    const T* v = static_cast<const T*>(a.tiers[0].v) + kv_head * a.tiers[0].v_head;
     const int64_t first = int64_t(row) * a.heads + kv_head * group;
     alignas(64) float sums[MAX_HEADS * D];
     for (int i = 0; i < group * D; ++i) sums[i] = 0;
-    const int used = list_count(a, row, kv_head);
-    const Part part{row, kv_head, 1, 0, used, list_slots(a, row, kv_head)};
+    const int used = list_count(a, 0, row, kv_head);
+    const Part part(a, 0, row, kv_head, 1, 0, used);
     int64_t slot[BLOCK];
     for (int begin = 0; begin < used; begin += BLOCK) {
       const int n = used - begin < BLOCK ? used - begin : BLOCK;
       if (!read_slots(a, part, begin, n, slot)) break;
       for (int g = 0; g < group; ++g)
-        weigh_block<T, D>(v, a.v_slot, slot, n, a.p + (first + g) * a.width + begin, 1,
+        weigh_block<T, D>(v, a.tiers[0].v_slot, slot, n, a.p + (first + g) * a.width + begin, 1,
                           sums + g * D, {});
     }
     float* out = static_cast<float*>(a.out) + first * D;

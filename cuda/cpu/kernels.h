@@ -26,7 +26,8 @@ constexpr int MAX_HEADS = 64;  // query heads of one task of attention
 // kv heads that one task reads: many, since a token's heads are one run of memory; one where every
 // head has a list of its own.
 static inline int32_t cpu_heads_per_task(const AttentionArgs& a) {
-  if (a.slots_list || a.count_list) return 1;
+  for (int tier = 0; tier < a.tier_count; ++tier)
+    if (a.tiers[tier].slots_list || a.tiers[tier].count_list) return 1;
   const int32_t most = MAX_HEADS / (a.heads / a.kv_heads);
   return most < 1 ? 1 : most < 16 ? most : 16;
 }

@@ -1,19 +1,33 @@
-"""Attention of one layer over a list of slots, repeated step after step: planned once."""
+"""Attention of one layer over lists of slots, repeated step after step: planned once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..ops import native, tape
-from ..ops.attention import selective_attention
-from ..ops.native import AttentionPlan
+from ..ops.attention import AttentionPlan, AttentionResult, Tier, tiered_attention
 from .pool import Pool
 
 
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """A pool and what rows attend of it: ``slots [rows, 1, max]``, ``count [rows, 1]`` int32."""
+
+    pool: Pool
+    slots: Tensor
+    count: Tensor
+
+    def tier(self) -> Tier:
+        """The pool's tensors as they are now."""
+        return Tier(self.pool.k, self.pool.v, self.slots, self.count)
+
+
 class ListedAttention:
-    """Attends the same list of ``pool`` in every step; entries and counts may change in place.
+    """Attends the same lists of a layer's pools in every step; entries and counts may change in
+    place.
 
     Checking shapes and passing addresses costs more than attending a few hundred slots, so a native
     call is planned at its first use and then only run. The result lies in a buffer that the next
@@ -21,24 +35,29 @@ class ListedAttention:
     """
 
     def __init__(
-        self, pool: Pool, slots: Tensor, count: Tensor, run: Callable[[], int] | None = None
+        self,
+        pool: Pool,
+        slots: Tensor,
+        count: Tensor,
+        run: Callable[[], int] | None = None,
+        others: Sequence[Listed] = (),
     ) -> None:
-        """``slots [rows, 1, max]`` and ``count [rows, 1]`` int32, as ``selective_attention`` takes.
+        """Attend ``slots`` of ``pool`` and then the ``others``, as ``Listed`` has them.
 
-        ``run`` says where the list begins if it is one row's unbroken run of slots: then plain
-        torch need not gather it.
+        ``run`` says where the list begins if it is one row's unbroken run of slots, and the only
+        list: then plain torch need not gather it.
         """
-        self._pool, self._slots, self._count, self._run = pool, slots, count, run
+        self._lists, self._run = [Listed(pool, slots, count), *others], run
         self._plans: dict[bool, tuple[AttentionPlan, Tensor]] = {}
 
     def __call__(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
         """Attend with ``q [rows, heads, head_dim]``; the same shape comes back.
 
-        Logits ``[rows, heads, max]`` and their log-sum-exp are written into ``scores``, which must
-        be the same tensors in every call.
+        Logits ``[rows, heads, max of all lists]`` and their log-sum-exp are written into
+        ``scores``, which must be the same tensors in every call.
         """
         wanted = scores is not None
-        if wanted not in self._plans and not native.usable(q, self._pool.k):
+        if wanted not in self._plans and not native.usable(q, self._lists[0].pool.k):
             return self._in_torch(q, scores)
         if tape.recording():  # a copy would not be recorded, but q stays where it is
             plan, _ = tape.kept(self._planned(q, scores))
@@ -54,30 +73,27 @@ class ListedAttention:
     def _planned(
         self, queries: Tensor, scores: tuple[Tensor, Tensor] | None
     ) -> tuple[AttentionPlan, Tensor]:
-        pool = self._pool
-        logits, lse = scores or (None, None)
-        plan = AttentionPlan(
-            queries,
-            pool.k,
-            pool.v,
-            self._slots,
-            self._count,
-            want_logits=scores is not None,
-            logits=logits,
-            lse=lse,
-        )
-        return plan, queries
+        tiers, (logits, lse) = [each.tier() for each in self._lists], scores or (None, None)
+        wanted = scores is not None
+        return AttentionPlan(queries, tiers, want_logits=wanted, logits=logits, lse=lse), queries
 
     def _in_torch(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
-        k, v, slots, count = self._pool.k, self._pool.v, self._slots, self._count
-        if self._run is None:
-            result = selective_attention(q, k, v, slots, count, want_logits=scores is not None)
-        else:
-            first = self._run()
-            run = slice(first, first + int(count))
-            result = selective_attention(q, k[run], v[run], want_logits=scores is not None)
-        if scores is not None and result.logits is not None and result.lse is not None:
-            scores[0].fill_(float("-inf"))
-            scores[0][..., : result.logits.shape[-1]] = result.logits
-            scores[1].copy_(result.lse)
+        result = tiered_attention(q, self._tiers_in_torch(), want_logits=scores is not None)
+        _keep(result, scores)
         return result.out
+
+    def _tiers_in_torch(self) -> list[Tier]:
+        if self._run is None:
+            return [each.tier() for each in self._lists]
+        (only,), first = self._lists, self._run()
+        run = slice(first, first + int(only.count))
+        return [Tier(only.pool.k[run], only.pool.v[run])]
+
+
+def _keep(result: AttentionResult, scores: tuple[Tensor, Tensor] | None) -> None:
+    """Write what a result says beside its output into ``scores``, which may be wider."""
+    if scores is None or result.logits is None or result.lse is None:
+        return
+    scores[0].fill_(float("-inf"))
+    scores[0][..., : result.logits.shape[-1]] = result.logits
+    scores[1].copy_(result.lse)

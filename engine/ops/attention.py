@@ -10,23 +10,32 @@ Shapes, everywhere: q ``[rows, heads, head_dim]``, one query per row; k and v
 ``[rows, 1 or kv_heads, max]``, pool-absolute (None: every slot of the pool, in order); count int32
 ``[rows, 1 or kv_heads]``, how many entries of each list are used (None: all). Query head ``h``
 reads kv head ``h // (heads // kv_heads)``. Entries beyond count are never read.
+
+A pool with its lists is a ``Tier``. Rows may attend several pools in one call, under one softmax:
+tiers are walked in order with one running maximum, sum and accumulator, and their logits lie one
+tier after another. Their dtype, kv heads and head size are the same.
 """
 
+import functools
 import math
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
-from .native import AttentionPlan, AttentionResult
+from .native import AttentionPlan, AttentionResult, Tier
 
 __all__ = [
     "AttentionPlan",
     "AttentionResult",
+    "Tier",
     "selective_attention",
     "selective_pv",
     "selective_qk",
+    "tiered_attention",
 ]
 
 
@@ -52,11 +61,22 @@ def selective_attention(
     >>> selective_attention(one, pool, pool, pick).out.tolist()
     [[[7.0, 7.0]]]
     """
-    if not native.usable(q, k):
-        return selective_attention_torch(
-            q, k, v, slots, count, scale=scale, want_logits=want_logits
-        )
-    plan = AttentionPlan(q, k, v, slots, count, scale=scale, want_logits=want_logits)
+    return tiered_attention(q, [Tier(k, v, slots, count)], scale=scale, want_logits=want_logits)
+
+
+def tiered_attention(
+    q: Tensor, tiers: Sequence[Tier], *, scale: float | None = None, want_logits: bool = False
+) -> AttentionResult:
+    """``selective_attention`` of every row over its slots of several pools together.
+
+    >>> pools = torch.full((1, 1, 2), 3.0), torch.full((2, 1, 2), 6.0)
+    >>> still = torch.zeros(1, 1, 2)  # the same logit everywhere: the mean of three values
+    >>> tiered_attention(still, [Tier(pool, pool) for pool in pools]).out.round(decimals=3)
+    tensor([[[5., 5.]]])
+    """
+    if not tiers or not native.usable(q, tiers[0].pool):
+        return tiered_attention_torch(q, tiers, scale=scale, want_logits=want_logits)
+    plan = AttentionPlan(q, tiers, scale=scale, want_logits=want_logits)
     _run(plan, q)
     return plan.result()
 
@@ -70,7 +90,7 @@ def selective_qk(
     """
     if not native.usable(q, k):
         return selective_qk_torch(q, k, slots, count)
-    plan = AttentionPlan(q, k, None, slots, count, op="qk")
+    plan = AttentionPlan(q, [Tier(k, None, slots, count)], op="qk")
     _run(plan, q)
     assert plan.logits is not None
     return plan.logits
@@ -85,7 +105,7 @@ def selective_pv(
     """
     if not native.usable(p, v):
         return selective_pv_torch(p, v, slots, count)
-    plan = AttentionPlan(None, None, v, slots, count, op="pv", p=p)
+    plan = AttentionPlan(None, [Tier(None, v, slots, count)], op="pv", p=p)
     _run(plan, p)
     assert plan.out is not None
     return plan.out
@@ -101,46 +121,46 @@ def _run(plan: AttentionPlan, q: Tensor) -> None:
 # -- the torch twins ------------------------------------------------------------------------------
 
 
-def selective_attention_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor | None = None,
-    count: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    want_logits: bool = False,
+def tiered_attention_torch(
+    q: Tensor, tiers: Sequence[Tier], *, scale: float | None = None, want_logits: bool = False
 ) -> AttentionResult:
-    """Define ``selective_attention``: the two products with a softmax between them."""
-    native.check_inputs(q, q, k, v, slots, count)
-    used = _select(k, slots, count)
-    logits = _qk(q, k, used).mul_(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    lse = logits.logsumexp(-1)
-    shift = lse.masked_fill(lse == -math.inf, 0)  # an empty list: exp(-inf - 0) = 0, not NaN
-    out = _pv((logits - shift[..., None]).exp(), v, used).to(q.dtype)
+    """Define ``tiered_attention``: the two products of every tier, with one softmax between."""
+    native.check_tiers(q, q, tiers)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    parts = list(zip(tiers, _selections(tiers), strict=True))
+    logits = [_qk(q, *part).mul_(scale) for part in parts]
+    lse = torch.cat(logits, -1).logsumexp(-1)
+    shift = lse.masked_fill(lse == -math.inf, 0)  # nothing listed: exp(-inf - 0) = 0, not NaN
+    weights = [(each - shift[..., None]).exp() for each in logits]
+    mixed = [_pv(p, *part) for p, part in zip(weights, parts, strict=True)]
+    out = functools.reduce(operator.add, mixed).to(q.dtype)
     if not want_logits:
         return AttentionResult(out)
-    return AttentionResult(out, _widen(logits, used), lse)
+    wide = [_widen(each, used) for each, (_, used) in zip(logits, parts, strict=True)]
+    return AttentionResult(out, torch.cat(wide, -1), lse)
 
 
 def selective_qk_torch(
     q: Tensor, k: Tensor, slots: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
     """Define ``selective_qk``: gather the rows, multiply in fp32, mask what lies beyond count."""
-    native.check_inputs(q, q, k, None, slots, count)
-    used = _select(k, slots, count)
-    return _widen(_qk(q, k, used), used)
+    tier = Tier(k, None, slots, count)
+    native.check_tiers(q, q, [tier])
+    used = _select(tier)
+    return _widen(_qk(q, tier, used), used)
 
 
 def selective_pv_torch(
     p: Tensor, v: Tensor, slots: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
     """Define ``selective_pv``: gather the rows, multiply in fp32, leave out those beyond count."""
-    native.check_inputs(p, None, None, v, slots, count)
-    used = _select(v, slots, count)
+    tier = Tier(None, v, slots, count)
+    native.check_tiers(p, None, [tier])
+    used = _select(tier)
     if p.shape[-1] != used.width:
         raise ValueError(f"p has {p.shape[-1]} weights for each head, the lists {used.width}")
-    return _pv(p[..., : used.longest], v, used)
+    return _pv(p[..., : used.longest], tier, used)
 
 
 class _Selection(NamedTuple):
@@ -152,10 +172,18 @@ class _Selection(NamedTuple):
     width: int  # of the lists as given
 
 
-def _select(pool: Tensor, slots: Tensor | None, count: Tensor | None) -> _Selection:
+def _selections(tiers: Sequence[Tier]) -> list[_Selection]:
+    found = []
+    for number, tier in enumerate(tiers):
+        with native.naming_tier(number, tiers):
+            found.append(_select(tier))
+    return found
+
+
+def _select(tier: Tier) -> _Selection:
     """Find which entries of the lists are used; refuse a slot or a count that is out of range."""
-    width = pool.shape[0] if slots is None else slots.shape[-1]
-    longest, valid = width, None
+    pool, slots, count = tier.pool, tier.slots, tier.count
+    longest, valid, width = tier.width, None, tier.width
     if count is not None:
         least, longest = (int(x) for x in count.aminmax()) if count.numel() else (0, 0)
         if least < 0 or longest > width:
@@ -174,8 +202,8 @@ def _select(pool: Tensor, slots: Tensor | None, count: Tensor | None) -> _Select
     return _Selection(slots, valid, longest, width)
 
 
-def _qk(q: Tensor, k: Tensor, used: _Selection) -> Tensor:
-    rows, heads, size = q.shape
+def _qk(q: Tensor, tier: Tier, used: _Selection) -> Tensor:
+    k, (rows, heads, size) = tier.pool, q.shape
     keys = _gather(k, used).float()  # [rows or 1, kv_heads, longest, head_dim]
     scores = q.float().reshape(rows, k.shape[1], heads // k.shape[1], size) @ keys.mT
     if used.valid is not None:
@@ -183,8 +211,9 @@ def _qk(q: Tensor, k: Tensor, used: _Selection) -> Tensor:
     return scores.reshape(rows, heads, used.longest)
 
 
-def _pv(p: Tensor, v: Tensor, used: _Selection) -> Tensor:
-    rows, heads, longest = p.shape
+def _pv(p: Tensor, tier: Tier, used: _Selection) -> Tensor:
+    v, (rows, heads, longest) = tier.v, p.shape
+    assert v is not None
     values = _gather(v, used).float()
     weights = p.float().reshape(rows, v.shape[1], heads // v.shape[1], longest)
     if used.valid is not None:  # a weight of zero does not hide a NaN: 0 * NaN is NaN

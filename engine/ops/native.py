@@ -13,6 +13,9 @@ import functools
 import importlib
 import math
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,6 +38,7 @@ _NAMES = (
     "with_cuda",
 )
 _MAX_GROUP = 64  # query heads that may share a kv head
+MAX_TIERS = 4  # of one call, as cuda/args.h has it
 
 
 class Backend(NamedTuple):
@@ -44,11 +48,33 @@ class Backend(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class Tier:
+    """A pool and the lists of its slots that rows attend to: shapes as in ``ops.attention``."""
+
+    k: Tensor | None
+    v: Tensor | None
+    slots: Tensor | None = None
+    count: Tensor | None = None
+
+    @property
+    def pool(self) -> Tensor:
+        """Keys, or values where a call takes no keys."""
+        pool = self.k if self.k is not None else self.v
+        assert pool is not None
+        return pool
+
+    @property
+    def width(self) -> int:
+        """Entries in each list."""
+        return len(self.pool) if self.slots is None else self.slots.shape[-1]
+
+
 class AttentionResult(NamedTuple):
     """What one attention call returns: out, and logits and lse when asked for."""
 
     out: Tensor  # [rows, heads, head_dim], dtype of q
-    logits: Tensor | None = None  # [rows, heads, max] fp32, scaled q.k; -inf beyond count
+    logits: Tensor | None = None  # [rows, heads, all widths] fp32 scaled q.k; -inf beyond count
     lse: Tensor | None = None  # [rows, heads] fp32, log(sum(exp(logits))); -inf for an empty list
 
 
@@ -131,20 +157,17 @@ def usable(q: Tensor, pool: Tensor) -> bool:
 class AttentionPlan:
     """One native attention call, validated once; ``run`` may be repeated as the tensors change.
 
-    Arguments as in ``ops.attention.selective_attention``; out, logits and lse are allocated
-    unless given. ``op`` is ``attention``, ``qk`` (writes logits, unscaled) or ``pv`` (p in place of
-    q and k; writes a float32 out). Raises ValueError naming the argument that is wrong. Slots and
-    counts are read anew by every run: on a CPU one that is out of range raises ValueError there;
-    on a GPU it sets a flag that ``check`` reads, since reading it waits for the device.
+    Arguments as in ``ops.attention.tiered_attention``; out, logits and lse are allocated unless
+    given. ``op`` is ``attention``, or over one tier ``qk`` (writes logits, unscaled) or ``pv`` (p
+    in place of q and k; writes a float32 out). Raises ValueError naming the argument that is wrong.
+    Slots and counts are read anew by every run: on a CPU one that is out of range raises ValueError
+    there; on a GPU it sets a flag that ``check`` reads, since reading it waits for the device.
     """
 
     def __init__(
         self,
         q: Tensor | None,
-        k: Tensor | None,
-        v: Tensor | None,
-        slots: Tensor | None = None,
-        count: Tensor | None = None,
+        tiers: Sequence[Tier],
         *,
         scale: float | None = None,
         want_logits: bool = False,
@@ -159,14 +182,10 @@ class AttentionPlan:
         if module is None:
             raise RuntimeError(problem)
         lead = q if q is not None else p
-        pool = k if k is not None else v
         assert lead is not None
-        assert pool is not None
-        check_inputs(lead, q, k, v, slots, count)
-        if pool.dtype not in codes() or pool.shape[2] not in _HEAD_DIMS:
-            raise ValueError(f"no native kernel for a pool of {describe(pool)}")
-        _check_strides(q=q, k=k, v=v, slots=slots)
-        width = pool.shape[0] if slots is None else slots.shape[-1]
+        check_tiers(lead, q, tiers)
+        _check_kernel(q, tiers)
+        pool, width = tiers[0].pool, sum(tier.width for tier in tiers)
         rows, heads = lead.shape[:2]
         made = functools.partial(_output, device=lead.device)
         if op != "qk":
@@ -179,18 +198,17 @@ class AttentionPlan:
         if p is not None:
             p = _weights(p, width)
         self.out, self.logits, self.lse = out, logits, lse
+        self._several = len(tiers) > 1
         self._cuda = lead.is_cuda
         self._device = lead.device
         splits, scratch = _scratch(lead, pool, width) if lead.is_cuda else (1, {})
-        tensors = {"q": q, "k": k, "v": v, "slots": slots, "count": count, "out": out}
-        tensors |= {"logits": logits, "lse": lse, "p": p, "error": None, "partials": None}
-        tensors |= {"tickets": None, **scratch}
+        tensors = {"q": q, "out": out, "logits": logits, "lse": lse, "p": p}
+        tensors |= {"error": None, "partials": None, "tickets": None, **scratch}
         self._error = tensors["error"]
-        self._alive = tensors  # the addresses below stay valid as long as this plan lives
+        self._alive = tensors, tuple(tiers)  # addresses stay valid as long as this plan
         fields: dict[str, Any] = {name: address(t) for name, t in tensors.items()}
-        fields |= _sizes(q, k, v, slots, count, pool)
-        fields |= {"rows": rows, "heads": heads, "width": width, "splits": splits}
-        fields |= {"device": lead.device.index or 0}
+        fields |= {"tiers": [_tier_fields(tier) for tier in tiers]}
+        fields |= _sizes(q, pool) | {"rows": rows, "heads": heads, "splits": splits}
         fields["scale"] = 1 / math.sqrt(pool.shape[2]) if scale is None else scale
         self._plan = module.AttentionPlan(op, self._cuda, isa, fields)
 
@@ -202,8 +220,10 @@ class AttentionPlan:
 
     def check(self) -> None:
         """Raise ValueError if a run on a GPU met a slot or count out of range; waits for it."""
-        if self._error is not None and int(self._error.item()):
-            raise ValueError("attention: a slot or a count is out of range")
+        wrong = 0 if self._error is None else int(self._error.item())
+        if wrong:
+            whose = f" of tier {wrong - 1}" if self._several else ""
+            raise ValueError(f"attention: a slot or a count{whose} is out of range")
 
     def result(self) -> AttentionResult:
         """Give the tensors that run writes."""
@@ -254,21 +274,34 @@ def read_all(data: Tensor) -> float:
     return float(module.read(data.data_ptr(), data.numel(), torch.get_num_threads()))
 
 
-def check_inputs(
-    lead: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    slots: Tensor | None,
-    count: Tensor | None,
-) -> None:
+def check_tiers(lead: Tensor, q: Tensor | None, tiers: Sequence[Tier]) -> None:
     """Raise ValueError where shapes, dtypes or devices do not fit; lead is q, or p where q is None.
 
     Reads no values: whether slots and counts are in range shows when the operator runs.
     """
-    pool = k if k is not None else v
-    assert pool is not None
-    name = "q" if q is not None else "p"
+    if not 1 <= len(tiers) <= MAX_TIERS:
+        raise ValueError(f"a call takes 1 to {MAX_TIERS} tiers, got {len(tiers)}")
+    for number, tier in enumerate(tiers):
+        with naming_tier(number, tiers):
+            _check_tier(lead, q, tier)
+            if tier.pool.shape[1] != tiers[0].pool.shape[1]:
+                raise ValueError(f"its pool is {describe(tier.pool)}: other kv heads than tier 0")
+
+
+@contextmanager
+def naming_tier(number: int, tiers: Sequence[Tier]) -> Iterator[None]:
+    """Let a ValueError say which tier it is about, where there are several."""
+    try:
+        yield
+    except ValueError as error:
+        if len(tiers) == 1:
+            raise
+        raise ValueError(f"tier {number}: {error}") from None
+
+
+def _check_tier(lead: Tensor, q: Tensor | None, tier: Tier) -> None:
+    pool, name = tier.pool, "q" if q is not None else "p"
+    k, v, slots, count = tier.k, tier.v, tier.slots, tier.count
     if lead.ndim != 3 or pool.ndim != 3:
         raise ValueError(f"{name}, k and v need 3 dimensions: {describe(lead)}, {describe(pool)}")
     if not pool.shape[1] or lead.shape[1] % pool.shape[1]:
@@ -282,6 +315,17 @@ def check_inputs(
             raise ValueError(f"{label} is on {t.device}, the pool on {pool.device}")
     _check_lists("slots", slots, 3, lead.shape[0], pool.shape[1])
     _check_lists("count", count, 2, lead.shape[0], pool.shape[1])
+
+
+def _check_kernel(q: Tensor | None, tiers: Sequence[Tier]) -> None:
+    """Refuse what the definition allows and no kernel can do."""
+    pool = tiers[0].pool
+    if pool.dtype not in codes() or pool.shape[2] not in _HEAD_DIMS:
+        raise ValueError(f"no native kernel for a pool of {describe(pool)}")
+    _check_strides(q=q)
+    for number, tier in enumerate(tiers):
+        with naming_tier(number, tiers):
+            _check_strides(k=tier.k, v=tier.v, slots=tier.slots)
 
 
 def _check_lists(label: str, lists: Tensor | None, ndim: int, rows: int, kv_heads: int) -> None:
@@ -332,34 +376,39 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _sizes(
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    slots: Tensor | None,
-    count: Tensor | None,
-    pool: Tensor,
-) -> dict[str, int]:
-    """Sizes and strides, in elements, as cuda/args.h names them; 0 where a tensor is absent."""
-    strides = {
-        "q_row": 0 if q is None else q.stride(0),
-        "q_head": 0 if q is None else q.stride(1),
-        "k_slot": 0 if k is None else k.stride(0),
-        "k_head": 0 if k is None else k.stride(1),
-        "v_slot": 0 if v is None else v.stride(0),
-        "v_head": 0 if v is None else v.stride(1),
-        "slots_row": 0 if slots is None else slots.stride(0),
-        "slots_list": 0 if slots is None or slots.shape[1] == 1 else slots.stride(1),
-        "count_row": 0 if count is None else count.stride(0),
-        "count_list": 0 if count is None or count.shape[1] == 1 else count.stride(1),
-    }
-    pool_slots, kv_heads, head_dim = pool.shape
-    return strides | {
+def _stride(t: Tensor | None, dim: int) -> int:
+    """A stride in elements; 0 where there is no tensor, or one list for all heads."""
+    return 0 if t is None or (dim == 1 and t.shape[1] == 1) else t.stride(dim)
+
+
+def _sizes(q: Tensor | None, pool: Tensor) -> dict[str, int]:
+    """What all tiers of a call share, as cuda/args.h names it."""
+    return {
         "dtype": codes()[pool.dtype],
-        "pool_slots": pool_slots,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
+        "kv_heads": pool.shape[1],
+        "head_dim": pool.shape[2],
+        "q_row": _stride(q, 0),
+        "q_head": _stride(q, 1),
         "threads": torch.get_num_threads(),
+        "device": pool.device.index or 0,
+    }
+
+
+def _tier_fields(tier: Tier) -> dict[str, int]:
+    """One tier's addresses, sizes and strides, as cuda/args.h names them."""
+    k, v, slots, count = tier.k, tier.v, tier.slots, tier.count
+    return {
+        "width": tier.width,
+        "pool_slots": len(tier.pool),
+        **{name: address(t) for name, t in vars(tier).items()},
+        "k_slot": _stride(k, 0),
+        "k_head": _stride(k, 1),
+        "v_slot": _stride(v, 0),
+        "v_head": _stride(v, 1),
+        "slots_row": _stride(slots, 0),
+        "slots_list": _stride(slots, 1),
+        "count_row": _stride(count, 0),
+        "count_list": _stride(count, 1),
     }
 
 

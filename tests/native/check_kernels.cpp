@@ -43,7 +43,7 @@ struct Case {
   DType dtype;
   int rows, kv_heads, group, head_dim, n;
   bool per_head;
-  int splits;
+  int splits, tiers;
   const char* isa;  // null: emulated
 };
 
@@ -52,9 +52,9 @@ int mistakes = 0;
 void mistake(const Case& c, const char* op, const char* what, double got, double limit) {
   std::printf(
       "%s %s: %s: %g, limit %g (dtype %d, rows %d, kv heads %d x %d, size %d, n %d, per head"
-      " %d, splits %d, order %d)\n",
+      " %d, splits %d, tiers %d, order %d)\n",
       c.isa ? c.isa : "emulated", op, what, got, limit, int(c.dtype), c.rows, c.kv_heads, c.group,
-      c.head_dim, c.n, c.per_head, c.splits, emulator::order);
+      c.head_dim, c.n, c.per_head, c.splits, c.tiers, emulator::order);
   if (++mistakes == 20) std::exit(1);  // enough to see that something is wrong
 }
 
@@ -92,12 +92,19 @@ std::unique_ptr<T[]> filled(size_t size, T value) {
   return made;
 }
 
-// One call's inputs and outputs, and the reference.
+struct Pool {
+  Numbers k, v;
+};
+
+// One call's inputs and outputs, and the reference. Every list is cut into `tiers` pieces, each
+// over a pool of its own: what should come out is as if it were whole.
 struct Problem {
   Case c;
-  int heads, width, pool, lists;
-  Numbers q, k, v, out;
+  int heads, width, piece, pool, lists;
+  Numbers q, out;
+  std::vector<Pool> pools;
   std::unique_ptr<int32_t[]> slots, count, tickets;
+  std::vector<std::unique_ptr<int32_t[]>> counts;  // of each piece
   std::unique_ptr<float[]> logits, lse, partials, p, product;
   int32_t error = 0;
   AttentionArgs a{};
@@ -106,12 +113,14 @@ struct Problem {
       : c(c),
         heads(c.kv_heads * c.group),
         width(c.n + 3),
+        piece((width + c.tiers - 1) / c.tiers),
         pool(c.n + c.n / 3 + 2),
         lists(c.per_head ? c.kv_heads : 1),
         q(c.dtype, size_t(c.rows) * heads * c.head_dim),
-        k(c.dtype, size_t(pool) * c.kv_heads * c.head_dim),
-        v(c.dtype, k.size),
         out(c.dtype, q.size) {
+    const size_t numbers = size_t(pool) * c.kv_heads * c.head_dim;
+    for (int t = 0; t < c.tiers; ++t)
+      pools.push_back({Numbers(c.dtype, numbers), Numbers(c.dtype, numbers)});
     fill();
     point();
   }
@@ -123,10 +132,16 @@ struct Problem {
     return slots[(row * lists + (c.per_head ? kv_head : 0)) * width + i];
   }
 
+  // Where in its pool the key and the value of an entry begin.
+  size_t place(int row, int kv_head, int i) const {
+    return (size_t(slot(row, kv_head, i)) * c.kv_heads + kv_head) * c.head_dim;
+  }
+
   void fill() {
     std::mt19937 random(c.n * 31 + c.head_dim);
     std::normal_distribution<float> normal;
-    k.fill(NAN), v.fill(NAN), out.fill(NAN);
+    for (Pool& each : pools) each.k.fill(NAN), each.v.fill(NAN);
+    out.fill(NAN);
     for (size_t i = 0; i < q.size; ++i) q.set(i, 2 * normal(random));
     slots = filled<int32_t>(size_t(c.rows) * lists * width, 1 << 30);
     count = filled<int32_t>(c.rows * lists, c.n);
@@ -139,9 +154,15 @@ struct Problem {
       for (int h = 0; h < c.kv_heads; ++h)
         for (int i = 0; i < entries(row, h); ++i)
           for (int d = 0; d < c.head_dim; ++d) {
-            const size_t at = (size_t(slot(row, h, i)) * c.kv_heads + h) * c.head_dim + d;
-            k.set(at, normal(random)), v.set(at, normal(random));
+            Pool& of = pools[i / piece];
+            of.k.set(place(row, h, i) + d, normal(random));
+            of.v.set(place(row, h, i) + d, normal(random));
           }
+    for (int t = 0; t < c.tiers; ++t) {
+      counts.push_back(filled<int32_t>(c.rows * lists, 0));
+      for (int l = 0; l < c.rows * lists; ++l)
+        counts[t][l] = std::min(std::max(count[l] - t * piece, 0), piece_width(t));
+    }
     const size_t all = size_t(c.rows) * heads;
     logits = filled<float>(all * width, NAN);
     p = filled<float>(all * width, 0.25f);
@@ -154,28 +175,37 @@ struct Problem {
   void point() {
     a.dtype = c.dtype;
     a.rows = c.rows, a.heads = heads, a.kv_heads = c.kv_heads, a.head_dim = c.head_dim;
-    a.width = width, a.pool_slots = pool, a.scale = 1 / std::sqrt(float(c.head_dim));
-    a.q = q.bytes.get(), a.k = k.bytes.get(), a.v = v.bytes.get(), a.out = out.bytes.get();
+    a.width = width, a.scale = 1 / std::sqrt(float(c.head_dim));
+    a.q = q.bytes.get(), a.out = out.bytes.get();
     a.q_head = c.head_dim, a.q_row = heads * c.head_dim;
-    a.k_head = a.v_head = c.head_dim, a.k_slot = a.v_slot = c.kv_heads * c.head_dim;
-    a.slots = slots.get(), a.slots_row = lists * width, a.slots_list = c.per_head ? width : 0;
-    a.count = count.get(), a.count_row = lists, a.count_list = c.per_head;
+    a.tier_count = c.tiers;
+    for (int t = 0; t < c.tiers; ++t) point(a.tiers[t], t);
     a.logits = logits.get(), a.lse = lse.get(), a.p = p.get(), a.error = &error;
     a.threads = 2, a.splits = c.splits;
     a.partials = partials.get(), a.tickets = tickets.get();
   }
 
+  int piece_width(int t) const { return std::max(0, std::min(piece, width - t * piece)); }
+
+  void point(Tier& t, int number) {
+    t.k = pools[number].k.bytes.get(), t.v = pools[number].v.bytes.get();
+    t.pool_slots = pool, t.width = piece_width(number), t.at = number * piece;
+    t.k_head = t.v_head = c.head_dim, t.k_slot = t.v_slot = c.kv_heads * c.head_dim;
+    t.slots = slots.get() + t.at, t.slots_row = lists * width;
+    t.slots_list = c.per_head ? width : 0;
+    t.count = counts[number].get(), t.count_row = lists, t.count_list = c.per_head;
+  }
+
   double key(int row, int head, int i) const {
     double sum = 0;
-    const size_t at =
-        (size_t(slot(row, head / c.group, i)) * c.kv_heads + head / c.group) * c.head_dim;
+    const size_t at = place(row, head / c.group, i);
     for (int d = 0; d < c.head_dim; ++d)
-      sum += double(q.get((size_t(row) * heads + head) * c.head_dim + d)) * k.get(at + d);
+      sum += double(q.get((size_t(row) * heads + head) * c.head_dim + d)) *
+             pools[i / piece].k.get(at + d);
     return sum;
   }
   double value(int row, int head, int i, int d) const {
-    return v.get((size_t(slot(row, head / c.group, i)) * c.kv_heads + head / c.group) * c.head_dim +
-                 d);
+    return pools[i / piece].v.get(place(row, head / c.group, i) + d);
   }
 };
 
@@ -237,23 +267,27 @@ void check(const Case& c) {
     cpu ? cpu->attention(p.a) : cuda_attention(p.a, nullptr);
     check_attention(p);
   }
-  AttentionArgs qk = p.a, pv = p.a;
-  qk.v = nullptr;
-  pv.out = p.product.get();
-  cpu ? cpu->qk(qk) : cuda_qk(qk, nullptr);
-  cpu ? cpu->pv(pv) : cuda_pv(pv, nullptr);
-  check_products(p);
+  if (c.tiers == 1) {
+    AttentionArgs qk = p.a, pv = p.a;
+    qk.tiers[0].v = nullptr;
+    pv.out = p.product.get();
+    cpu ? cpu->qk(qk) : cuda_qk(qk, nullptr);
+    cpu ? cpu->pv(pv) : cuda_pv(pv, nullptr);
+    check_products(p);
+  }
   if (p.error) mistake(c, "all", "error flag", p.error, 0);
   if (c.n == 0) return;
-  const int32_t good = p.slots[0];
+  const int last = (p.entries(0, 0) - 1) / p.piece;  // the last tier that the first list uses
+  int32_t& slot = p.slots[last * p.piece];
+  const int32_t good = slot;
   for (int32_t bad : {-1, p.pool, 1 << 30, -(1 << 30)}) {  // must be refused, and not be read
-    p.slots[0] = bad, p.error = 0;
+    slot = bad, p.error = 0;
     cpu ? cpu->attention(p.a) : cuda_attention(p.a, nullptr);
-    if (!p.error) mistake(c, "attention", "accepted slot", bad, p.pool);
+    if (p.error != 1 + last) mistake(c, "attention", "accepted slot", bad, p.pool);
   }
-  p.slots[0] = good, p.count[0] = p.width + 1, p.error = 0;
+  slot = good, p.counts[last][0] = p.width + 1, p.error = 0;
   cpu ? cpu->attention(p.a) : cuda_attention(p.a, nullptr);
-  if (!p.error) mistake(c, "attention", "accepted count", p.width + 1, p.width);
+  if (p.error != 1 + last) mistake(c, "attention", "accepted count", p.width + 1, p.width);
 }
 
 void check_gemv(const char* isa) {
@@ -276,7 +310,7 @@ void check_gemv(const char* isa) {
         for (int o = 0; o < out; ++o) {
           double want = 2;
           for (int i = 0; i < in; ++i) want += double(x.get(r * in + i)) * w.get(o * in + i);
-          const Case c{dtype, rows, 0, 0, in, out, false, 0, isa};
+          const Case c{dtype, rows, 0, 0, in, out, false, 0, 0, isa};
           const int at = o < first ? r * first + o : rows * first + r * (out - first) + o - first;
           expect(c, "gemv", "y", y.get(at), want, std::fabs(want) / 128);
         }
@@ -366,14 +400,17 @@ void check_policy(const PolicyKernels& kernels) {
 int main(int argc, char** argv) {
   const std::string which = argc > 1 ? argv[1] : "emulated";
   const Case shapes[] = {
-      // dtype, rows, kv heads, group, size, n, per head, splits
-      {DType::bf16, 2, 2, 1, 128, 65, false, 1, nullptr},
-      {DType::bf16, 1, 1, 1, 128, 300, false, 2, nullptr},
-      {DType::f32, 2, 2, 4, 64, 7, true, 2, nullptr},
-      {DType::f16, 1, 2, 7, 96, 64, true, 2, nullptr},
-      {DType::f32, 2, 1, 2, 16, 1, false, 2, nullptr},
-      {DType::bf16, 1, 2, 1, 32, 0, false, 2, nullptr},
-      {DType::f32, 2, 2, 1, 80, 40, false, 1, nullptr},
+      // dtype, rows, kv heads, group, size, n, per head, splits, tiers
+      {DType::bf16, 2, 2, 1, 128, 65, false, 1, 1, nullptr},
+      {DType::bf16, 1, 1, 1, 128, 300, false, 2, 1, nullptr},
+      {DType::f32, 2, 2, 4, 64, 7, true, 2, 1, nullptr},
+      {DType::f16, 1, 2, 7, 96, 64, true, 2, 1, nullptr},
+      {DType::f32, 2, 1, 2, 16, 1, false, 2, 1, nullptr},
+      {DType::bf16, 1, 2, 1, 32, 0, false, 2, 1, nullptr},
+      {DType::f32, 2, 2, 1, 80, 40, false, 1, 1, nullptr},
+      {DType::bf16, 2, 1, 3, 64, 63, true, 1, 2, nullptr},
+      {DType::f16, 2, 2, 2, 128, 130, false, 2, 3, nullptr},
+      {DType::f32, 1, 2, 1, 32, 2, true, 2, 4, nullptr},
   };
   for (Case c : shapes) {
     if (which == "cpu") {

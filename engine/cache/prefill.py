@@ -156,11 +156,13 @@ class Prefill:
 
         ``observer`` and ``rotary [words]`` stay with the row, later turns included.
         """
-        self.pools, self.policy, self.new_tokens = pools, policy, new_tokens
+        self.pools, self.new_tokens = pools, new_tokens
         self.past = past or Row()
+        goes_on = self.past.layers and self.past.policy.spec == policy.spec
+        self.policy = self.past.policy if goes_on else policy.for_sequence()
         self.positions = turn.positions[0] + self.past.seen
         self.row = Row(
-            policy=policy,
+            policy=self.policy,
             image_spans=[*self.past.image_spans, *_spans(turn, self.past.seen)],
             rotary=self.past.rotary if self.past.layers or rotary is None else rotary,
             observer=observer or self.past.observer,

@@ -35,6 +35,19 @@ class Policy:
 
     name: ClassVar[str]
 
+    @property
+    def stores(self) -> bool:
+        """Whether this policy decides what is stored."""
+        return type(self).retain is not Policy.retain
+
+    def for_sequence(self) -> Policy:
+        """The policy of one sequence, asked once, before its first prefill.
+
+        What one layer has found may serve later ones: a policy that remembers it between calls
+        returns a copy here, and sequences that are decoded together stay apart.
+        """
+        return self
+
     def check_depth(self, layers: int) -> None:
         """Raise OptionError if this policy is of a layer that a model of ``layers`` lacks."""
 

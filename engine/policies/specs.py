@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import OptionError
 from ..naming import told
 from .avl import Avl
+from .composed import Composed
 from .fastv import FastV
 from .full import Full
 from .h2o import H2o
@@ -28,7 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def parse(spec: str | Policy) -> Policy:
-    """The policy that ``spec`` names; a policy object passes through.
+    """The policy that ``spec`` names, or several joined by ``+``; a policy object passes through.
 
     Raises OptionError that lists the known names or keys.
 
@@ -39,6 +40,11 @@ def parse(spec: str | Policy) -> Policy:
         return spec
     if not isinstance(spec, str):
         raise OptionError(f"cache is {told(spec)}", hint='use a spec such as "full", or a policy')
+    parts = tuple(map(_parse_one, spec.split("+")))
+    return parts[0] if len(parts) == 1 else Composed(parts)
+
+
+def _parse_one(spec: str) -> Policy:
     name, _, rest = spec.partition(":")
     if name not in POLICIES:
         raise OptionError(

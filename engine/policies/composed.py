@@ -1,0 +1,82 @@
+"""Several policies as one: what is stored is one's affair, which tokens go on may be another's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import OptionError
+from .policy import Budget, Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .layout import Kept, Layout
+    from .received import Received
+
+
+@dataclass(frozen=True)
+class Composed(Policy):
+    """One of ``parts`` at most decides what is stored and attended; all may narrow.
+
+    ``avl:prefill=1+fastv:layer=2`` stores A-VL's tiers of what FastV has left.
+    """
+
+    name: ClassVar[str] = "composed"
+
+    parts: tuple[Policy, ...] = ()
+
+    def __post_init__(self) -> None:
+        storing = [part.name for part in self.parts if part.stores]
+        if len(storing) > 1:
+            raise OptionError(
+                f"cache policies {' and '.join(storing)} both decide what is stored",
+                hint="join one of them with a policy that only drops tokens, such as fastv",
+            )
+
+    @property
+    def _storing(self) -> Policy:
+        return next((part for part in self.parts if part.stores), self.parts[0])
+
+    def for_sequence(self) -> Policy:
+        """See ``Policy.for_sequence``."""
+        return replace(self, parts=tuple(part.for_sequence() for part in self.parts))
+
+    def check_depth(self, layers: int) -> None:
+        """See ``Policy.check_depth``."""
+        for part in self.parts:
+            part.check_depth(layers)
+
+    def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
+        """See ``Policy.retain``."""
+        return self._storing.retain(layer, layout, received)
+
+    def most_kept(self, layout: Layout) -> tuple[int, int]:
+        """See ``Policy.most_kept``."""
+        return self._storing.most_kept(layout)
+
+    def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
+        """What the first part that drops anything lets through."""
+        found = (part.narrow(layer, layout, received) for part in self.parts)
+        return next((kept for kept in found if kept is not None), None)
+
+    def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
+        """See ``Policy.text_budget``."""
+        return self._storing.text_budget(text_seen, seen)
+
+    def attends_core(self, step: int) -> bool:
+        """See ``Policy.attends_core``."""
+        return self._storing.attends_core(step)
+
+    def reranks(self, step: int) -> bool:
+        """See ``Policy.reranks``."""
+        return self._storing.reranks(step)
+
+    def core_size(self, image_tokens: int) -> int:
+        """See ``Policy.core_size``."""
+        return self._storing.core_size(image_tokens)
+
+    @property
+    def spec(self) -> str:
+        """See ``Policy.spec``."""
+        return "+".join(part.spec for part in self.parts)

@@ -5,10 +5,18 @@
 
 #include "kernels.h"
 
+#if defined(AVL_ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(AVL_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace avl {
+#ifndef AVL_ARM  // where every processor has NEON, nothing plainer is needed
 namespace baseline {
 extern const CpuKernels table;
 }
+#endif
 #ifdef AVL_X86
 namespace avx2 {
 extern const CpuKernels table;
@@ -28,6 +36,28 @@ static bool has_avx2() {
 }
 #endif
 
+#ifdef AVL_ARM
+namespace neon {
+extern const CpuKernels table;
+}
+namespace neon_bf16 {
+extern const CpuKernels table;
+}
+
+// Whether the processor multiplies pairs of bf16 (Armv8.6, as Apple's M2 and Neoverse V1 do).
+static bool has_arm_bf16() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) & 1 << 14;  // HWCAP2_BF16
+#elif defined(__APPLE__)
+  int there = 0;
+  size_t size = sizeof there;
+  return !sysctlbyname("hw.optional.arm.FEAT_BF16", &there, &size, nullptr, 0) && there;
+#else
+  return false;
+#endif
+}
+#endif
+
 // The best that the processor runs, unless the environment variable AVL_ISA names another.
 static const char* chosen() {
   static const char* forced = std::getenv("AVL_ISA");
@@ -41,7 +71,12 @@ const CpuKernels* cpu_kernels(const char* name) {
   if (has_avx512() && wanted(avx512::table)) return &avx512::table;
   if (has_avx2() && wanted(avx2::table)) return &avx2::table;
 #endif
+#ifdef AVL_ARM
+  if (has_arm_bf16() && wanted(neon_bf16::table)) return &neon_bf16::table;
+  return wanted(neon::table) ? &neon::table : nullptr;
+#else
   return wanted(baseline::table) ? &baseline::table : nullptr;
+#endif
 }
 
 int32_t cpu_splits(const AttentionArgs& a) {

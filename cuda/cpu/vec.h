@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include <type_traits>
@@ -37,9 +39,13 @@ static inline vf load(const float* p) {
 }
 
 static inline vf load(const bf16* p) {
+#if defined(__ARM_NEON)
+  return (vf)vshll_n_u16(vld1_u16((const uint16_t*)p), 16);
+#else
   vh half;
   __builtin_memcpy(&half, p, sizeof half);
   return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
 }
 
 static inline vf load(const fp16* p) {
@@ -47,6 +53,8 @@ static inline vf load(const fp16* p) {
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__ARM_NEON)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
 #else
   vf x;
   for (int i = 0; i < W; ++i) x[i] = to_float(p[i]);
@@ -70,6 +78,8 @@ static inline void store(fp16* p, vf x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 #else
   for (int i = 0; i < W; ++i) assign(p[i], x[i]);
 #endif
@@ -122,6 +132,8 @@ static inline float sum(vf x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#elif defined(__ARM_NEON)
+  return vaddvq_f32((float32x4_t)x);
 #else
   return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
@@ -140,6 +152,10 @@ static inline void four_sums(vf a, vf b, vf c, vf d, float* to) {
   const __m256 ab = _mm256_hadd_ps(half(a), half(b)), cd = _mm256_hadd_ps(half(c), half(d));
   const __m256 all = _mm256_hadd_ps(ab, cd);
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#elif defined(__ARM_NEON)
+  const float32x4_t ab = vpaddq_f32((float32x4_t)a, (float32x4_t)b);
+  const float32x4_t cd = vpaddq_f32((float32x4_t)c, (float32x4_t)d);
+  vst1q_f32(to, vpaddq_f32(ab, cd));
 #else
   to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
 #endif
@@ -183,6 +199,20 @@ struct Lane<bf16, bf16> {
   static Lane input(const bf16* p) { return weight(p); }
   static vf multiply_add(vf acc, Lane w, Lane x) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, w.value, x.value);
+  }
+};
+#endif
+
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+struct Lane<bf16, bf16> {
+  static constexpr int width = 2 * W;
+  using X = bf16;
+  bfloat16x8_t value;
+  static Lane weight(const bf16* p) { return {vreinterpretq_bf16_u16(vld1q_u16(&p->bits))}; }
+  static Lane input(const bf16* p) { return weight(p); }
+  static vf multiply_add(vf acc, Lane w, Lane x) {
+    return (vf)vbfdotq_f32((float32x4_t)acc, w.value, x.value);
   }
 };
 #endif

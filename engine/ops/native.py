@@ -25,7 +25,8 @@ from torch import Tensor
 from ..errors import OptionError
 from .formats import FORMATS
 
-ISAS = ("baseline", "avx2", "avx512")  # as cuda/cpu/dispatch.cpp names them
+# As cuda/cpu/dispatch.cpp names them.
+ISAS = ("baseline", "avx2", "avx512", "neon", "neon_bf16")
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 _NAMES = (
     "AttentionPlan",

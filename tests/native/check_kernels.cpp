@@ -48,6 +48,7 @@ struct Case {
 };
 
 int mistakes = 0;
+const char* const ISAS[] = {"baseline", "avx2", "avx512", "neon", "neon_bf16"};
 
 void mistake(const Case& c, const char* op, const char* what, double got, double limit) {
   std::printf(
@@ -415,13 +416,13 @@ int main(int argc, char** argv) {
   for (Case c : shapes) {
     if (which == "cpu") {
       c.splits = 2;
-      for (const char* isa : {"baseline", "avx2", "avx512"}) c.isa = isa, check(c);
+      for (const char* isa : ISAS) c.isa = isa, check(c);
     } else {
       for (emulator::order = 0; emulator::order < 3; ++emulator::order) check(c);
     }
   }
   if (which == "cpu")
-    for (const char* isa : {"baseline", "avx2", "avx512"})
+    for (const char* isa : ISAS)
       if (const CpuKernels* kernels = cpu_kernels(isa))
         check_gemv(isa), check_policy(kernels->policy);
 #ifndef AVL_CPU_ONLY

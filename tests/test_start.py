@@ -186,3 +186,15 @@ def test_threads_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(OptionError, match=words):
             Engine.load(threads=threads)
     assert given == [most]
+
+
+def test_an_answer_starts_without_what_it_does_not_need() -> None:
+    """torch's compiler takes a second to import, the hub's client half of one."""
+    code = (
+        "import sys; from engine import Engine; e = Engine.load(); "
+        "e.generate('Hi', max_new_tokens=3, ignore_eos=True); "
+        "print([m for m in ('torch._dynamo', 'huggingface_hub', 'transformers', 'sympy') "
+        "if m in sys.modules])"
+    )
+    done = start([sys.executable, "-c", code])
+    assert done.stdout.strip() == b"[]", done.stdout + done.stderr

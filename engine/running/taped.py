@@ -141,6 +141,11 @@ class Strangers(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.met = ""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Otherwise torch imports its compiler, for a second, to keep it out of here."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,

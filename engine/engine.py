@@ -17,6 +17,7 @@ from .checkpoint.fingerprint import fingerprint
 from .errors import CheckpointError, OptionError
 from .loading.capacity import memory_for
 from .loading.loading import Loaded, load
+from .loading.processors import choose_threads
 from .options import Options, OptionValues, check_kinds, check_threads, make_options
 from .pictures.encoded import EncodedImage, Picture, PictureEncoder, listed
 from .pictures.image import open_image
@@ -94,8 +95,8 @@ class Engine:
                 The tokens are the same; on a CPU it is always in order.
             graphs: replay decode steps from captured CUDA graphs; on a CPU the same code runs
                 without a capture. The tokens are the same.
-            threads: processors that torch and the kernels use, for the whole process; None: as
-                torch chose.
+            threads: that torch and the kernels use, for the whole process; None: one for each
+                physical core that the process may use, at most what OMP_NUM_THREADS says.
 
         Raises:
             CheckpointError: weights, configuration or tokenizer are missing, damaged, unsupported.
@@ -106,8 +107,7 @@ class Engine:
         check_kinds(str | PathLike | None, name=name, vision_tower=vision_tower)
         check_kinds(bool, offline=offline, graphs=graphs)
         check_threads(threads)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        choose_threads(threads)
         policy, stepping = parse(cache), Stepping(selection, graphs)
         loaded = load(name, device, dtype, style, revision, offline, vision_tower)
         return cls(loaded, policy, stepping)

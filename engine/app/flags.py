@@ -218,7 +218,7 @@ def build_parser() -> Parser:
     add("--offline", action="store_true", help="never download")
     add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
     add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
-    add("--threads", type=_whole, metavar="N", help="processors to use (default: torch's choice)")
+    add("--threads", type=_whole, metavar="N", help="threads (default: one for each core)")
     add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
     add(
         "--vision-tower",

@@ -102,7 +102,7 @@ class ShapeOnly(Prefill):
         q, k = torch.randn(2, layout.columns, shape.heads, 1, generator=generator)
         received = Received(q, k)
         kept = self.policy.retain(layer, layout, received)
-        self._narrowed = self.policy.narrow(layer, layout, received)
+        self._onward = self.policy.narrow(layer, layout, received)
         rows = torch.empty(
             layout.columns, shape.heads, shape.head_dim, dtype=torch.float16, device="meta"
         )
@@ -196,7 +196,7 @@ class NaiveOrder(Watched):
     def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Hold the layer's keys and values whole until the last layer is through."""
         self.waiting = [*getattr(self, "waiting", []), (q, k, v, self._turn)]
-        self._narrowed = self.policy.narrow(layer, self._turn, Received(q, k))
+        self._onward = self.policy.narrow(layer, self._turn, Received(q, k))
         if layer + 1 < len(self.pools):
             return
         for number, (q_, k_, v_, layout) in enumerate(self.waiting):

@@ -13,7 +13,7 @@ from bench.seeded import write_once, write_shards
 
 PRESETS = {
     "qwen-tiny": QwenShape(),
-    # 1.00e9 decoder parameters with a small vision part; pictures are the real 448 pixels wide and
+    # 1.00e9 decoder parameters with a small vision tower; pictures are the real 448 pixels wide and
     # the real 256 image tokens.
     "qwen-1b": QwenShape(
         hidden=2048,

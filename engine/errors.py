@@ -54,10 +54,10 @@ class ContextError(CapacityError):
     """Prompt and answer are longer than the model's context.
 
     Attributes:
-        room: how many tokens the prompt leaves for an answer; none or less than none of a prompt
+        left: how many tokens the prompt leaves for an answer; none or less than none of a prompt
             that does not fit itself.
     """
 
-    def __init__(self, message: str, hint: str, room: int) -> None:
+    def __init__(self, message: str, hint: str, left: int) -> None:
         super().__init__(message, hint)
-        self.room = room
+        self.left = left

@@ -19,7 +19,7 @@ from .naming import display_name
 _STREAMS = ("/dev/", "/proc/")
 PAGE_SIGNATURE = b'content="avl-engine --attention"'  # in every attention page
 _ENDS = 1 << 20  # bytes at both ends of a file in which its signature is looked for
-PARTS = ".avl-*.part"  # what a killed process may leave of a file it was writing
+UNFINISHED = ".avl-*.part"  # what a killed process may leave of a file it was writing
 
 
 @contextmanager
@@ -40,18 +40,18 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     _refuse_unfit(path)
     target = Path(os.path.realpath(path))
-    part = _part_of(target)
+    unfinished = _beside(target)
     try:
         with named(os.fspath(path)):
-            with part.open("xb") as file:
+            with unfinished.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             if target.exists():
-                shutil.copymode(target, part)
-            part.replace(target)
+                shutil.copymode(target, unfinished)
+            unfinished.replace(target)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 
@@ -110,9 +110,9 @@ def _holds(path: Path, signature: bytes) -> bool:
 
 def probe(folder: Path) -> None:
     """Try whether files can be made in a folder; raises OSError."""
-    part = _part_of(folder / "any")
-    part.open("xb").close()
-    part.unlink()
+    unfinished = _beside(folder / "any")
+    unfinished.open("xb").close()
+    unfinished.unlink()
 
 
 def lock(file: IO[Any]) -> bool:
@@ -153,9 +153,9 @@ def _refuse_unfit(path: str | os.PathLike[str]) -> None:
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
-def _part_of(path: Path) -> Path:
+def _beside(path: Path) -> Path:
     """A name of its own: whatever else lies in the folder is somebody's."""
-    return path.with_name(PARTS.replace("*", secrets.token_hex(6)))
+    return path.with_name(UNFINISHED.replace("*", secrets.token_hex(6)))
 
 
 def _sync_folder(folder: Path) -> None:

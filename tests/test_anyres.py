@@ -19,7 +19,7 @@ from engine.models.clip import ClipConfig
 from engine.models.decoder import DecoderConfig
 from engine.models.llava import LlavaConfig
 from engine.models.llava_next import LlavaNext
-from engine.pictures.anyres import PINPOINTS, TileProcessor, best_canvas, plan, read_pinpoints
+from engine.pictures.anyres import PINPOINTS, TileProcessor, best_canvas, grid_of, read_pinpoints
 from engine.pictures.preprocess import Pixels
 from tests.oracle import noise
 
@@ -50,7 +50,7 @@ def sizes(count: int, seed: int = 5) -> list[tuple[int, int]]:
 
 
 def tokens(size: tuple[int, int]) -> int:
-    return plan(size, PINPOINTS, 336, 24).tokens
+    return grid_of(size, PINPOINTS, 336, 24).tokens
 
 
 def reference_tokens(size: tuple[int, int]) -> int:
@@ -66,7 +66,7 @@ def model() -> LlavaNext:
     decoder = DecoderConfig(9, 1, 1, 1, 1, 1, 1, 1e4, 1e-5, False, False, 4096)
     vision = ClipConfig(1, 1, 1, 1, 1, 14, 336, 1e-5, "gelu")
     with torch.device("meta"):
-        made = LlavaNext(LlavaConfig(decoder, vision, 8, False, None, (2,)), PINPOINTS)
+        made = LlavaNext(LlavaConfig(decoder, vision, 8, None, (2,)), PINPOINTS)
     made.image_newline = torch.nn.Parameter(torch.full((1,), -1.0))
     return made
 
@@ -99,7 +99,7 @@ def test_rounding_follows_transformers_where_the_original_differs(size: tuple[in
 def test_counted_tokens_are_the_rows_of_the_features_on_10_000_sizes(model: LlavaNext) -> None:
     features = torch.zeros(5, 576, 1)
     for size in [*sizes(10_000, seed=6), *EXTREME, *ROUNDED]:
-        rows, columns = plan(size, PINPOINTS, 336, 24).tiles
+        rows, columns = grid_of(size, PINPOINTS, 336, 24).tiles
         pixels = Pixels(torch.empty(1 + rows * columns, 0), size)
         joined = model._join(features[: len(pixels.tiles)], model.grid(pixels))
         assert len(joined) == model.image_tokens(pixels), size
@@ -111,7 +111,7 @@ def test_packed_features_equal_transformers(model: LlavaNext) -> None:
         image_grid_pinpoints=[list(p) for p in PINPOINTS],
     )
     for size in [*sizes(300, seed=7), *EXTREME, *ROUNDED, *KNOWN]:
-        grid = plan(size, PINPOINTS, 336, 24)
+        grid = grid_of(size, PINPOINTS, 336, 24)
         count = 1 + grid.tiles[0] * grid.tiles[1]
         features = torch.arange(count * 576.0).view(count, 576, 1)
         packed, _ = LlavaNextModel.pack_image_features(

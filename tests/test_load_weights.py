@@ -159,12 +159,10 @@ def test_mapped_weights_are_the_file_and_may_be_changed_privately(tmp_path: Path
     values = {"large": torch.randn(300, 100), "small": torch.randn(3, 3)}
     with opened(tmp_path, values) as checkpoint:
         read = {
-            name: checkpoint.read_part(checkpoint.tensors[name], "cpu", torch.float32, mapped=True)
+            name: checkpoint.read_at(checkpoint.tensors[name], "cpu", torch.float32, mapped=True)
             for name in values
         }
-        other = checkpoint.read_part(
-            checkpoint.tensors["large"], "cpu", torch.bfloat16, mapped=True
-        )
+        other = checkpoint.read_at(checkpoint.tensors["large"], "cpu", torch.bfloat16, mapped=True)
     assert all(torch.equal(read[name], values[name]) for name in values)
     assert torch.equal(other, values["large"].bfloat16())
     maps = Path("/proc/self/maps").read_text()

@@ -56,7 +56,7 @@ def data_in(path: Path) -> dict[str, Any]:
 def part(data: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
     """One of the page's arrays, read by its own offsets."""
     blob = data["blob"]
-    start, length = blob["parts"][name]
+    start, length = blob["arrays"][name]
     whole = zlib.decompress(base64.b64decode(blob["bytes"]))
     return torch.frombuffer(bytearray(whole[start : start + length]), dtype=dtype)
 

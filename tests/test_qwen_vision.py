@@ -1,4 +1,4 @@
-"""Qwen-VL's vision part against the slow reference and against what the original code gave."""
+"""Qwen-VL's vision tower against the slow reference and against what the original code gave."""
 
 import hashlib
 import json

@@ -22,7 +22,7 @@ def capped(
 ) -> Iterator[str | Result]:
     """What ``ask(**options)`` says, with a shorter limit where the context is too short for it.
 
-    Raises ContextError if the prompt leaves no room at all.
+    Raises ContextError if the prompt leaves no token at all.
     """
     try:
         yield from ask(**options)
@@ -32,7 +32,7 @@ def capped(
 
 def shortened(options: OptionValues, error: ContextError, note: Note) -> OptionValues:
     """Options that fit what ``error`` says is left; raises it again if that is nothing."""
-    if error.room < 1:
+    if error.left < 1:
         raise error
-    note(f"the answer has at most {error.room:,} tokens: the context leaves no more room")
-    return {**options, "max_new_tokens": error.room}
+    note(f"the answer has at most {error.left:,} tokens: the context leaves no more room")
+    return {**options, "max_new_tokens": error.left}

@@ -156,5 +156,5 @@ def is_dropped(line: str) -> bool:
 
 def _local(word: str) -> str:
     """The path that a file: URL of this machine stands for."""
-    parts = urlsplit(word) if word.lower().startswith("file://") else None
-    return unquote(parts.path) if parts and parts.netloc in ("", "localhost") else word
+    url = urlsplit(word) if word.lower().startswith("file://") else None
+    return unquote(url.path) if url and url.netloc in ("", "localhost") else word

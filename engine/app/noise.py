@@ -63,8 +63,8 @@ class Noise:
         """The rendered prompt and its ids, a picture's as how many times its id."""
         ids: list[str] = []
         for segment in prompt.segments:
-            part = prompt.token_ids[segment.start : segment.end]
-            ids += map(str, part) if segment.kind == "text" else [f"{part[0]}*{len(part)}"]
+            span = prompt.token_ids[segment.start : segment.end]
+            ids += map(str, span) if segment.kind == "text" else [f"{span[0]}*{len(span)}"]
         print(f"prompt: {prompt.text!r}\nids: {' '.join(ids)}", file=sys.stderr)
 
     def finished(self, result: Result) -> None:

@@ -28,7 +28,7 @@ from .streams import InOrder, Side
 from .views import DecodeView, EdgeView
 
 
-class StepPlan(NamedTuple):
+class Course(NamedTuple):
     """What a step's launches are given, fixed before its first layer."""
 
     buffer: int  # which of two holds the words
@@ -108,7 +108,7 @@ class Decoding:
     @property
     def kind(self) -> tuple[int, bool]:
         """Which lists the coming step attends, and whether it leaves scores behind."""
-        return self._plan.kind, self._plan.scores
+        return self._course.kind, self._course.scores
 
     @property
     def tiered(self) -> bool:
@@ -165,7 +165,7 @@ class Decoding:
         self.side.join()
         self._wired = None
         self._wirings: dict[int, Wiring] = {}
-        self._selections: dict[tuple[int, StepPlan], list[Callable[[], object]]] = {}
+        self._selections: dict[tuple[int, Course], list[Callable[[], object]]] = {}
         self.scores: Scores | None = None
 
     # -- one step ---------------------------------------------------------------------------------
@@ -186,11 +186,11 @@ class Decoding:
         """Before a part's first layer: its last selection must be done; complete its lists."""
         if self._overfull:
             raise no_slot(self._overfull[0])
-        layers, plan = self.parts[part], self._plan
-        wanted = plan.reranks or self.evicts
-        self.side.begin(part, partial(self._select, part, plan) if wanted else None)
-        words = self.state.words[plan.buffer, :, : len(self.rows)]
-        self.state.lists.complete(plan.kind, layers, plan.core, words)
+        layers, course = self.parts[part], self._course
+        wanted = course.reranks or self.evicts
+        self.side.begin(part, partial(self._select, part, course) if wanted else None)
+        words = self.state.words[course.buffer, :, : len(self.rows)]
+        self.state.lists.complete(course.kind, layers, course.core, words)
 
     def destination(self, layer: int) -> Destination:
         """Where the rows' new token goes, in every step."""
@@ -200,8 +200,8 @@ class Decoding:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attend the step's lists, the rows' new token among them."""
         wired = self._wired or self._wire()
-        attention = wired.attention[self._plan.kind][layer]
-        if not self._plan.scores:
+        attention = wired.attention[self._course.kind][layer]
+        if not self._course.scores:
             return attention(q, None)
         if not wired.scores:
             wired.scores.extend(self._layer_scores(q.shape[1]))
@@ -215,35 +215,35 @@ class Decoding:
             self._watched[r] = attended_positions(self.state, self.kinds[r], r)
         self.side.start(part)
 
-    def _select(self, part: int, plan: StepPlan) -> None:
+    def _select(self, part: int, course: Course) -> None:
         """Rank the images and age the text of a part's layers by the weights of a step."""
-        if (part, plan) not in self._selections:
-            self._selections[part, plan] = list(self._plan_selection(part, plan))
-        for work in self._selections[part, plan]:
+        if (part, course) not in self._selections:
+            self._selections[part, course] = list(self._selection(part, course))
+        for work in self._selections[part, course]:
             work()
 
-    def _plan_selection(self, part: int, plan: StepPlan) -> Iterator[Callable[[], object]]:
-        """The calls of ``_select``, for as many rows as there is room for: those that are not there
+    def _selection(self, part: int, course: Course) -> Iterator[Callable[[], object]]:
+        """The calls of ``_select``, for as many rows as the tensors hold: those that are not there
         have words of zero.
         """
         assert self.scores is not None, "attention leaves scores where selection needs them"
         layers, error, state = self.parts[part], self._error, self.state
         logits, lse = (tensor[layers].flatten(0, 1) for tensor in self.scores)
-        words, lists = state.words[plan.buffer], state.lists.slots[:, layers]
-        following = lists[plan.next_core]
-        if plan.core != plan.next_core:
-            yield partial(following.copy_, lists[plan.core])
-        if plan.reranks:
+        words, lists = state.words[course.buffer], state.lists.slots[:, layers]
+        following = lists[course.next_core]
+        if course.core != course.next_core:
+            yield partial(following.copy_, lists[course.core])
+        if course.reranks:
             wanted = words[RERANKS]
             yield from state.runs.ranking(logits, lse, lists[FULL], following, wanted, error)
         if self.evicts:
-            first = state.lists.first[plan.kind, layers]
+            first = state.lists.first[course.kind, layers]
             yield state.text.aging(layers, logits, lse, first, words, error)
 
     def advance(self) -> None:
         """Close the step and set up the next one."""
         self.account()
-        self.state.core = self._plan.next_core
+        self.state.core = self._course.next_core
         for r in self._observed:
             assert self.scores is not None, "attention leaves scores where they are shown"
             show_step(self.state, r, *self.scores, self._watched[r])
@@ -258,7 +258,7 @@ class Decoding:
         lengths.advance()
 
     def _prepare(self) -> None:
-        """Plan the coming step: the lists that are attended, and what is selected behind it."""
+        """Decide the coming step: the lists that are attended, and what is selected behind it."""
         lengths = self.state.lengths
         words = lengths.words()
         self.kinds = words[ATTENDS_CORE]
@@ -266,10 +266,10 @@ class Decoding:
         kind = self.kinds[0] if len(set(self.kinds)) == 1 else MIXED
         pinned = self.state.device.type == "cuda"
         values = torch.tensor(words, dtype=torch.int32, pin_memory=pinned)
-        self.plan(values, kind, any(words[RERANKS]))
+        self.set_course(values, kind, any(words[RERANKS]))
 
-    def plan(self, words: Tensor, kind: int, reranks: bool) -> None:
-        """Plan the coming step from its ``words [WORDS, rows]``; nothing is read by the host.
+    def set_course(self, words: Tensor, kind: int, reranks: bool) -> None:
+        """Decide the coming step from its ``words [WORDS, rows]``; nothing is read by the host.
 
         ``kind``: the list that all rows attend, or MIXED, which is right for any.
         """
@@ -283,7 +283,7 @@ class Decoding:
         scores = reranks or self.evicts or bool(self._observed)
         kind = core if kind == CORE else kind
         which = self._buffer, kind, reranks, self.evicts, scores, core, following
-        self._plan = StepPlan(*which)
+        self._course = Course(*which)
 
     # -- what a step is connected to --------------------------------------------------------------
 
@@ -323,7 +323,7 @@ def _begin(rows: Sequence[Row], layer: int) -> int:
 
 
 def no_slot(row: int) -> CapacityError:
-    """The error of a row that shall take more tokens than it was promised room for."""
+    """The error of a row that shall take more tokens than it was promised slots for."""
     return CapacityError(
         f"row {row} of the cache has no free slot for another token",
         hint="reserve more with new_tokens when it is prefilled",

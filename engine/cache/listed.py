@@ -60,7 +60,7 @@ class ListedAttention:
         if wanted not in self._plans and not native.usable(q, self._lists[0].pool.k):
             return self._in_torch(q, scores)
         if tape.recording():  # a copy would not be recorded, but q stays where it is
-            plan, _ = tape.kept(self._planned(q, scores))
+            plan, _ = tape.alive(self._planned(q, scores))
         else:
             if wanted not in self._plans:
                 self._plans[wanted] = self._planned(q.clone(), scores)

@@ -53,8 +53,8 @@ def tiers_of(spans: list[tuple[int, int]], stored: Tensor, core: Tensor | None) 
     >>> tiers_of([(1, 5)], torch.tensor([[0, 2, 3, 9]]), torch.tensor([3])).tolist()
     [0, 1, 2, 0]
     """
-    parts = [torch.arange(start, end, device=stored.device) for start, end in spans]
-    image = torch.cat(parts) if parts else stored.new_empty(0)
+    ranges = [torch.arange(start, end, device=stored.device) for start, end in spans]
+    image = torch.cat(ranges) if ranges else stored.new_empty(0)
     tiers = torch.full_like(image, MINOR, dtype=torch.uint8)
     tiers[torch.isin(image, stored)] = CORE if core is None else SECONDARY
     if core is not None:

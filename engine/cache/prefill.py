@@ -169,7 +169,7 @@ class Prefill:
         )
         self.rotary = self.row.rotary[None]
         self._turn = turn
-        self._narrowed: Tensor | None = None
+        self._onward: Tensor | None = None
         self._taken: list[Extent] = []
 
     def __enter__(self) -> Prefill:
@@ -197,10 +197,10 @@ class Prefill:
 
     def narrow(self, layer: int) -> Tensor | None:
         """See ``Step.narrow``; later layers' layout loses the same tokens."""
-        kept = self._narrowed
-        if kept is not None:
-            self._turn = self._turn.narrowed(kept)
-        return kept
+        onward = self._onward
+        if onward is not None:
+            self._turn = self._turn.at(onward)
+        return onward
 
     def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Let the policy choose of a layer's columns ``k, v``, and store what it keeps."""
@@ -209,7 +209,7 @@ class Prefill:
             layout, earlier = self._behind_past(layer)
         received = Received(q, k, earlier)
         kept = self.policy.retain(layer, layout, received)
-        self._narrowed = self.policy.narrow(layer, layout, received)
+        self._onward = self.policy.narrow(layer, layout, received)
         self.row.layers.append(self._store(self.pools[layer], k, v, layout, kept))
         if self.row.observer is not None:
             show_prefill(self.row, layer, layout, received, self.row.layers[layer])

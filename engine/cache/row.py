@@ -15,9 +15,9 @@ from .pool import Extent
 
 @dataclass
 class Stored:
-    """One layer's part of a sequence: an extent of the layer's pool and what lies in it.
+    """One layer's share of a sequence: an extent of the layer's pool and what lies in it.
 
-    ``layout``'s columns are the extent's used slots, relative to its start: first the shared part
+    ``layout``'s columns are the extent's used slots, relative to its start: first the shared slots
     (fixed and image tokens), from ``layout.text_start`` on the text. ``core`` and ``text_scores``
     are as in ``Kept``, with columns now meaning these slots.
     """

@@ -1,4 +1,4 @@
-"""How much the tensors of a decode state have room for."""
+"""How large the tensors of a decode state are."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class State:
         rotary: ``[rows, words]`` int64, see ``Step``.
         words: ``[2, WORDS, rows]`` int32, two steps' words in turns; zeros where there is no row.
         core: which lists serve as core, CORE or SPARE.
-        sizes: what the tensors have room for.
+        sizes: how large the tensors are.
         holders: are told before any of this, or of the pools, moves.
     """
 

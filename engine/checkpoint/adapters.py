@@ -26,7 +26,7 @@ _QUANTISED = (
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises CheckpointError for a folder of LoRA weights: they change a model, they are none."""
+    """Raise CheckpointError for a folder of LoRA weights: they change a model, they are none."""
     path = folder / "adapter_config.json"
     if not path.exists() or any((folder / name).exists() for name in _WHOLE):
         return
@@ -39,7 +39,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
-    """Raises CheckpointError where a config.json says that the weights are quantised."""
+    """Raise CheckpointError where a config.json says that the weights are quantised."""
     sections = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     for section in sections:
         for key in ("quantization_config", "compression_config"):
@@ -56,7 +56,7 @@ def quantised(folder: Path, how: str) -> CheckpointError:
 
 
 def is_quantised(name: str) -> bool:
-    """Tells whether a tensor's name is one that only quantised layers have."""
+    """Tell whether a tensor's name is one that only quantised layers have."""
     return name.endswith(_QUANTISED)
 
 

@@ -1,4 +1,4 @@
-"""Converts pickled weights (`pytorch_model*.bin`) to safetensors shards.
+"""Converts pickled weights (``pytorch_model*.bin``) to safetensors shards.
 
 Each source file becomes one shard. All of them are looked through first, their data unread: what
 is damaged, and what was changed in the target since, is refused before anything is written. A
@@ -7,7 +7,7 @@ comes last: at every moment a shard either is whole or has not its name. Started
 conversion keeps the shards that are done, if the checksum in their header is still that of their
 data.
 
-See `target` for the folder that is written to. No file that was changed since is written over.
+See ``target`` for the folder that is written to. No file that was changed since is written over.
 """
 
 import ctypes
@@ -71,13 +71,13 @@ def convert(
     At most one source file is mapped at a time, and one tensor copied.
 
     Args:
-        source: config, tokenizer and `pytorch_model*.bin`.
-        target: a new or empty folder, or one that a conversion of `source` and `tower` left.
+        source: config, tokenizer and ``pytorch_model*.bin``.
+        target: a new or empty folder, or one that a conversion of ``source`` and ``tower`` left.
         tower: folder of the vision tower to join in, where the checkpoint has none of its own.
         progress: called with a source file's name, the bytes of it that are done, and all of them.
 
     Returns:
-        `target`.
+        ``target``.
 
     Raises:
         CheckpointError: nothing to convert, a file that is damaged or holds more than tensors, a
@@ -86,7 +86,7 @@ def convert(
     """
     check_folder(target, source)
     check_owner(target, source, tower)
-    shards, index = _plan(_sources(source, tower), target)
+    shards, index = _laid_out(_sources(source, tower), target)
     beside = _beside(source, target, tower) | {target / INDEX: index}
     with claimed(target, source, tower):
         _refuse_changed(shards, beside, finished=(target / INDEX).exists())
@@ -115,7 +115,7 @@ def _sources(source: Path, tower: Path | None) -> list[Source]:
     return [*sources, *(Source(path, is_tower=True) for path in found)]
 
 
-def _plan(sources: list[Source], target: Path) -> tuple[list[Shard], bytes]:
+def _laid_out(sources: list[Source], target: Path) -> tuple[list[Shard], bytes]:
     """One shard for each source, and their index."""
     shards: list[Shard] = []
     weight_map: dict[str, str] = {}
@@ -169,10 +169,10 @@ def _chosen(pieces: list[Piece], source: Source) -> list[Piece]:
     pieces = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
     if not source.is_tower:
         return pieces
-    kept = [piece for piece in pieces if piece.name.startswith("vision_model.")]
-    if not kept:
+    tower = [piece for piece in pieces if piece.name.startswith("vision_model.")]
+    if not tower:
         raise CheckpointError(f"{source.path} holds no vision tower (no tensor vision_model.*)")
-    return [Piece(TOWER_PREFIX + p.name, p.dtype, p.shape, p.read) for p in kept]
+    return [Piece(TOWER_PREFIX + p.name, p.dtype, p.shape, p.read) for p in tower]
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> Piece:
@@ -192,7 +192,7 @@ def _refuse_repeats(source: Source, pieces: list[Piece], seen: Mapping[str, str]
 def _refuse_changed(shards: list[Shard], beside: Mapping[Path, bytes], finished: bool) -> None:
     """Refuse to go on where a file is not what the conversion has written or will write there.
 
-    `finished` says that there is an index.
+    ``finished`` says that there is an index.
     """
     changed = [path for path, content in beside.items() if not _is_same(path, content)]
     changed += [shard.path for shard in shards if not _may_replace(shard, finished)]
@@ -309,7 +309,7 @@ def _give(tensor: Tensor, *takers: Callable[[Any], object]) -> None:
 
 
 def find_tower(source: Path, given: str | None, offline: bool = False) -> Path | None:
-    """The vision tower to join into `source`: the given one, or the one that its config names.
+    """The vision tower to join into ``source``: the given one, or the one that its config names.
 
     None where the checkpoint needs none: it names none, or holds its own.
     """

@@ -30,7 +30,7 @@ _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a hub repository; `sha256` is "" where the hub does not state it."""
+    """A file of a hub repository; ``sha256`` is "" where the hub does not state it."""
 
     name: str
     size: int
@@ -38,9 +38,9 @@ class RemoteFile:
 
 
 def download(name: str, revision: str | None = None, pickled: bool = False) -> Path:
-    """Downloads a model into the hub's cache; returns its snapshot folder.
+    """Download a model into the hub's cache; returns its snapshot folder.
 
-    With `pickled`, pickled weights are taken where there are no others.
+    With ``pickled``, pickled weights are taken where there are no others.
 
     Raises CheckpointError in one line for whatever goes wrong, and keeps what has come whole.
     """
@@ -76,7 +76,7 @@ def _list(name: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
 def choose(name: str, files: Sequence[RemoteFile], pickled: bool = False) -> list[RemoteFile]:
     """The files of a repository that the engine reads: none in folders, no weights twice.
 
-    Raises CheckpointError where there are no safetensors, unless `pickled` weights are asked for
+    Raises CheckpointError where there are no safetensors, unless ``pickled`` weights are asked for
     and there are some: loading those could run code, only a conversion reads them.
     """
     plain = [file for file in files if "/" not in file.name]

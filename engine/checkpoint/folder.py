@@ -13,9 +13,9 @@ from .header import TensorInfo, read_header
 
 
 def read_folder(folder: Path) -> dict[str, TensorInfo]:
-    """Checks the headers of all weight files of a folder and lists their tensors by name.
+    """Check the headers of all weight files of a folder and list their tensors by name.
 
-    Accepts `model.safetensors`, shards with `model.safetensors.index.json`, or exactly one
+    Accepts ``model.safetensors``, shards with ``model.safetensors.index.json``, or exactly one
     .safetensors file of any name, in this order. Raises CheckpointError for everything else.
     """
     names = _list_folder(folder)
@@ -70,7 +70,7 @@ def _only_file(folder: Path, names: Iterable[str]) -> str:
 
 
 def _read_shards(folder: Path) -> dict[str, TensorInfo]:
-    """Reads the index and every shard it names, and checks that they tell the same story."""
+    """Read the index and every shard it names, and check that they tell the same story."""
     path = folder / INDEX
     index = read_json(path)
     listed = index.get("weight_map")
@@ -109,7 +109,7 @@ def _shard_names(path: Path, listed: Mapping[str, object]) -> list[str]:
 
 
 def _is_plain_name(shard: object) -> bool:
-    """Tells whether an index, which comes from strangers, stays in its folder with this name."""
+    """Tell whether an index, which comes from strangers, stays in its folder with this name."""
     return (
         isinstance(shard, str)
         and shard.endswith(".safetensors")
@@ -121,7 +121,7 @@ def _is_plain_name(shard: object) -> bool:
 
 
 def _check_total(path: Path, index: Mapping[str, object], total: int) -> None:
-    """Compares the size an index states with what is there.
+    """Compare the size an index states with what is there.
 
     Only a factor above two is refused: published indices count tied tensors twice, or the bytes
     of another dtype.

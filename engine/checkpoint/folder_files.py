@@ -33,7 +33,7 @@ _FOREIGN = (
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Reads a JSON object from a file, strictly: no duplicate keys, no NaN, nothing but an object.
+    """Read a JSON object from a file, strictly: no duplicate keys, no NaN, nothing but an object.
 
     Raises CheckpointError naming the file.
     """
@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def read_file(path: Path) -> bytes:
-    """Reads a file beside the weights; refuses what is not regular, and more than 100 MB."""
+    """Read a file beside the weights; refuses what is not regular, and more than 100 MB."""
     size = regular_file_size(path)
     if size > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path} is too large for what it should be: {size:,} bytes")
@@ -67,7 +67,7 @@ def regular_file_size(path: Path) -> int:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Opens a file for reading; an operating system's refusal becomes a CheckpointError."""
+    """Open a file for reading; an operating system's refusal becomes a CheckpointError."""
     try:
         return path.open("rb")
     except OSError as error:
@@ -87,7 +87,7 @@ def first_five(names: Iterable[object]) -> str:
 
 
 def refuse_foreign(path: Path, head: bytes) -> None:
-    """Raises CheckpointError where a file's first bytes are those of something else."""
+    """Raise CheckpointError where a file's first bytes are those of something else."""
     start = head.lstrip().lower()
     for magic, what, hint in _FOREIGN:
         if start.startswith(magic):
@@ -95,7 +95,7 @@ def refuse_foreign(path: Path, head: bytes) -> None:
 
 
 def parse_object(text: bytes, complaint: str) -> dict[str, object]:
-    """Parses strict JSON that must be an object; `complaint` begins the CheckpointError."""
+    """Parse strict JSON that must be an object; ``complaint`` begins the CheckpointError."""
     try:
         value = json.loads(
             text.decode("utf-8"),

@@ -1,7 +1,7 @@
 """Reads what a weight file says about itself: its safetensors header.
 
 A safetensors file is ``<8 bytes: header length n, little endian><n bytes of JSON><tensor data>``;
-the JSON maps each tensor's name to its dtype, shape and byte range. The `safetensors` library has
+the JSON maps each tensor's name to its dtype, shape and byte range. The ``safetensors`` library has
 the last word on every header; our own checks come first because its messages name neither file nor
 tensor.
 """
@@ -41,7 +41,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes ``[start, stop)`` of `file`, row-major, little endian."""
+    """Where one tensor lies: bytes ``[start, stop)`` of ``file``, row-major, little endian."""
 
     name: str
     dtype: torch.dtype
@@ -55,25 +55,26 @@ class TensorInfo:
         """Size of the tensor in the file, in bytes."""
         return self.stop - self.start
 
-    def split(self, parts: int) -> list["TensorInfo"]:
-        """Cuts the tensor into `parts` with equally many rows, which lie in the file in order.
+    def split(self, count: int) -> list["TensorInfo"]:
+        """Cut the tensor into ``count`` pieces of equally many rows, one behind the other.
 
         Raises CheckpointError where the rows do not divide.
         """
-        if parts == 1:
+        if count == 1:
             return [self]
-        if not self.shape or self.shape[0] % parts:
+        if not self.shape or self.shape[0] % count:
             raise CheckpointError(
-                f"{show(self.name)} is {list(self.shape)}: its rows do not split into {parts} parts"
+                f"{show(self.name)} is {list(self.shape)}: "
+                f"its rows do not split into {count} pieces"
             )
-        shape = (self.shape[0] // parts, *self.shape[1:])
-        size = self.nbytes // parts
-        starts = [self.start + part * size for part in range(parts)]
+        shape = (self.shape[0] // count, *self.shape[1:])
+        size = self.nbytes // count
+        starts = [self.start + index * size for index in range(count)]
         return [replace(self, shape=shape, start=at, stop=at + size) for at in starts]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Checks one safetensors file and lists its tensors by name, in order of their bytes.
+    """Check one safetensors file and list its tensors by name, in order of their bytes.
 
     After this every byte range is inside the file, ranges neither overlap nor leave holes, and
     each is as long as its shape and dtype say. The tensor data itself is not read.

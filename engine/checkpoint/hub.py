@@ -25,7 +25,7 @@ def resolve(
     offline: bool = False,
     pickled: bool = False,
 ) -> Path:
-    """Finds the folder of a model.
+    """Find the folder of a model.
 
     Args:
         name_or_folder: a folder; or a hub name such as "llava-hf/llava-1.5-7b-hf", taken from the
@@ -97,8 +97,8 @@ def _from_hub(name: str, revision: str | None, offline: bool, pickled: bool) -> 
 def find_cached(name: str, revision: str | None = None) -> Path | None:
     """The snapshot of a model in the hub's cache, complete or not; None if there is none.
 
-    The layout is `models--org--name/refs/<revision>`, a file that holds the commit, and
-    `snapshots/<commit>/`, links to blobs.
+    The layout is ``models--org--name/refs/<revision>``, a file that holds the commit, and
+    ``snapshots/<commit>/``, links to blobs.
     """
     from huggingface_hub import constants
 
@@ -112,7 +112,7 @@ def find_cached(name: str, revision: str | None = None) -> Path | None:
 
 
 def is_complete(folder: Path, pickled: bool = False) -> bool:
-    """Tells whether a folder has its config and all weight files it speaks of, unread."""
+    """Tell whether a folder has its config and all weight files it speaks of, unread."""
     if not (folder / "config.json").exists():
         return False
     whole = _has_all(folder, SINGLE, INDEX, "*.safetensors")

@@ -2,16 +2,17 @@
 
 LLaVA checkpoints come in four layouts that differ in their prefixes, and in little else:
 
-1. hub, written by transformers 4: `language_model.model.*`, `language_model.lm_head.*`,
-   `vision_tower.vision_model.*`, `multi_modal_projector.linear_{1,2}.*`, `image_newline`
-2. hub, written by transformers 5: the same, but `vision_tower.*`
-3. a state dict by module names: `model.language_model.*`, `lm_head.*`, `model.vision_tower.*` or
-   `model.vision_tower.vision_model.*`, `model.multi_modal_projector.*`, `model.image_newline`
-4. the original repository: `model.*`, `lm_head.*`, `model.mm_projector.{0,2}.*`,
-   `model.vision_tower.vision_tower.vision_model.*`, `model.image_newline`
+1. hub, written by transformers 4: ``language_model.model.*``, ``language_model.lm_head.*``,
+   ``vision_tower.vision_model.*``, ``multi_modal_projector.linear_{1,2}.*``, ``image_newline``
+2. hub, written by transformers 5: the same, but ``vision_tower.*``
+3. a state dict by module names: ``model.language_model.*``, ``lm_head.*``,
+   ``model.vision_tower.*`` or ``model.vision_tower.vision_model.*``,
+   ``model.multi_modal_projector.*``, ``model.image_newline``
+4. the original repository: ``model.*``, ``lm_head.*``, ``model.mm_projector.{0,2}.*``,
+   ``model.vision_tower.vision_tower.vision_model.*``, ``model.image_newline``
 
-So a name is translated in two steps: its prefix says which part of the model it belongs to, and a
-table per part says what the rest is called here.
+So a name is translated in two steps: its prefix says which module of the model it belongs to, and a
+table per module says what the rest is called here.
 """
 
 import re
@@ -23,7 +24,7 @@ Rename = Callable[[str], str | tuple[str, ...] | None]
 
 
 def target_names(renamed: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """What a `Rename` gave, as a tuple: empty for an unused tensor."""
+    """What a ``Rename`` gave, as a tuple: empty for an unused tensor."""
     if renamed is None:
         return ()
     return (renamed,) if isinstance(renamed, str) else renamed
@@ -78,11 +79,11 @@ _LAYER = re.compile(r"(?:encoder\.)?layers\.(0|[1-9]\d*)\.(.*)")
 
 
 def llava_names(vision_layers: int, image_newline: bool = False) -> Rename:
-    """Builds the translation of tensor names for a LLaVA in any of the four layouts.
+    """Build the translation of tensor names for a LLaVA in any of the four layouts.
 
     Args:
         vision_layers: how many layers of the vision tower are used; the later ones are known to be
-            unused. A tower of 24 layers with `vision_feature_layer` -2 uses 23.
+            unused. A tower of 24 layers with ``vision_feature_layer`` -2 uses 23.
         image_newline: whether the model has this tensor (LLaVA-1.6); otherwise it is unused.
 
     Returns:
@@ -96,23 +97,23 @@ def llava_names(vision_layers: int, image_newline: bool = False) -> Rename:
     def rename(name: str) -> str | None:
         if _COMPUTED.fullmatch(name):
             return None
-        part, rest = _split(name)
+        owner, rest = _split(name)
         if rest == "image_newline":
             return rest if image_newline else None
-        if part == "vision":
+        if owner == "vision":
             ours = _tower(rest, vision_layers)
         else:
-            ours = _translate(rest, {"decoder": _DECODER, "projector": _PROJECTOR}.get(part, {}))
-        return f"{part}.{ours}" if ours else ours
+            ours = _translate(rest, {"decoder": _DECODER, "projector": _PROJECTOR}.get(owner, {}))
+        return f"{owner}.{ours}" if ours else ours
 
     return rename
 
 
 def clip_names(vision_layers: int) -> Rename:
-    """Builds the translation for a CLIP folder, to the names inside our vision tower.
+    """Build the translation for a CLIP folder, to the names inside our vision tower.
 
-    For checkpoints that leave the tower to a folder of its own (`mm_vision_tower`). Arguments and
-    result are those of `llava_names`; CLIP's text model is known to be unused.
+    For checkpoints that leave the tower to a folder of its own (``mm_vision_tower``). Arguments and
+    result are those of ``llava_names``; CLIP's text model is known to be unused.
 
     >>> clip_names(23)("vision_model.encoder.layers.22.mlp.fc1.bias")
     'layers.22.fc1.bias'
@@ -127,10 +128,10 @@ def clip_names(vision_layers: int) -> Rename:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The part of the model a name belongs to ("" if none), and the rest of the name."""
-    for pattern, part in _PREFIXES:
+    """The module of the model a name belongs to ("" if none), and the rest of the name."""
+    for pattern, owner in _PREFIXES:
         if found := pattern.match(name):
-            return part, name[found.end() :]
+            return owner, name[found.end() :]
     return "", name
 
 
@@ -143,7 +144,7 @@ def _tower(rest: str, vision_layers: int) -> str | None:
 
 
 def _translate(rest: str, table: Mapping[str, str]) -> str:
-    """Looks a name up in its part's table, inside its layer if it has one; "" if it is unknown."""
+    """Look a name up in its owner's table, inside its layer if it has one; "" if it is unknown."""
     prefix = ""
     if layer := _LAYER.fullmatch(rest):
         prefix, rest = f"layers.{layer[1]}.", layer[2]

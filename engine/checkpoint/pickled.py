@@ -1,6 +1,6 @@
-"""Reads pickled weights (`pytorch_model*.bin`) without running what a pickle could run.
+"""Reads pickled weights (``pytorch_model*.bin``) without running what a pickle could run.
 
-A pickle is a program. `torch.load(weights_only=True)` runs only the few steps that build tensors
+A pickle is a program. ``torch.load(weights_only=True)`` runs only the few steps that build tensors
 and stops at any other one; here that becomes an error which names the file.
 """
 
@@ -45,7 +45,7 @@ class Piece:
 
 
 def read_pickle(path: Path) -> list[Piece]:
-    """Lists the tensors of one file; their data is mapped and not read.
+    """List the tensors of one file; their data is mapped and not read.
 
     Raises CheckpointError naming the file, and the entry where there is one.
     """

@@ -1,9 +1,9 @@
 """From the tensor names of Qwen-VL checkpoints to the names of our own modules.
 
-The files follow the remote code: the decoder is `transformer.*` in GPT-2's words, the vision part
-`transformer.visual.*` in open_clip's. Two tensors are fused: a layer's `c_attn` holds the rows of
-q, k and v one after the other, and so does `in_proj` of the resampler's attention. (`in_proj` of a
-vision layer is packed head by head instead, so it stays one tensor here.)
+The files follow the remote code: the decoder is ``transformer.*`` in GPT-2's words, the vision
+tower ``transformer.visual.*`` in open_clip's. Two tensors are fused: a layer's ``c_attn`` holds the
+rows of q, k and v one after the other, and so does ``in_proj`` of the resampler's attention.
+(``in_proj`` of a vision layer is packed head by head instead, so it stays one tensor here.)
 """
 
 import re
@@ -61,7 +61,7 @@ _LAYER = re.compile(
 
 
 def qwen_names() -> Rename:
-    """Builds the translation of tensor names for Qwen-VL and Qwen-VL-Chat; see `Rename`.
+    """Build the translation of tensor names for Qwen-VL and Qwen-VL-Chat; see ``Rename``.
 
     >>> qwen_names()("transformer.h.3.mlp.w1.weight")
     'decoder.layers.3.up_proj.weight'
@@ -73,8 +73,8 @@ def qwen_names() -> Rename:
         if name in _PARAMETERS:
             return _PARAMETERS[name]
         if found := _LAYER.fullmatch(name):
-            part, number, rest, leaf = found.groups()
-            table, ours = (_DECODER, "decoder") if part == "h" else (_VISION_LAYER, "vision")
+            kind, number, rest, leaf = found.groups()
+            table, ours = (_DECODER, "decoder") if kind == "h" else (_VISION_LAYER, "vision")
             return _spelled(table.get(rest), f"{ours}.layers.{number}.", leaf)
         module, _, leaf = name.rpartition(".")
         return _spelled(_MODULES.get(module), "", leaf)

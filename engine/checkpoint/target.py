@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OptionError
-from ..files import PARTS, lock, probe, write_whole
+from ..files import UNFINISHED, lock, probe, write_whole
 
 MARKER = ".avl-conversion"  # in the target: what is converted there
 NEW_FOLDER = "name a folder that does not exist"
@@ -40,7 +40,7 @@ def check_folder(target: Path, source: Path) -> None:
 
 @contextmanager
 def claimed(target: Path, source: Path, tower: Path | None) -> Iterator[None]:
-    """Make `target` the folder of this conversion, or find that it is; one process works in it.
+    """Make ``target`` the folder of this conversion, or find that it is; one process works in it.
 
     Where nothing was written, nothing is left.
     """
@@ -55,7 +55,7 @@ def claimed(target: Path, source: Path, tower: Path | None) -> Iterator[None]:
     with marker.open("rb") as file:
         if not lock(file):
             raise OptionError(f"another process converts into {target}", hint="wait for it to end")
-        for leftover in target.glob(PARTS):
+        for leftover in target.glob(UNFINISHED):
             leftover.unlink()
         try:
             yield
@@ -81,7 +81,7 @@ def _description(source: Path, tower: Path | None) -> bytes:
 
 def _is_empty(target: Path) -> bool:
     """Whether a folder has nothing but what a killed process left."""
-    return all(path.match(PARTS) for path in target.iterdir())
+    return all(path.match(UNFINISHED) for path in target.iterdir())
 
 
 def _unfit(target: Path, error: OSError) -> OptionError:

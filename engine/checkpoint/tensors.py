@@ -45,22 +45,22 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Finds the weight files of a folder and checks all their headers; reads no tensor yet.
+        """Find the weight files of a folder and check all their headers; reads no tensor yet.
 
-        Accepts what `checkpoint.folder.read_folder` accepts; raises CheckpointError otherwise.
+        Accepts what ``checkpoint.folder.read_folder`` accepts; raises CheckpointError otherwise.
         """
         return cls(folder, read_folder(folder))
 
     def read(
         self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """Copies one tensor to a device and dtype (default: as stored), shape as in `tensors`.
+        """Copy one tensor to a device and dtype (default: as stored), shape as in ``tensors``.
 
         Raises CheckpointError if the file has changed size since it was opened.
         """
-        return self.read_part(self.tensors[name], device, dtype)
+        return self.read_at(self.tensors[name], device, dtype)
 
-    def read_part(
+    def read_at(
         self,
         info: TensorInfo,
         device: str | torch.device,
@@ -68,10 +68,10 @@ class Checkpoint:
         mapped: bool = False,
         into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Copies what `info` describes: a tensor, or rows of one (`TensorInfo.split`).
+        """Copy what ``info`` describes: a tensor, or rows of one (``TensorInfo.split``).
 
-        With `mapped`, a large tensor that a CPU can use as it lies in the file is not copied: it
-        stays a private map of the file for as long as it lives. With `into`, it is copied there.
+        With ``mapped``, a large tensor that a CPU can use as it lies in the file is not copied: it
+        stays a private map of the file for as long as it lives. With ``into``, it is copied there.
         """
         dtype = dtype or info.dtype
         if not info.nbytes:
@@ -87,7 +87,7 @@ class Checkpoint:
         return target
 
     def equal(self, one: str, other: str, chunk: int = 16 << 20) -> bool:
-        """Tells whether two tensors hold the same dtype, shape and bytes; reads 16 MB at a time."""
+        """Tell whether two tensors hold the same dtype, shape and bytes; reads 16 MB at a time."""
         a, b = self.tensors[one], self.tensors[other]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -99,7 +99,7 @@ class Checkpoint:
         )
 
     def close(self) -> None:
-        """Closes the files; tensors that were read stay valid: copies, or maps of their own."""
+        """Close the files; tensors that were read stay valid: copies, or maps of their own."""
         for file, _ in self._files.values():
             file.close()
 
@@ -154,25 +154,25 @@ def load_weights(
     mapped: bool = False,
     placement: Placement = anywhere,
 ) -> list[str]:
-    """Fills the parameters of a module built on the meta device, one tensor at a time.
+    """Fill the parameters of a module built on the meta device, one tensor at a time.
 
     Args:
         module: parameters and persistent buffers still on "meta" are filled; others are left alone,
             so that a second checkpoint can supply what the first one lacks.
         checkpoint: where the tensors come from.
-        rename: name on disk -> name in `module`, or None for a tensor known to be unused, or
+        rename: name on disk -> name in ``module``, or None for a tensor known to be unused, or
             several names, which share the rows of a fused tensor equally and in this order.
         device: where the parameters will live.
         dtype: of all floating-point parameters; a submodule with the attribute
-            `keep_float32 = True` keeps its own ones in float32.
+            ``keep_float32 = True`` keeps its own ones in float32.
         tied: name -> name of the parameter it shares, where the config ties them. The first may be
             absent from the file; if it is present it must be equal.
         mapped: leave large tensors in the file's map where a CPU can use them as they lie.
-        placement: name in `module` and dtype -> memory of the parameter's shape on `device`, into
-            which it is read; None: memory of its own.
+        placement: name in ``module`` and dtype -> where on ``device`` to read it into, of the
+            parameter's shape; None: memory of its own.
 
     Returns:
-        The names on disk that `rename` said are unused.
+        The names on disk that ``rename`` said are unused.
 
     Raises:
         CheckpointError: with the missing, unexpected and mis-shaped tensors in three lists.
@@ -181,7 +181,7 @@ def load_weights(
     # In the order of the file: sequential reading is what a disk does best.
     for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
         own = _dtype(module, name, dtype)
-        tensor = checkpoint.read_part(info, device, own, mapped, placement(name, own))
+        tensor = checkpoint.read_at(info, device, own, mapped, placement(name, own))
         _assign(module, name, tensor)
     for name, other in fit.shared.items():
         owner, leaf = _owner(module, name)
@@ -192,7 +192,7 @@ def load_weights(
 class Fit(NamedTuple):
     """How a checkpoint fills a module: by our names, where each tensor comes from.
 
-    `shared` are tied parameters and what they share; `ignored` the unused names on disk.
+    ``shared`` are tied parameters and what they share; ``ignored`` the unused names on disk.
     """
 
     sources: dict[str, TensorInfo]
@@ -207,9 +207,9 @@ def fit_weights(
     tied: Mapping[str, str] | None = None,
     elsewhere: str = "",
 ) -> Fit:
-    """Checks names, shapes and kinds of all tensors against a module, and reads none of them.
+    """Check names, shapes and kinds of all tensors against a module, and read none of them.
 
-    Arguments and errors are those of `load_weights`; what begins with `elsewhere` is not wanted
+    Arguments and errors are those of ``load_weights``; what begins with ``elsewhere`` is not wanted
     here, because another checkpoint supplies it.
     """
     wanted = {
@@ -230,7 +230,7 @@ def fit_weights(
 def _match_names(
     checkpoint: Checkpoint, rename: Rename, wanted: Mapping[str, object]
 ) -> tuple[dict[str, TensorInfo], list[str], list[str]]:
-    """Sorts the tensors on disk into: by the name they fill, known to be unused, unexpected."""
+    """Sort the tensors on disk into: by the name they fill, known to be unused, unexpected."""
     sources: dict[str, TensorInfo] = {}
     ignored, unexpected = [], []
     for info in checkpoint.tensors.values():
@@ -243,11 +243,11 @@ def _match_names(
                 raise quantised(checkpoint.folder, f"tensor {show(info.name)}")
             unexpected.append(show(info.name))
             continue
-        for name, part in zip(names, info.split(len(names)), strict=True):
+        for name, piece in zip(names, info.split(len(names)), strict=True):
             if name in sources:
                 both = f"{show(sources[name].name)} and {show(info.name)}"
                 raise CheckpointError(f"{checkpoint.folder}: {both} are both {name}")
-            sources[name] = part
+            sources[name] = piece
     return sources, ignored, unexpected
 
 
@@ -264,7 +264,7 @@ def _check_tied(checkpoint: Checkpoint, info: TensorInfo | None, other: TensorIn
 def _refuse_differences(
     checkpoint: Checkpoint, missing: list[str], unexpected: list[str], misshaped: list[str]
 ) -> None:
-    # A fused tensor that does not fit is mis-shaped for each of its parts.
+    # A fused tensor that does not fit is mis-shaped for each of its pieces.
     misshaped = list(dict.fromkeys(misshaped))
     lists = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
     found = [f"{len(names)} {kind} ({first_five(names)})" for kind, names in lists.items() if names]
@@ -293,7 +293,7 @@ def _dtype(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Puts a tensor where the meta tensor of that name was, as parameter or buffer alike."""
+    """Put a tensor where the meta tensor of that name was, as parameter or buffer alike."""
     owner, leaf = _owner(module, name)
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor

@@ -6,7 +6,7 @@ const FILLS = ["var(--gone)", "url(#stripes)", "#0072b2"];  // in the strip
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const tokens = data.positions.length, steps = data.steps.length;
-let parts, tiers, sinks = new Set(data.sinks), step = 0, playing = 0, panels = [], hovered;
+let arrays, tiers, sinks = new Set(data.sinks), step = 0, playing = 0, panels = [], hovered;
 
 // -- the arrays ---------------------------------------------------------------------------------
 
@@ -18,7 +18,7 @@ async function inflate(text) {
 
 function unpack(buffer) {
   const found = {};
-  for (const [name, [from, length]] of Object.entries(data.blob.parts)) {
+  for (const [name, [from, length]] of Object.entries(data.blob.arrays)) {
     const bytes = buffer.slice(from, from + length);
     found[name] = name.endsWith("High") ? new Float32Array(bytes)
       : name.endsWith("Gap") ? new Uint16Array(bytes) : new Uint8Array(bytes);
@@ -39,7 +39,7 @@ const value = (level, high) => (level / 255) ** 2 * high;
 function attention(pass) {
   const found = new Float32Array(tokens), layer = at("layer").value, head = at("head").value;
   if (layer === "mean") {
-    for (let i = 0; i < tokens; i++) found[i] = value(parts.mean[pass * tokens + i], parts.meanHigh[pass]);
+    for (let i = 0; i < tokens; i++) found[i] = value(arrays.mean[pass * tokens + i], arrays.meanHigh[pass]);
     return found;
   }
   const name = head === "mean" ? "layer" : "head";
@@ -47,8 +47,8 @@ function attention(pass) {
   const row = pass * rows + Number(name === "layer" ? layer : head);
   let token = 0;
   for (let i = row * count; i < (row + 1) * count; i++) {
-    token += parts[name + "Gap"][i];
-    found[token] = value(parts[name][i], parts[name + "High"][row]);
+    token += arrays[name + "Gap"][i];
+    found[token] = value(arrays[name][i], arrays[name + "High"][row]);
   }
   return found;
 }
@@ -360,8 +360,8 @@ function listen() {
 }
 
 async function start() {
-  parts = unpack(await inflate(data.blob.bytes));
-  tiers = unpackTiers(parts.tiers);
+  arrays = unpack(await inflate(data.blob.bytes));
+  tiers = unpackTiers(arrays.tiers);
   buildText();
   buildChoices();
   buildCompare();

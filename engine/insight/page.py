@@ -137,8 +137,8 @@ def pack(recorder: Recorder, means: Tensor) -> dict[str, Any]:
     apart. Of every layer (and head) only the strongest patches are stored once the answer is long:
     all of them would take 4.7 MB for 256 tokens, 32 layers and 576 patches.
     """
-    parts: dict[str, bytes] = {}
-    parts["mean"], parts["meanHigh"] = _levels(means)
+    arrays: dict[str, bytes] = {}
+    arrays["mean"], arrays["meanHigh"] = _levels(means)
     strongest = {
         "layer": (_image_attention(recorder), LAYER_BYTES),
         "head": (torch.stack(recorder.heads), HEAD_BYTES),
@@ -148,19 +148,19 @@ def pack(recorder: Recorder, means: Tensor) -> dict[str, Any]:
         passes, rows, tokens = attention.shape
         count = max(1, min(tokens, budget // (3 * passes * rows)))
         top = attention.topk(count).indices.sort().values
-        parts[name], parts[name + "High"] = _levels(attention.gather(2, top))
+        arrays[name], arrays[name + "High"] = _levels(attention.gather(2, top))
         gaps = top.diff(dim=2, prepend=top.new_zeros(passes, rows, 1))
-        parts[name + "Gap"] = bytes_of(gaps.to(torch.int16))
+        arrays[name + "Gap"] = bytes_of(gaps.to(torch.int16))
         counts[name] = [passes, rows, count]
-    parts["tiers"] = _pack_tiers(recorder)
+    arrays["tiers"] = _pack_tiers(recorder)
     offsets, at = {}, 0
-    for name, content in parts.items():
+    for name, content in arrays.items():
         offsets[name] = [at, len(content)]
         at += len(content)
-    deflated = zlib.compress(b"".join(parts.values()), 9)
+    deflated = zlib.compress(b"".join(arrays.values()), 9)
     return {
         "shapes": counts,
-        "parts": offsets,
+        "arrays": offsets,
         "bytes": base64.b64encode(deflated).decode("ascii"),
     }
 

@@ -37,8 +37,8 @@ def image_heads(seen: Observed) -> Tensor:
     positions = seen.positions.repeat_interleave(heads // len(seen.positions), 0)
     total = seen.weights.new_zeros(heads, seen.query + 1).float()
     total.scatter_add_(1, positions, seen.weights.float())
-    parts = [total[:, start:end] for start, end in seen.image_spans]
-    return torch.cat(parts, 1) if parts else total[:, :0]
+    pictures = [total[:, start:end] for start, end in seen.image_spans]
+    return torch.cat(pictures, 1) if pictures else total[:, :0]
 
 
 def find_sinks(attention: Tensor) -> list[int]:

@@ -69,8 +69,10 @@ class Trace:
         Pictures of later turns count from the pass that brought them.
         """
         attention = self.passes[number][layer].attention
-        parts = [attention[start:end] for start, end in self.image_spans if end <= len(attention)]
-        return torch.cat(parts) if parts else attention.new_empty(0)
+        pictures = [
+            attention[start:end] for start, end in self.image_spans if end <= len(attention)
+        ]
+        return torch.cat(pictures) if pictures else attention.new_empty(0)
 
 
 def by_position(weights: Tensor, positions: Tensor, length: int) -> Tensor:

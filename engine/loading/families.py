@@ -1,7 +1,7 @@
 """Which model a checkpoint folder holds, and what goes with it: names, pictures, prompts, ends.
 
 A family is recognised by config.json alone. Adding one means one function here and one row in the
-table at the end. LLaVA's original layout is told by its `mm_vision_tower`.
+table at the end. LLaVA's original layout is told by its ``mm_vision_tower``.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _llava(
     pinpoints: tuple[Canvas, ...] | None,
     mode: Mode | None = None,
 ) -> Family:
-    """Join the parts of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6."""
+    """Join the halves of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6."""
     with torch.device("meta"):
         model: Llava = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
     return Family(

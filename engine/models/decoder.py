@@ -200,7 +200,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """One layer over the stream ``hidden + delta``, ``[tokens, hidden]`` each.
 
-        Returns the stream in the same two parts: the next norm adds them in passing.
+        Returns the stream in the same two summands: the next norm adds them in passing.
         """
         hidden, normed = self.attn_norm.after(hidden, delta)
         hidden, normed = self.mlp_norm.after(hidden, self.attention(normed, tables, view))
@@ -210,7 +210,7 @@ class DecoderLayer(nn.Module):
     def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         shape = (len(normed), -1, self.config.head_dim)
-        q, k, v = (part.view(shape) for part in self.qkv.product(normed))
+        q, k, v = (each.view(shape) for each in self.qkv.product(normed))
         return self.o_proj(view.attend(q, k, v, tables).flatten(1))
 
 
@@ -228,11 +228,11 @@ def finished(slices: Slices[Result]) -> Result:
             return result
 
 
-def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The stream's two parts, put together from those of its chunks."""
-    if len(parts) == 1:
-        return parts[0]
-    hidden, delta = zip(*parts, strict=True)
+def joined(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The stream's two summands, put together from those of its chunks."""
+    if len(pieces) == 1:
+        return pieces[0]
+    hidden, delta = zip(*pieces, strict=True)
     return torch.cat(hidden), torch.cat(delta)
 
 
@@ -275,16 +275,16 @@ class Decoder(nn.Module):
         """All layers and the final norm; see ``slices``."""
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            view, parts = step.view(index), []
+            view, pieces = step.view(index), []
             for chunk in step.chunks(len(hidden)):
                 behind = None if delta is None else delta[chunk]
-                parts.append(layer(hidden[chunk], behind, tables.narrowed(chunk), view))
+                pieces.append(layer(hidden[chunk], behind, tables.at(chunk), view))
                 yield
-            hidden, delta = joined(parts)
-            kept = step.narrow(index)
-            if kept is not None:
-                hidden, delta = hidden[kept], delta[kept]
-                tables = tables.narrowed(kept)
+            hidden, delta = joined(pieces)
+            onward = step.narrow(index)
+            if onward is not None:
+                hidden, delta = hidden[onward], delta[onward]
+                tables = tables.at(onward)
         return self.norm.after(hidden, delta)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.fused import add_norm
-from ..ops.tape import kept
+from ..ops.tape import alive
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
     def after(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """``hidden + delta``, and that normalised; without ``delta`` nothing is added."""
         if delta is None:
-            delta = kept(torch.zeros_like(hidden))
+            delta = alive(torch.zeros_like(hidden))
         return add_norm(hidden, delta, self.weight, self.eps)
 
 

@@ -43,7 +43,6 @@ class LlavaConfig:
     decoder: DecoderConfig
     vision: ClipConfig
     image_token: int
-    original_layout: bool
     vision_tower: str | None
     end_tokens: tuple[int, ...]
 
@@ -62,7 +61,6 @@ def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
         decoder=decoder,
         vision=ClipConfig.parse(top.section("vision_config"), feature_layer),
         image_token=top.integer(image_key, 32000, low=0, high=decoder.vocab - 1),
-        original_layout=False,
         vision_tower=None,
         end_tokens=top.section("text_config").tokens("eos_token_id", ()),
     )
@@ -84,7 +82,6 @@ def parse_original(config: Mapping[str, Any], vision_config: Mapping[str, Any]) 
         decoder=decoder,
         vision=ClipConfig.parse(ConfigReader(vision_config, "vision config"), feature_layer),
         image_token=decoder.vocab,
-        original_layout=True,
         vision_tower=top.text("mm_vision_tower"),
         end_tokens=top.tokens("eos_token_id", ()),
     )
@@ -120,7 +117,7 @@ class Llava(VisionLanguageModel):
 
     def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
         """Image tokens ``[image tokens, hidden]`` of every picture."""
-        return [part.flatten(0, 1) for part in self.tile_features(pictures)]
+        return [tiles.flatten(0, 1) for tiles in self.tile_features(pictures)]
 
     def tile_features(self, pictures: Sequence[Pixels]) -> Sequence[Tensor]:
         """Features ``[tiles, patches, hidden]`` of every picture.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
-from ..pictures.anyres import Canvas, Grid, plan, read_pinpoints
+from ..pictures.anyres import Canvas, Grid, grid_of, read_pinpoints
 from ..pictures.preprocess import Pixels
 from .llava import Llava, LlavaConfig, parse_hub, parse_original
 
@@ -31,7 +31,7 @@ class LlavaNext(Llava):
     def grid(self, pixels: Pixels) -> Grid:
         """How a picture is laid out."""
         vision = self.config.vision
-        return plan(pixels.size, self.pinpoints, vision.image, vision.grid)
+        return grid_of(pixels.size, self.pinpoints, vision.image, vision.grid)
 
     def image_tokens(self, pixels: Pixels) -> int:
         """Tokens that a picture takes in the sequence: 1,176 to 2,928 in the published models."""
@@ -40,7 +40,9 @@ class LlavaNext(Llava):
     def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
         """Image tokens ``[image tokens, hidden]`` of every picture."""
         features = self.tile_features(pictures)
-        return [self._join(part, self.grid(p)) for part, p in zip(features, pictures, strict=True)]
+        return [
+            self._join(tiles, self.grid(p)) for tiles, p in zip(features, pictures, strict=True)
+        ]
 
     def _join(self, features: Tensor, grid: Grid) -> Tensor:
         """Lay ``features [1 + tiles, patches, hidden]`` out: the whole, then row after row."""
@@ -48,9 +50,9 @@ class LlavaNext(Llava):
         side, (rows, columns) = self.config.vision.grid, grid.tiles
         joined = tiles.view(rows, columns, side, side, -1).transpose(1, 2)
         joined = joined.reshape(rows * side, columns * side, -1)
-        kept = joined[grid.top : grid.top + grid.height, grid.left : grid.left + grid.width]
+        inside = joined[grid.top : grid.top + grid.height, grid.left : grid.left + grid.width]
         newline = self.image_newline.expand(grid.height, 1, -1)
-        return torch.cat([whole, torch.cat([kept, newline], 1).flatten(0, 1)])
+        return torch.cat([whole, torch.cat([inside, newline], 1).flatten(0, 1)])
 
 
 def parse_next_hub(config: Mapping[str, Any]) -> tuple[LlavaConfig, tuple[Canvas, ...]]:

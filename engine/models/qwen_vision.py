@@ -1,4 +1,4 @@
-"""Qwen-VL's vision part (Bai et al. 2023): a ViT-bigG of open_clip, and a resampler.
+"""Qwen-VL's vision tower (Bai et al. 2023): a ViT-bigG of open_clip, and a resampler.
 
 448 x 448 pixels become 32 x 32 patches; 48 pre-norm layers without a class token; one layer of
 cross-attention from 256 learned queries; 256 image tokens. Both position tables are stored for a
@@ -25,7 +25,7 @@ STORED_GRID = 16
 
 @dataclass(frozen=True)
 class QwenVisionConfig:
-    """Shape of the vision part; ``width`` is the transformer's, ``output`` the decoder's."""
+    """Shape of the vision tower; ``width`` is the transformer's, ``output`` the decoder's."""
 
     width: int
     layers: int

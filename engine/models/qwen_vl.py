@@ -69,7 +69,9 @@ class QwenVlConfig:
 def _refuse_others(top: ConfigReader) -> None:
     """Refuse relatives that share the model type."""
     if "visual" not in top.values:
-        raise top.unsupported("visual", "is missing: a Qwen without a vision part is not supported")
+        raise top.unsupported(
+            "visual", "is missing: a Qwen without a vision tower is not supported"
+        )
     if not top.flag("no_bias", True):
         raise top.unsupported("no_bias", "is false: biases in every linear layer are not supported")
     if top.number("rotary_pct", 1.0) != 1.0:
@@ -165,8 +167,8 @@ class QwenVl(VisionLanguageModel):
         return self.config.vision.queries * len(pixels.tiles)
 
     def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
-        """Image tokens ``[256, hidden]`` of every picture; all pass the vision part at once."""
+        """Image tokens ``[256, hidden]`` of every picture; all pass the vision tower at once."""
         weight = self.vision.patch_embedding.weight
         tiles = torch.cat([picture.tiles for picture in pictures]).to(weight.device, weight.dtype)
         features = self.vision(tiles).split([len(picture.tiles) for picture in pictures])
-        return [part.flatten(0, 1) for part in features]
+        return [picture.flatten(0, 1) for picture in features]

@@ -11,10 +11,10 @@ from .decoder import Decoder
 
 
 class VisionLanguageModel(nn.Module):
-    """A vision part whose features take places in a decoder's sequence.
+    """A vision tower whose features take places in a decoder's sequence.
 
     Attributes:
-        vision: the vision part; ``encode`` runs it.
+        vision: the vision tower; ``encode`` runs it.
         decoder: the language decoder.
         image_token: the id that fills image positions in a prompt; its embedding is never used.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import native
 from .native import address, codes, describe
 from .rotary import rotate
-from .tape import kept
+from .tape import alive
 
 
 class Destination(NamedTuple):
@@ -244,7 +244,7 @@ def _check_rope(
 
 def _result(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What a kernel writes in full: memory with anything in it."""
-    return kept(like.new_empty(shape, dtype=dtype))
+    return alive(like.new_empty(shape, dtype=dtype))
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

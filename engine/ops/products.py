@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .formats import BF16, FP16, FP32, format_of
 from .native import address, codes, describe, load
-from .tape import kept
+from .tape import alive
 
 GEMV_ROWS = 32  # rows that the native product takes
 _UNEVEN_ROWS = 256  # from here on up to three rows more cost nothing
@@ -40,8 +40,8 @@ def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     On a CPU its bfloat16 product likes row counts that four divides.
 
-    It takes about 1.3 times as long for some others, such as the 577 of CLIP (`bench.kernels`), so
-    that x gets up to three rows more.
+    It takes about 1.3 times as long for some others, such as the 577 of CLIP (``bench.kernels``),
+    so that x gets up to three rows more.
     """
     if x.device.type != "cpu" or x.dtype is torch.float32 or _training(x, weight):
         return F.linear(x, weight, bias)
@@ -63,8 +63,8 @@ def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dot = format_of(weight.dtype).dot
     block = max(1, _BLOCK // max(1, x.shape[1]))
     for start in range(0, len(weight), block):
-        part = slice(start, start + block)
-        out[:, part] = dot(weight[part], wide, None if bias is None else bias[part])
+        outputs = slice(start, start + block)
+        out[:, outputs] = dot(weight[outputs], wide, None if bias is None else bias[outputs])
     return out
 
 
@@ -102,7 +102,7 @@ def in_16_bits(weight: Tensor) -> Tensor | None:
 def _gemv_pays() -> bool:
     """Whether this processor has the instructions that keep up with memory: AVX2 or better.
 
-    Small matrices gain most: only steps of native products can be recorded (``running.recorded``).
+    Small matrices gain most: only steps of native products can be recorded (``running.taped``).
     """
     module, _ = load()
     return module is not None and module.cpu_isa() != "baseline"
@@ -126,13 +126,13 @@ def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
         _check_layer(x, dtype, weight, bias)
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = [kept(x.new_empty(rows, len(weight))) for weight, _ in layers]
-    parts = [
+    out = [alive(x.new_empty(rows, len(weight))) for weight, _ in layers]
+    calls = [
         (len(weight), weight.data_ptr(), address(bias), y.data_ptr())
         for (weight, bias), y in zip(layers, out, strict=True)
     ]
     sizes = (codes()[dtype], x.dtype is torch.float32, rows, x.shape[1], x.data_ptr(), x.stride(0))
-    module.gemv(*sizes, parts, torch.get_num_threads(), isa)
+    module.gemv(*sizes, calls, torch.get_num_threads(), isa)
     return out
 
 

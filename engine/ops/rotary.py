@@ -22,12 +22,12 @@ class Tables(NamedTuple):
     sin: Tensor
     scale: Tensor | None = None
 
-    def narrowed(self, kept: Tensor | slice) -> Tables:
+    def at(self, tokens: Tensor | slice) -> Tables:
         """The tables of some of the tokens."""
-        scale = None if self.scale is None else self.scale[kept]
-        return Tables(self.cos[kept], self.sin[kept], scale)
+        scale = None if self.scale is None else self.scale[tokens]
+        return Tables(self.cos[tokens], self.sin[tokens], scale)
 
-    def room_for(self, tokens: int) -> Tables:
+    def blank(self, tokens: int) -> Tables:
         """Uninitialised tables like these, of so many tokens."""
         cos, sin, scale = (None if x is None else x.new_empty(tokens, *x.shape[1:]) for x in self)
         assert cos is not None

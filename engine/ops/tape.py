@@ -1,4 +1,4 @@
-"""Native calls recorded while they are made, to be made again at once; see ``running.recorded``."""
+"""Native calls recorded while they are made, to be made again at once; see ``running.taped``."""
 
 import threading
 from collections.abc import Iterator
@@ -7,16 +7,15 @@ from typing import TypeVar
 
 from .native import load
 
-Kept = TypeVar("Kept")
+Thing = TypeVar("Thing")
 
 
 class Tape:
     """Native calls of one thread on a CPU, recorded while they are made, to be made again at once.
 
     ``run`` repeats them on the same addresses; what they read must be put where they read it, and
-    be kept alive: the tape holds only what recorded calls have allocated. Only what passes through
-    this module is recorded: whoever records must know how many calls there ought to be, and compare
-    ``len``.
+    be held by whoever does so: the tape holds what recorded calls have allocated (``alive``). Torch
+    operations are not recorded: whoever records must see to it that none was needed.
     """
 
     def __init__(self) -> None:
@@ -25,9 +24,6 @@ class Tape:
             raise RuntimeError(problem)
         self._tape = module.Tape()
         self._alive: list[object] = []
-
-    def __len__(self) -> int:
-        return len(self._tape)
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -57,7 +53,7 @@ def recording() -> bool:
     return _recording.alive is not None
 
 
-def kept(thing: Kept) -> Kept:
+def alive(thing: Thing) -> Thing:
     """``thing``, which the tape that is being recorded, if any, keeps alive."""
     if _recording.alive is not None:
         _recording.alive.append(thing)

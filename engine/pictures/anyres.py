@@ -52,14 +52,14 @@ class Grid:
         return self.base + self.height * (self.width + 1)
 
 
-def plan(size: tuple[int, int], pinpoints: Sequence[Canvas], tile: int, side: int) -> Grid:
+def grid_of(size: tuple[int, int], pinpoints: Sequence[Canvas], tile: int, side: int) -> Grid:
     """Tell how a picture of ``size`` (width, height) is tiled; ``side`` patches along a tile.
 
     The only place where image tokens are counted: prompt and features both ask here. Rounding to
     seven digits follows transformers. The original code rounds down what floating point gives, so
     that a few in 100,000 sizes keep two rows or columns less there: 55 x 88, 220 x 1056, 861 x 328.
 
-    >>> plan((640, 480), PINPOINTS, 336, 24).tokens   # 576 + 36 * (48 + 1)
+    >>> grid_of((640, 480), PINPOINTS, 336, 24).tokens   # 576 + 36 * (48 + 1)
     2340
     """
     width, height = size
@@ -67,11 +67,11 @@ def plan(size: tuple[int, int], pinpoints: Sequence[Canvas], tile: int, side: in
     tiles = canvas[0] // tile, canvas[1] // tile
     rows, columns = tiles[0] * side, tiles[1] * side
     if width / height > columns / rows:
-        kept = int(round(height * (columns / width), 7))
-        top, left = (rows - kept) // 2, 0
+        filled = int(round(height * (columns / width), 7))
+        top, left = (rows - filled) // 2, 0
     else:
-        kept = int(round(width * (rows / height), 7))
-        top, left = 0, (columns - kept) // 2
+        filled = int(round(width * (rows / height), 7))
+        top, left = 0, (columns - filled) // 2
     return Grid(tiles, top, left, rows - 2 * top, columns - 2 * left, side * side)
 
 

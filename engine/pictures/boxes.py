@@ -1,8 +1,8 @@
-"""Regions that an answer names: `<ref>the dog</ref><box>(12,40),(530,987)</box>`.
+"""Regions that an answer names: ``<ref>the dog</ref><box>(12,40),(530,987)</box>``.
 
 Qwen-VL writes coordinates from 0 to 999, in thousandths of the picture's width and height. A region
-is a `<box>` of two corners or a `<quad>` of four; a `<ref>` in front names what is there, for all
-regions up to the next. They are places in the latest picture of the conversation.
+is a ``<box>`` of two corners or a ``<quad>`` of four; a ``<ref>`` in front names what is there, for
+all regions up to the next. They are places in the latest picture of the conversation.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def listed(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
 
 
 class Encodes(Protocol):
-    """A model with a vision part."""
+    """A model with a vision tower."""
 
     def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
         """Image tokens ``[image tokens, hidden]`` of every picture."""

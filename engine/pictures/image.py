@@ -1,8 +1,8 @@
 """Open an untrusted picture: check it, decode it, and turn it into plain 8-bit RGB.
 
 The order matters: the kind of file first (never block on a pipe), then its first bytes, then the
-size its header announces, and only then the pixels. Every failure is one `ImageError` with our own
-text. Imports Pillow and the standard library only, so that a mistyped path fails at once.
+size its header announces, and only then the pixels. Every failure is one ``ImageError`` with our
+own text. Imports Pillow and the standard library only, so that a mistyped path fails at once.
 
 What happens to a picture, each with a note where it changes what the model sees:
     EXIF orientation    applied; an unreadable one is ignored
@@ -75,8 +75,8 @@ _UPRIGHT = {
 class LoadedImage:
     """A decoded picture, ready for preprocessing.
 
-    `pixels` is in mode RGB, upright; `name` is safe to print (control characters are escaped);
-    `notes` says in words what was changed on the way.
+    ``pixels`` is in mode RGB, upright; ``name`` is safe to print (control characters are escaped);
+    ``notes`` says in words what was changed on the way.
     """
 
     pixels: Image.Image
@@ -87,11 +87,11 @@ class LoadedImage:
 def open_image(source: Source, max_pixels: int = MAX_PIXELS, name: str = "") -> LoadedImage:
     """Open a picture, as upright 8-bit RGB.
 
-    `source` is a path, a `data:` URL, the bytes of a picture file, a file opened in binary mode, a
-    Pillow image, or an array or tensor of uint8 (see `arrays`). `max_pixels` bounds width x
-    height as the header states them, before anything is decoded; Pillow's own guard
-    `Image.MAX_IMAGE_PIXELS` applies as well. `name` is what messages call bytes and streams. Raises
-    `ImageError`.
+    ``source`` is a path, a ``data:`` URL, the bytes of a picture file, a file opened in binary
+    mode, a Pillow image, or an array or tensor of uint8 (see ``arrays``). ``max_pixels`` bounds
+    width x height as the header states them, before anything is decoded; Pillow's own guard
+    ``Image.MAX_IMAGE_PIXELS`` applies as well. ``name`` is what messages call bytes and streams.
+    Raises ``ImageError``.
 
     >>> open_image(Image.new("L", (4, 2), 255)).pixels.getpixel((0, 0))
     (255, 255, 255)
@@ -118,20 +118,20 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS, name: str = "") -> 
 
 def _read_all(stream: BinaryIO, name: str) -> bytes:
     """The content of an open file from its start, or of a stream from where it stands."""
-    parts: list[bytes] = []
+    blocks: list[bytes] = []
     try:
         if stream.seekable():
             stream.seek(0)
-        while part := stream.read(1 << 20):
-            parts.append(bytes(part))
-            if sum(map(len, parts)) > _MOST_BYTES:
+        while block := stream.read(1 << 20):
+            blocks.append(bytes(block))
+            if sum(map(len, blocks)) > _MOST_BYTES:
                 raise ImageError(f"{name} holds more than {_MOST_BYTES:,} bytes", "give a path")
     except TypeError:  # of bytes(): the stream gives texts
         hint = 'open it in binary mode: open(path, "rb")'
         raise ImageError(f"{name} gives text, not bytes", hint) from None
     except (OSError, ValueError, AttributeError) as error:
         raise ImageError(f"{name} cannot be read: {str(error)[:100]}") from None
-    return b"".join(parts)
+    return b"".join(blocks)
 
 
 def _from_path(path: str, limit: int) -> LoadedImage:
@@ -222,7 +222,7 @@ def _has_decoder(kind: str) -> bool:
 
 
 def _open(stream: BinaryIO, kind: str, name: str, limit: int) -> Image.Image:
-    """Read the header only, with the one decoder for `kind`, and check the size it states."""
+    """Read the header only, with the one decoder for ``kind``, and check the size it states."""
     with warnings.catch_warnings():  # our own check follows, and its message has the numbers
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(stream, formats=(kind,))
@@ -251,7 +251,7 @@ def _check_size(size: tuple[int, int], name: str, limit: int) -> None:
 
 @contextmanager
 def _own_errors(name: str, kind: str, hint: str) -> Iterator[None]:
-    """Turn whatever Pillow raises or warns about a size into one `ImageError` with our own text.
+    """Turn whatever Pillow raises or warns about a size into one ``ImageError`` with our own text.
 
     Its decoders raise many unrelated classes on hostile input, and its messages can hold object
     addresses. Its global switch that fills truncated pictures with grey is off meanwhile.
@@ -309,7 +309,7 @@ def _upright(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...
 def _to_rgb(
     image: Image.Image, transparency: object, name: str
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Convert any mode to RGB; `transparency` is the palette entry or colour that means "none"."""
+    """Convert any mode to RGB; ``transparency``: the palette entry or colour for "none"."""
     if image.mode.startswith("I") or image.mode == "F":
         return _scale_deep(image, name)
     if image.mode == "LAB":

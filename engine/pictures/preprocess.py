@@ -4,7 +4,7 @@ Pillow's own resize on 8-bit pixels is the definition here: the models were trai
 other bicubic filters move the answer (torch without antialias is off by up to 159 grey levels).
 Two published ways to make a picture square for LLaVA-1.5 give different pixels, hence answers:
 
-    crop   transformers' CLIP processor: shortest edge to `size`, then the centre square
+    crop   transformers' CLIP processor: shortest edge to ``size``, then the centre square
     pad    the original repository: pad to a square with the mean colour, then the same
 """
 
@@ -28,9 +28,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Pixels:
-    """A picture as a vision tower takes it: `tiles [tiles, 3, height, width]` float32.
+    """A picture as a vision tower takes it: ``tiles [tiles, 3, height, width]`` float32.
 
-    `size` is the picture's own (width, height); a plain LLaVA-1.5 picture is one tile.
+    ``size`` is the picture's own (width, height); a plain LLaVA-1.5 picture is one tile.
     """
 
     tiles: torch.Tensor
@@ -39,11 +39,12 @@ class Pixels:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Turns an RGB picture into `[3, height, width]` float32, the way a checkpoint asks for.
+    """Turns an RGB picture into ``[3, height, width]`` float32, the way a checkpoint asks for.
 
-    `mode` is "pad" to make the picture square with its mean colour first. `shortest_edge` resizes
-    keeping the ratio, `exact_size` (height, width) does not keep it; None skips that step, and
-    `crop_size` None skips the centre crop. `resample` is Pillow's number (3 is bicubic).
+    ``mode`` is "pad" to make the picture square with its mean colour first. ``shortest_edge``
+    resizes keeping the ratio, ``exact_size`` (height, width) does not keep it; None skips that
+    step, and ``crop_size`` None skips the centre crop. ``resample`` is Pillow's number (3 is
+    bicubic).
     """
 
     mode: Mode = "crop"
@@ -64,8 +65,8 @@ class ImageProcessor:
     ) -> "ImageProcessor":
         """Read a checkpoint's preprocessor_config.json; missing keys take CLIP's defaults.
 
-        `mode` overrides `do_pad` of the file. Unknown keys are ignored; a wrong value raises
-        `CheckpointError` that names the key (`name` is the file in that message).
+        ``mode`` overrides ``do_pad`` of the file. Unknown keys are ignored; a wrong value raises
+        ``CheckpointError`` that names the key (``name`` is the file in that message).
         """
         read = _Reader(config, name)
         if mode is None:
@@ -102,7 +103,7 @@ class ImageProcessor:
         return Pixels(self(image)[None], image.size)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return the pixels of an RGB picture as `[3, height, width]` float32."""
+        """Return the pixels of an RGB picture as ``[3, height, width]`` float32."""
         if self.mode == "pad":
             image = pad_to_square(image, tuple(int(value * 255) for value in self.mean))
         if self.exact_size is not None:
@@ -123,7 +124,7 @@ class ImageProcessor:
 
 
 def shortest_edge_size(size: tuple[int, int], shortest: int) -> tuple[int, int]:
-    """Scale (width, height) so that the shorter side is `shortest`; the longer is rounded down.
+    """Scale (width, height) so that the shorter side is ``shortest``; the longer is rounded down.
 
     >>> shortest_edge_size((640, 427), 336)
     (503, 336)
@@ -142,7 +143,7 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Put the picture in the middle of a square of its longer side, filled with `colour`."""
+    """Put the picture in the middle of a square of its longer side, filled with ``colour``."""
     width, height = image.size
     side = max(width, height)
     if side * side > MAX_PIXELS:
@@ -159,7 +160,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 def to_tensor(
     image: Image.Image, factor: float, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> torch.Tensor:
-    """Return `(pixel * factor - mean) / std` of an RGB picture as `[3, height, width]` float32.
+    """Return ``(pixel * factor - mean) / std`` of an RGB picture as ``[3, height, width]`` float32.
 
     A pixel has only 256 values, so the arithmetic (the product in float64, the rest in float32, as
     the reference does) runs once per value and channel; the picture is looked up in that table.
@@ -189,8 +190,8 @@ def _cut_long_side(
     cut = (long_side - needed) // 2
     width, height = image.size
     box = (cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut)
-    part = image.crop(box)
-    return part, shortest_edge_size(part.size, min(size))
+    cropped = image.crop(box)
+    return cropped, shortest_edge_size(cropped.size, min(size))
 
 
 class _Reader(ConfigReader):
@@ -226,7 +227,7 @@ class _Reader(ConfigReader):
         return factor
 
     def channels(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-        """Return three numbers; those of `image_std` are above zero."""
+        """Return three numbers; those of ``image_std`` are above zero."""
         low = 0.0 if key == "image_mean" else 1e-6
         value = self._get(key, default)
         if not (

@@ -72,13 +72,13 @@ def fetch(url: str) -> bytes:
 
 def _ask(url: str, deadline: float) -> bytes | str:
     """One request: the body, or where it redirects to."""
-    parts = _check_url(url)
-    host, port = parts.hostname or "", parts.port or 443
+    split = _check_url(url)
+    host, port = split.hostname or "", split.port or 443
     try:
         address = _public_address(url, host, port, deadline)
         connection = _connect(host, port, address, _left(deadline))
         with closing(connection), _hung_up_at(deadline, connection.sock):
-            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            path = (split.path or "/") + (f"?{split.query}" if split.query else "")
             connection.request("GET", path, headers={"User-Agent": "avl-engine"})
             return _body(url, connection.getresponse())
     except TimeoutError:
@@ -111,20 +111,20 @@ def _hung_up_at(deadline: float, sock: socket.socket) -> Iterator[None]:
 
 def _check_url(url: str) -> SplitResult:
     try:
-        parts = urlsplit(url)
-        known = parts.scheme == "https" and parts.hostname and (parts.port or 443)
+        split = urlsplit(url)
+        known = split.scheme == "https" and split.hostname and (split.port or 443)
     except ValueError:
         known = False
     if not known or not url.isascii() or any(char <= " " for char in url):
         raise ImageError(
             f"{shorten(url)} is not an https URL", hint="only https:// pictures are fetched"
         )
-    if parts.username is not None:
+    if split.username is not None:
         raise ImageError(
             f"{shorten(url)} holds a user name, which is not sent",
             hint="leave out what stands before the @",
         )
-    return parts
+    return split
 
 
 def _public_address(url: str, host: str, port: int, deadline: float) -> str:

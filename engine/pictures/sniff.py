@@ -62,7 +62,7 @@ _SVG = ("an SVG drawing", "rsvg-convert {source} -o {png}")
 
 
 def picture_format(head: bytes) -> str:
-    """Return which format the first bytes announce: of `FORMATS`, AVIF or HEIF; "" for others.
+    """Return which format the first bytes announce: of ``FORMATS``, AVIF or HEIF; "" for others.
 
     >>> picture_format(b"GIF89a" + bytes(20))
     'GIF'
@@ -98,7 +98,7 @@ def _by_brand(head: bytes) -> str:
 def describe_other(head: bytes, file_name: str) -> tuple[str, str]:
     """Say what a file that cannot be opened is, and one thing to do about it.
 
-    `head` is its first `HEAD` bytes; `file_name` appears in the suggested command.
+    ``head`` is its first ``HEAD`` bytes; ``file_name`` appears in the suggested command.
 
     >>> describe_other(b"%PDF-1.7", "bill.pdf")
     ('a PDF document', 'convert it first: pdftoppm -png -r 150 -singlefile bill.pdf bill')

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Composed(Policy):
-    """One of ``parts`` at most decides what is stored and attended; all may narrow.
+    """One of ``policies`` at most decides what is stored and attended; all may narrow.
 
     ``avl:prefill=1+fastv:layer=2`` stores A-VL's tiers of what FastV has left.
     """
 
     name: ClassVar[str] = "composed"
 
-    parts: tuple[Policy, ...] = ()
+    policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
-        storing = [part.name for part in self.parts if part.stores]
+        storing = [policy.name for policy in self.policies if policy.stores]
         if len(storing) > 1:
             raise OptionError(
                 f"cache policies {' and '.join(storing)} both decide what is stored",
@@ -36,16 +36,16 @@ class Composed(Policy):
 
     @property
     def _storing(self) -> Policy:
-        return next((part for part in self.parts if part.stores), self.parts[0])
+        return next((policy for policy in self.policies if policy.stores), self.policies[0])
 
     def for_sequence(self) -> Policy:
         """See ``Policy.for_sequence``."""
-        return replace(self, parts=tuple(part.for_sequence() for part in self.parts))
+        return replace(self, policies=tuple(policy.for_sequence() for policy in self.policies))
 
     def check_depth(self, layers: int) -> None:
         """See ``Policy.check_depth``."""
-        for part in self.parts:
-            part.check_depth(layers)
+        for policy in self.policies:
+            policy.check_depth(layers)
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """See ``Policy.retain``."""
@@ -56,9 +56,9 @@ class Composed(Policy):
         return self._storing.most_kept(layout)
 
     def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
-        """What the first part that drops anything lets through."""
-        found = (part.narrow(layer, layout, received) for part in self.parts)
-        return next((kept for kept in found if kept is not None), None)
+        """What the first policy that drops anything lets through."""
+        found = (policy.narrow(layer, layout, received) for policy in self.policies)
+        return next((onward for onward in found if onward is not None), None)
 
     def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
         """See ``Policy.text_budget``."""
@@ -79,4 +79,4 @@ class Composed(Policy):
     @property
     def spec(self) -> str:
         """See ``Policy.spec``."""
-        return "+".join(part.spec for part in self.parts)
+        return "+".join(policy.spec for policy in self.policies)

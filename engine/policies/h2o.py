@@ -32,7 +32,7 @@ class H2o(Policy):
         check_share(self, "recent", high=1 - self.heavy, limit="1 - heavy")
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
-        """Every column is in the evictable part; each head keeps its own."""
+        """Every column is evictable; each head keeps its own."""
         import torch
 
         from .layout import Kept

@@ -81,13 +81,13 @@ class Layout:
         """Ascending columns of the evictable text."""
         return torch.arange(self.text_start, self.columns, device=self.image_of.device)
 
-    def narrowed(self, kept: Tensor) -> Layout:
-        """The layout when only the ascending columns ``kept`` go on; counts seen stay."""
+    def at(self, columns: Tensor) -> Layout:
+        """The layout when only the ascending ``columns`` go on; counts seen stay."""
         return replace(
             self,
-            image_of=self.image_of[kept],
-            positions=self.positions[:, kept],
-            text_start=int((kept < self.text_start).sum()),
+            image_of=self.image_of[columns],
+            positions=self.positions[:, columns],
+            text_start=int((columns < self.text_start).sum()),
         )
 
     def followed_by(self, turn: Layout) -> Layout:
@@ -116,8 +116,8 @@ class Kept:
 
     Attributes:
         shared: ``[n]`` ascending columns kept for all heads: fixed tokens and image tokens.
-        text: ``[t]`` or ``[kv_heads, t]`` columns of the part that may be evicted later; every head
-            keeps equally many, not the same ones.
+        text: ``[t]`` or ``[kv_heads, t]`` columns of the text, which may be evicted later;
+            every head keeps equally many, not the same ones.
         core: ascending image columns (a subset of ``shared``) that are attended at every step, or
             None where all image tokens are.
         text_scores: ``[kv_heads, t]`` fp32 attention received so far, where the policy evicts by

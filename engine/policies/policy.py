@@ -68,7 +68,7 @@ class Policy:
         return None
 
     def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
-        """Tokens a head may keep of the evictable part; None: no limit.
+        """Tokens a head may keep of the evictable text; None: no limit.
 
         ``text_seen`` counts tokens after the last picture (None without a picture), ``seen`` all.
         """

@@ -40,8 +40,8 @@ def parse(spec: str | Policy) -> Policy:
         return spec
     if not isinstance(spec, str):
         raise OptionError(f"cache is {told(spec)}", hint='use a spec such as "full", or a policy')
-    parts = tuple(map(_parse_one, spec.split("+")))
-    return parts[0] if len(parts) == 1 else Composed(parts)
+    joined = tuple(map(_parse_one, spec.split("+")))
+    return joined[0] if len(joined) == 1 else Composed(joined)
 
 
 def _parse_one(spec: str) -> Policy:

@@ -1,7 +1,7 @@
-"""A checkpoint's own chat template, beside the prompt style that it is asked in; for `--check`.
+"""A checkpoint's own chat template, beside the prompt style that it is asked in; for ``--check``.
 
 A template is a stranger's program. Nothing else runs one, and here it runs in a sandbox inside a
-process with little time and memory (`prompts.template_process`).
+process with little time and memory (``prompts.template_process``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TemplateError(Exception):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the file that holds it; `plain` ones take texts for contents, no lists."""
+    """A template and the file that holds it; ``plain`` ones take texts for contents, no lists."""
 
     file: str
     text: str
@@ -94,8 +94,8 @@ def rendered(
 
 
 def _plain(message: dict[str, Any]) -> dict[str, str]:
-    parts = (part.get("text", "<image>\n") for part in message["content"])
-    return {"role": message["role"], "content": "".join(parts)}
+    entries = (entry.get("text", "<image>\n") for entry in message["content"])
+    return {"role": message["role"], "content": "".join(entries)}
 
 
 def _run(template: str, values: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ EXAMPLE = 'ask something, for example "What is in the picture?"'
 
 @dataclass(frozen=True)
 class ImagePlace:
-    """Where picture number `index` (from 0) stands, after `earlier` ones in earlier prompts."""
+    """Where picture number ``index`` (from 0) stands, after ``earlier`` ones in earlier prompts."""
 
     index: int
     earlier: int = 0
@@ -42,29 +42,29 @@ class Message:
     @property
     def texts(self) -> list[str]:
         """The texts, in order."""
-        return [part for part in self.content if isinstance(part, str)]
+        return [entry for entry in self.content if isinstance(entry, str)]
 
     @property
     def places(self) -> list[ImagePlace]:
         """The places of pictures, in order."""
-        return [part for part in self.content if isinstance(part, ImagePlace)]
+        return [entry for entry in self.content if isinstance(entry, ImagePlace)]
 
     def after(self, earlier: int) -> "Message":
-        """The same message in a conversation that already holds `earlier` pictures."""
-        parts = (
-            replace(part, earlier=earlier) if isinstance(part, ImagePlace) else part
-            for part in self.content
+        """The same message in a conversation that already holds ``earlier`` pictures."""
+        entries = (
+            replace(entry, earlier=earlier) if isinstance(entry, ImagePlace) else entry
+            for entry in self.content
         )
-        return replace(self, content=tuple(parts))
+        return replace(self, content=tuple(entries))
 
 
 def parse_messages(prompt: Messages, image_count: int = 0) -> list[Message]:
     """Turn what a caller may pass as a prompt into messages with numbered places for pictures.
 
-    A text is one user turn, its pictures first. Otherwise: messages `{role, content}`, where
-    content is a text or a list of `{type: "text", text: ...}` and `{type: "image"}`; the pictures,
-    given separately, fill the places in order. Raises `OptionError` for anything else, for an
-    empty prompt, and when `image_count` is not the number of places.
+    A text is one user turn, its pictures first. Otherwise: messages ``{role, content}``, where
+    content is a text or a list of ``{type: "text", text: ...}`` and ``{type: "image"}``; the
+    pictures, given separately, fill the places in order. Raises ``OptionError`` for anything else,
+    for an empty prompt, and when ``image_count`` is not the number of places.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -98,7 +98,7 @@ def with_system(prompt: str, image_count: int, system: str | None) -> str | list
 
 
 def check_count(places: int, pictures: int, rule: str) -> None:
-    """Raise `OptionError` unless every place has its picture; `rule` says how to write one."""
+    """Raise ``OptionError`` unless every place has its picture; ``rule`` says how to write one."""
     if places != pictures:
         raise OptionError(
             f"the prompt has places for {places} pictures, but {pictures} are given",
@@ -107,7 +107,7 @@ def check_count(places: int, pictures: int, rule: str) -> None:
 
 
 def _parse_message(item: object, number: int, numbers: Iterator[int]) -> Message:
-    """Read message `number` (from 1); `numbers` gives out the pictures' indices."""
+    """Read message ``number`` (from 1); ``numbers`` gives out the pictures' indices."""
     if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
         raise OptionError(
             f"message {number} is not an object with role and content",
@@ -117,10 +117,10 @@ def _parse_message(item: object, number: int, numbers: Iterator[int]) -> Message
     if role not in _ROLES:
         known = f"roles are {', '.join(_ROLES)}"
         raise OptionError(f"message {number} has the unknown role {role!r:.40}", hint=known)
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, Sequence) or isinstance(parts, bytes):
-        raise OptionError(f"the content of message {number} is neither text nor a list of parts")
-    parsed = tuple(_parse_part(part, number, numbers) for part in parts)
+    entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(entries, Sequence) or isinstance(entries, bytes):
+        raise OptionError(f"the content of message {number} is neither text nor a list of entries")
+    parsed = tuple(_parse_entry(entry, number, numbers) for entry in entries)
     message = Message(role, parsed)
     if message.places and role != "user":
         raise OptionError(
@@ -131,18 +131,18 @@ def _parse_message(item: object, number: int, numbers: Iterator[int]) -> Message
     return message
 
 
-def _parse_part(part: object, number: int, numbers: Iterator[int]) -> str | ImagePlace:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if isinstance(part, Mapping) and kind == "image":
-        if set(part) & {"image", "url", "path", "base64"}:
+def _parse_entry(entry: object, number: int, numbers: Iterator[int]) -> str | ImagePlace:
+    kind = entry.get("type") if isinstance(entry, Mapping) else None
+    if isinstance(entry, Mapping) and kind == "text" and isinstance(entry.get("text"), str):
+        return str(entry["text"])
+    if isinstance(entry, Mapping) and kind == "image":
+        if set(entry) & {"image", "url", "path", "base64"}:
             raise OptionError(
                 f"message {number} names its picture inside the message",
                 hint='write {"type": "image"} there and pass the picture in images=[...]',
             )
         return ImagePlace(next(numbers))
     raise OptionError(
-        f"message {number} has a part of an unknown kind",
-        hint='parts are {"type": "text", "text": ...} and {"type": "image"}',
+        f"message {number} has an entry of an unknown kind",
+        hint='entries are {"type": "text", "text": ...} and {"type": "image"}',
     )

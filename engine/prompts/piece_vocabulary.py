@@ -2,7 +2,7 @@
 
 The file is a protocol buffer. Three of its fields matter: the pieces, the trainer's model type and
 the normalizer's settings. SentencePiece joins the neighbours whose union has the highest score;
-`tokenizers` follows a ranked list of merges. Listing every way to split every piece, best score
+``tokenizers`` follows a ranked list of merges. Listing every way to split every piece, best score
 first, turns one into the other exactly: for Llama's file it gives the published 61,249 merges.
 """
 
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 def read_model(path: Path) -> dict[str, Any]:
     """Read tokenizer.model into the dictionary that a tokenizer.json of the same model holds.
 
-    Raises `CheckpointError` naming the file if it is damaged or holds another kind of model.
+    Raises ``CheckpointError`` naming the file if it is damaged or holds another kind of model.
     """
     try:
         fields = list(_fields(path.read_bytes()))
@@ -44,7 +44,7 @@ def read_model(path: Path) -> dict[str, Any]:
         ) from None
     if not pieces:
         raise CheckpointError(f"{path} holds no pieces", hint="download the file again")
-    # The defaults are Llama's settings, for files that leave these parts out.
+    # The defaults are Llama's settings, for files that leave these out.
     if trainer.get(3, _BPE) != _BPE:
         raise CheckpointError(f"{path} is a Unigram model; only BPE models are supported")
     if normalizer.get(4, 0):

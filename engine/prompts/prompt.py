@@ -4,7 +4,7 @@ Text is encoded without any special token; those, and pictures, come from the te
 Each stretch of text between them is encoded by itself, as the published processors do:
 "USER: <image>\\nHi" gives ... 29871 32000 29871 13 ... with Llama's tokenizer.
 
-`Segment`s record which positions hold text and which hold a picture. Whoever needs to know reads
+``Segment``s record which positions hold text and which hold a picture. Whoever needs to know reads
 them; nothing later searches the ids.
 """
 
@@ -36,7 +36,7 @@ IMAGE_MARK = "<image>"
 
 @dataclass(frozen=True)
 class Segment:
-    """Positions `start` up to (not including) `end` hold text, or picture number `image`."""
+    """Positions ``start`` up to (not including) ``end`` hold text, or picture number ``image``."""
 
     kind: Literal["text", "image"]
     start: int
@@ -48,8 +48,9 @@ class Segment:
 class Prompt:
     """A prompt ready for the model.
 
-    `token_ids` has each picture's place filled with its number of image tokens; `segments` cover
-    all positions in order; `text` is the rendering, with one `<image>` per picture, for people.
+    ``token_ids`` has each picture's place filled with its number of image tokens; ``segments``
+    cover all positions in order; ``text`` is the rendering, with one ``<image>`` per picture, for
+    people.
     """
 
     token_ids: list[int]
@@ -73,10 +74,10 @@ def build_prompt(
 ) -> Prompt:
     """Render a conversation in the named style and encode it, with exactly one BOS in front.
 
-    Picture i takes `image_token_counts[i]` tokens, all of them `image_token_id`. The prompt ends
-    where the assistant's answer begins. `image_marks` are special tokens before and behind a
-    picture's place. With a `window`, the oldest turns are left out so that what
-    stands before the last question has fewer tokens; their pictures then have no segment.
+    Picture i takes ``image_token_counts[i]`` tokens, all of them ``image_token_id``. The prompt
+    ends where the assistant's answer begins. ``image_marks`` are special tokens before and behind a
+    picture's place. With a ``window``, the oldest turns are left out so that what stands before the
+    last question has fewer tokens; their pictures then have no segment.
     """
     _check_places(messages, image_token_counts)
     if window is not None:
@@ -98,10 +99,10 @@ def continue_prompt(
 ) -> Prompt:
     """Encode only what follows an answer: its closing token if the style has one, and new turns.
 
-    `ended` says that the closing token already stands in the sequence; `earlier` is how many
+    ``ended`` says that the closing token already stands in the sequence; ``earlier`` is how many
     pictures do, for styles that number them. Positions, and the pictures of segments, count from 0
     here: the caller adds how many it already has. Appended to the earlier
-    prompt and the answer's ids this equals `build_prompt` of the whole conversation, as long as
+    prompt and the answer's ids this equals ``build_prompt`` of the whole conversation, as long as
     the answer's own ids are what the tokenizer would choose.
     """
     chosen = find_style(style)
@@ -117,15 +118,15 @@ def raw_prompt(
 ) -> Prompt:
     """Encode a text verbatim: special tokens spelled in it are special, BOS as the tokenizer adds.
 
-    Each `<image>` in it is the place of the next picture.
+    Each ``<image>`` in it is the place of the next picture.
     """
-    parts = text.split(IMAGE_MARK)
-    check_count(len(parts) - 1, len(image_token_counts), f"one {IMAGE_MARK} for each picture")
+    texts = text.split(IMAGE_MARK)
+    check_count(len(texts) - 1, len(image_token_counts), f"one {IMAGE_MARK} for each picture")
     builder = _Builder(image_token_id, image_token_counts)
-    for number, part in enumerate(parts):
+    for number, between in enumerate(texts):
         if number:
             builder.add_image(number - 1)
-        builder.add_text(tokenizer.encode_with_specials(part, bos=number == 0))
+        builder.add_text(tokenizer.encode_with_specials(between, bos=number == 0))
     if not builder.token_ids:
         raise OptionError("the prompt is empty", hint=EXAMPLE)
     return builder.prompt(text)
@@ -181,7 +182,7 @@ def _newest(
     image_token_counts: Sequence[int],
     window: int,
 ) -> list[Message]:
-    """The system message, as many of the newest turns as stay below `window`, the last question.
+    """The system message, as many of the newest turns as stay below ``window``, the last question.
 
     A turn is a user message and what follows it.
     """
@@ -199,14 +200,14 @@ def _newest(
 
     generation = size(chosen.turns([]))
     used = size(chosen.opening([*system, *question])) - size(chosen.turns(question))
-    kept: list[Message] = []
+    fitting: list[Message] = []
     for start, end in reversed(list(itertools.pairwise(starts))):
         turn = list(messages[start:end])
         used += size(chosen.turns(turn)) - generation
         if used >= window:
             break
-        kept = turn + kept
-    return [*system, *kept, *question]
+        fitting = turn + fitting
+    return [*system, *fitting, *question]
 
 
 def _join_texts(pieces: Sequence[Piece]) -> Iterator[Piece]:

@@ -1,7 +1,7 @@
 """Read a vocabulary in tiktoken's format (qwen.tiktoken) into what a tokenizer.json holds.
 
 Each line is a token's bytes in base64 and its rank, which is also its id. Tiktoken joins the
-neighbours whose union has the lowest rank; `tokenizers` follows a ranked list of merges. The
+neighbours whose union has the lowest rank; ``tokenizers`` follows a ranked list of merges. The
 merge of a token is the last pair left when its bytes are joined by tokens of lower rank alone, so
 one turns into the other exactly: Qwen's 151,643 tokens are 256 bytes and 151,387 merges.
 """
@@ -33,7 +33,7 @@ _PATTERN = (
 
 
 def special_ids(image_start: int) -> dict[str, int]:
-    """Ids of all special tokens, from the one of `<img>`: 151857 in the published models."""
+    """Ids of all special tokens, from the one of ``<img>``: 151857 in the published models."""
     first = image_start - SPECIALS.index("<img>")
     return {token: first + number for number, token in enumerate(SPECIALS)}
 
@@ -54,7 +54,7 @@ def byte_alphabet() -> list[str]:
 def read_tiktoken(path: Path) -> dict[str, Any]:
     """Read qwen.tiktoken into the dictionary that a tokenizer.json of the same model would hold.
 
-    Raises `CheckpointError` naming the file and the line that is wrong.
+    Raises ``CheckpointError`` naming the file and the line that is wrong.
     """
     ranks = _read_ranks(path)
     alphabet = byte_alphabet()
@@ -62,32 +62,32 @@ def read_tiktoken(path: Path) -> dict[str, Any]:
     merges = []
     for token, rank in ranks.items():
         if len(token) > 1:
-            parts = split_below(token, rank, ranks)
-            if len(parts) != 2:
+            pieces = split_below(token, rank, ranks)
+            if len(pieces) != 2:
                 raise CheckpointError(
                     f"{path}: token {rank} is no union of two tokens of lower rank",
                     hint="download the file again",
                 )
-            merges.append([spelled[part] for part in parts])
+            merges.append([spelled[piece] for piece in pieces])
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     return _as_tokenizer_json(vocabulary, merges)
 
 
 def split_below(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """Join a token's bytes, lowest rank first and leftmost on ties, by tokens below `rank`.
+    """Join a token's bytes, lowest rank first and leftmost on ties, by tokens below ``rank``.
 
     >>> split_below(b"abc", 3, {b"a": 0, b"b": 1, b"c": 2, b"abc": 3, b"bc": 4})
     [b'a', b'b', b'c']
     """
-    parts = [token[at : at + 1] for at in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+    pieces = [token[at : at + 1] for at in range(len(token))]
+    while len(pieces) > 2:
+        pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(pieces)]
         lowest = min(pairs)
         if lowest >= rank:
             break
         at = pairs.index(lowest)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
 
 
 def keep(description: dict[str, Any], path: Path) -> None:

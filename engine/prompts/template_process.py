@@ -1,7 +1,7 @@
 """Renders one chat template, as a process of its own that can do little else.
 
-`chat_template` starts it and nothing imports it. It reads {"template", "values"} as JSON from stdin
- and writes {"text"} or {"error"} to stdout.
+``chat_template`` starts it and nothing imports it. It reads {"template", "values"} as JSON from
+stdin and writes {"text"} or {"error"} to stdout.
 """
 
 import json
@@ -34,7 +34,7 @@ def give_up_rights() -> None:
 
 
 def render(template: str, values: dict[str, Any]) -> str:
-    """The text that transformers' `apply_chat_template` gives."""
+    """The text that transformers' ``apply_chat_template`` gives."""
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

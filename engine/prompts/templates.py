@@ -33,9 +33,9 @@ Piece = str | Special | Alone | ImagePlace
 class Style:
     """How a family of checkpoints writes a conversation.
 
-    `opening` renders a conversation from its start, `turns` further messages after an answer; both
-    end where the next answer begins. `closing` is the special token behind every answer, "" if
-    there is none.
+    ``opening`` renders a conversation from its start, ``turns`` further messages after an answer;
+    both end where the next answer begins. ``closing`` is the special token behind every answer, ""
+    if there is none.
     """
 
     opening: Callable[[Sequence[Message]], list[Piece]]
@@ -44,7 +44,7 @@ class Style:
 
 
 def _llava_hf(messages: Sequence[Message]) -> list[Piece]:
-    """Transformers' template: `USER: <image>\\nWhat? ASSISTANT: A cat. USER: Sure? ASSISTANT:`."""
+    """Transformers' template: ``USER: <image>\\nWhat? ASSISTANT: A cat. USER: Why? ASSISTANT:``"""
     pieces: list[Piece] = []
     for message in messages:
         if message.role != "system":
@@ -93,7 +93,7 @@ def _pictures_first(message: Message) -> Iterator[Piece]:
 
 
 def _mistral(messages: Sequence[Message]) -> list[Piece]:
-    """LLaVA-1.6 over Mistral: `[INST] <image>\\nWhat? [/INST] A cat. </s>[INST] Sure? [/INST]`."""
+    """LLaVA-1.6 over Mistral: ``[INST] <image>\\nWhat? [/INST] A cat. </s>[INST] Why? [/INST]``"""
     pieces: list[Piece] = []
     for message in messages:
         words = "".join(message.texts)
@@ -110,7 +110,7 @@ def _mistral(messages: Sequence[Message]) -> list[Piece]:
 
 
 def _llama3(messages: Sequence[Message]) -> list[Piece]:
-    """Llama 3's: `<|start_header_id|>user<|end_header_id|>\\n\\n<image>\\nWhat?<|eot_id|>`..."""
+    """Llama 3's: ``<|start_header_id|>user<|end_header_id|>\\n\\n<image>\\nWhat?<|eot_id|>``..."""
     pieces: list[Piece] = []
     for message in messages:
         pieces += [*_llama3_header(message.role), *_pictures_first(message), *message.texts]
@@ -160,22 +160,22 @@ def _qwen_turns(messages: Sequence[Message]) -> list[Piece]:
 
 
 def _qwen_base(messages: Sequence[Message]) -> list[Piece]:
-    """Qwen-VL, which goes on from a text: `<img>...</img>` and the words, nothing around them."""
+    """Qwen-VL, which goes on from a text: ``<img>...</img>`` and the words, nothing around them."""
     return [piece for message in messages for piece in _qwen_content(message, "", "")]
 
 
 def _qwen_content(message: Message, before: str, after: str) -> Iterator[Piece]:
-    """A message's parts in their order; pictures are numbered through the conversation.
+    """A message's entries in their order; pictures are numbered through the conversation.
 
-    Regions of a picture (`<ref>`, `<box>`, `<quad>` and their ends) are special tokens in texts
-    too: that is how they are asked about, and how earlier answers name them. No other token is.
+    Regions of a picture (``<ref>``, ``<box>``, ``<quad>`` and their ends) are special tokens in
+    texts too: that is how they are asked about, and how earlier answers name them. No other is.
     """
-    for part in message.content:
-        if isinstance(part, ImagePlace):
-            yield from (before.format(part.number), Special("<img>"), part)
+    for entry in message.content:
+        if isinstance(entry, ImagePlace):
+            yield from (before.format(entry.number), Special("<img>"), entry)
             yield from (Special("</img>"), after)
             continue
-        for number, text in enumerate(_GROUNDING.split(part)):
+        for number, text in enumerate(_GROUNDING.split(entry)):
             yield Special(text) if number % 2 else text
 
 
@@ -192,7 +192,7 @@ STYLES = {
 
 
 def find_style(name: str) -> Style:
-    """Return a style by its name; an unknown one is an `OptionError` that lists the known."""
+    """Return a style by its name; an unknown one is an ``OptionError`` that lists the known."""
     try:
         return STYLES[name]
     except KeyError:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, around the `tokenizers` library.
+"""Text to token ids and back, around the ``tokenizers`` library.
 
 What a user types goes through an encoder that knows no special tokens, so that "</s>" or "<image>"
 in it stays text; templates place them by id. Added tokens that are not special ("[SEG]", "<loc_7>")
@@ -37,12 +37,12 @@ STRUCTURE = frozenset(
 class Tokenizer:
     """A checkpoint's tokenizer.
 
-    `bos_id` is the token that belongs in front of a prompt (None: the model has none), `eos_id`
-    the end-of-text token of its tokenizer, `vocab_size` the highest id plus one.
+    ``bos_id`` is the token that belongs in front of a prompt (None: the model has none), ``eos_id``
+    the end-of-text token of its tokenizer, ``vocab_size`` the highest id plus one.
     """
 
     def __init__(self, description: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Build from what tokenizer.json and tokenizer_config.json hold; see `from_folder`."""
+        """Build from what tokenizer.json and tokenizer_config.json hold; see ``from_folder``."""
         added = _marked(description.get("added_tokens") or (), config)
         self._description = {**description, "added_tokens": added}
         self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
@@ -64,7 +64,7 @@ class Tokenizer:
         """Read tokenizer.json, tokenizer.model or qwen.tiktoken, with the files beside it.
 
         Tokens named only in tokenizer_config.json or added_tokens.json are added, and the special
-        ones of `more` that no file names are numbered on behind them. Raises `CheckpointError`
+        ones of ``more`` that no file names are numbered on behind them. Raises ``CheckpointError``
         naming the file that is missing or damaged.
         """
         config = _read_json(folder / "special_tokens_map.json", optional=True)
@@ -109,7 +109,7 @@ class Tokenizer:
     def encode_with_specials(self, text: str, bos: bool = True) -> list[int]:
         """Return the ids of text whose special tokens are meant, with BOS as the tokenizer adds it.
 
-        A text that begins with BOS, as rendered templates do, gets no second one; `bos` False
+        A text that begins with BOS, as rendered templates do, gets no second one; ``bos`` False
         leaves out what the tokenizer adds around a text.
         """
         ids = list(self._knowing.encode(_valid_unicode(text), add_special_tokens=False).ids)
@@ -119,8 +119,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens and ids without a token are left out."""
-        kept = [token for token in ids if token not in self._special_ids]
-        return str(self._plain.decode(kept, skip_special_tokens=False))
+        plain = [token for token in ids if token not in self._special_ids]
+        return str(self._plain.decode(plain, skip_special_tokens=False))
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as it is spelled in the vocabulary, or None."""
@@ -166,7 +166,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes token by token; the pieces joined are exactly `tokenizer.decode` of all the ids.
+    """Decodes token by token; the pieces joined are exactly ``tokenizer.decode`` of all the ids.
 
     Each token is decoded once or twice, whatever came before it.
 
@@ -228,7 +228,7 @@ def _marked(
 
 
 def _named_special(config: Mapping[str, Any]) -> set[str]:
-    """What tokenizer_config.json names by its role (`eos_token`) or among other special tokens."""
+    """What tokenizer_config.json names by role (``eos_token``) or among other special tokens."""
     names = [_token_name(config, key) for key in config if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(key) or ()
@@ -259,7 +259,7 @@ def _add_named_tokens(
     named: Mapping[str, Any],
     more: Sequence[str],
 ) -> None:
-    """Register tokens that only the files beside the tokenizer name, and then those of `more`.
+    """Register tokens that only the files beside the tokenizer name, and then those of ``more``.
 
     Without flags, as in added_tokens.json, a token is a word of the vocabulary: transformers' rule.
     """
@@ -291,7 +291,7 @@ _FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 def _check_ids(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> None:
-    """Require the ids that `tokenizers` gives: new tokens are numbered on from the vocabulary."""
+    """Require the ids that ``tokenizers`` gives: new tokens are numbered on from the vocabulary."""
     fresh = itertools.count(len(vocabulary))
     for token in sorted(added, key=lambda token: int(token["id"])):
         content = token["content"]

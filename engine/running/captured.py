@@ -142,7 +142,7 @@ class CapturedStep:
         """One step, from buffers to buffers; the host neither reads nor decides anything."""
         decoder, decoding = self.model.decoder, self.decoding
         words = self._schedule.index_select(0, self._line)[0]
-        decoding.plan(words, MIXED if decoding.tiered else FULL, reranks)
+        decoding.set_course(words, MIXED if decoding.tiered else FULL, reranks)
         hidden = decoder(decoder.embed(self._tokens), decoding)
         self._logits.copy_(decoder.logits(hidden))
         decoding.side.join()

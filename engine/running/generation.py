@@ -25,7 +25,7 @@ class StopTexts:
         self.stop, self.held, self.found = stop, "", False
 
     def push(self, piece: str) -> str:
-        """The part of the text so far that is certain to be shown."""
+        """As much of the text so far as is certain to be shown."""
         self.held += piece
         starts = [at for text in self.stop if (at := self.held.find(text)) >= 0]
         if starts:
@@ -51,7 +51,7 @@ class OuterSpace:
         self._held, self._begun = "", False
 
     def drop(self, piece: str) -> str:
-        """The part of the text so far that is certain to be shown."""
+        """As much of the text so far as is certain to be shown."""
         text = self._held + piece
         if not self._begun:
             text = text.lstrip()

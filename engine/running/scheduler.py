@@ -150,7 +150,7 @@ class Scheduler:
 
     def step(self) -> list[Event]:
         """Read of the next prompt where there is a place for it, else decode a token of every row;
-        in turns where prompts are read in parts.
+        in turns where prompts are read in slices.
 
         What is wrong with one job ends that job alone. Raises CapacityError if memory runs out in
         a decode step: it cannot be taken again, for any of the rows.
@@ -213,7 +213,7 @@ class Scheduler:
     def _opened(self, job: Job) -> Slices[Read]:
         """A job's prefill, not begun; refuses what can never fit."""
         slots, pool = self._slots(job), self.pools[0]
-        if not pool.has(slots):  # with nothing running that could make room
+        if not pool.has(slots):  # with nothing running that could give slots back
             raise CapacityError(
                 f"the request needs {slots:,} slots of cache in a layer ({job.past.seen:,} tokens "
                 f"so far, {len(job.turn.token_ids):,} of the prompt, {job.new_tokens:,} to come, "

@@ -67,7 +67,7 @@ class Taped:
         if self._stream is None:
             rows, weight = self._decoding.state.sizes.rows, self._decoder.norm.weight
             self._stream = torch.empty(rows, len(weight), dtype=weight.dtype)
-            self._tables = self._rotations.tables(weight.dtype).room_for(rows)
+            self._tables = self._rotations.tables(weight.dtype).blank(rows)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Runner.step``."""
@@ -76,7 +76,7 @@ class Taped:
         if kind in self._tapes and self._tapes[kind] is None:
             return self._eager.step(tokens)
         assert self._stream is not None, "load comes first"
-        stream, tables = self._stream[:rows], self._tables.narrowed(slice(rows))
+        stream, tables = self._stream[:rows], self._tables.at(slice(rows))
         stream.copy_(self._decoder.embed(tokens))
         tables.copy_(self._rotations.tables(stream.dtype))
         decoding.arrive(0)
@@ -186,4 +186,4 @@ class Rotations:
         rotary = decoding.rotary.expand(AHEAD, rows, -1).flatten(0, 1)
         tables = self._decoder.rotation.tables(positions.flatten(), rotary, dtype)
         steps = [slice(start, start + rows) for start in range(0, AHEAD * rows, rows)]
-        self._ahead = [tables.narrowed(step) for step in steps]
+        self._ahead = [tables.at(step) for step in steps]

@@ -118,5 +118,5 @@ def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig
             f"prompt {prompt:,} tokens ({turn.image_tokens:,} image) + {new_tokens:,} requested "
             f"exceed the model's {config.limit}",
             hint="shorten the prompt, give fewer pictures, or lower --max-new-tokens",
-            room=config.context - prompt,
+            left=config.context - prompt,
         )

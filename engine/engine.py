@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from copy import copy
 from os import PathLike
 from time import perf_counter
@@ -27,11 +28,10 @@ from .policies.specs import DEFAULT_CACHE, parse
 from .prompts.messages import Messages
 from .prompts.prompt import Prompt, build_prompt, continue_prompt, parse_messages, raw_prompt
 from .result import Result, Timings
-from .running.asked import new_job
 from .running.batch import Failure, Request, generate_batch
 from .running.chat import Chat
-from .running.generation import Answer, Forced, stream
-from .running.scheduler import Job, Scheduler
+from .running.generation import Answer, Forced, result_of
+from .running.scheduler import Job, Said, Scheduler
 from .running.stepping import Stepping
 from .running.turn import Turn
 
@@ -180,8 +180,27 @@ class Engine:
             OptionError, ImageError, CapacityError: before any text is yielded.
         """
         chosen = make_options(**options)
-        job = new_job(self, prompt, images, chosen, raw=raw, observer=observer)
-        return stream(self.scheduler(), job)
+        return self._answered(self.job(prompt, images, chosen, raw=raw, observer=observer))
+
+    def _answered(self, job: Job) -> Iterator[str | Result]:
+        with closing(self.scheduler().events(job)) as events:
+            for event in events:
+                yield event.text if isinstance(event, Said) else result_of(event)
+
+    def job(
+        self,
+        prompt: Messages,
+        images: Sequence[Picture] | None,
+        options: Options,
+        *,
+        raw: bool = False,
+        observer: Observer | None = None,
+    ) -> Job:
+        """The job of one prompt by itself: its pictures are encoded, nothing is read yet."""
+        timings = Timings(load=self.load_seconds)
+        turn = self.turn(prompt, images, timings, raw=raw)
+        answer = self.answer(options, turn.token_ids)
+        return Job(turn, answer, self.policy, options.max_new_tokens, timings, observer=observer)
 
     def scheduler(
         self, rows: int = 1, budget: int | None = None, slices: int | None = None

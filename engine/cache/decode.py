@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
+from weakref import proxy
 
 import torch
 from torch import Tensor
 
 from ..errors import CapacityError
-from ..ops.fused import Destination
+from ..ops.fused import Destination, rope_write
+from ..ops.rotary import Tables
 from .lengths import ATTENDS_CORE, POSITION, RERANKS
 from .listed import ListedAttention
 from .pool import Pool
@@ -25,7 +27,6 @@ from .showing import attended_positions, show_step
 from .slot_lists import CORE, FULL, MIXED, SPARE
 from .state import State
 from .streams import InOrder, Side
-from .views import DecodeView, EdgeView
 
 
 class Course(NamedTuple):
@@ -315,6 +316,39 @@ class Decoding:
             self.scores = Scores(logits, torch.empty(size, device=self.state.device))
         for logits, lse in zip(*self.scores, strict=True):
             yield Scores(logits[rows], lse[rows])
+
+
+class DecodeView:
+    """A layer's view of a decode step."""
+
+    def __init__(self, step: Decoding, layer: int) -> None:
+        # Weakly: the step holds its views, and what it holds shall be freed as soon as it is.
+        self.step: Decoding = proxy(step)
+        self.layer, self._destination = layer, step.destination(layer)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
+        """See ``View.attend``; one query per row."""
+        queries = rope_write(q, k, v, *tables, self._destination)
+        return self.step.attend(self.layer, queries)
+
+
+class EdgeView(DecodeView):
+    """The view of the first or last layer of a part, where selection is awaited or started."""
+
+    def __init__(self, step: Decoding, layer: int, part: int) -> None:
+        super().__init__(step, layer)
+        layers = step.parts[part]
+        self._part = part
+        self._first, self._last = layer == layers.start, layer == layers.stop - 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
+        """See ``View.attend``."""
+        if self._first:
+            self.step.arrive(self._part)
+        out = super().attend(q, k, v, tables)
+        if self._last:
+            self.step.leave_part(self._part)
+        return out
 
 
 def _begin(rows: Sequence[Row], layer: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..cache.observe import Observer
 from ..options import Options
 from ..pictures.encoded import Picture
 from ..policies.policy import Policy
@@ -21,6 +20,16 @@ class Asked(Protocol):
 
     policy: Policy
     load_seconds: float
+
+    def job(
+        self,
+        prompt: Messages,
+        images: Sequence[Picture] | None,
+        options: Options,
+        *,
+        raw: bool = False,
+    ) -> Job:
+        """The job of one prompt by itself: its pictures are encoded, nothing is read yet."""
 
     def turn(
         self,
@@ -39,19 +48,3 @@ class Asked(Protocol):
 
     def scheduler(self, rows: int = 1) -> Scheduler:
         """What answers jobs, in pools of its own."""
-
-
-def new_job(
-    engine: Asked,
-    prompt: Messages,
-    images: Sequence[Picture] | None,
-    options: Options,
-    *,
-    raw: bool = False,
-    observer: Observer | None = None,
-) -> Job:
-    """The job of one prompt by itself: its pictures are encoded, nothing is read yet."""
-    timings = Timings(load=engine.load_seconds)
-    turn = engine.turn(prompt, images, timings, raw=raw)
-    answer = engine.answer(options, turn.token_ids)
-    return Job(turn, answer, engine.policy, options.max_new_tokens, timings, observer=observer)

@@ -12,9 +12,9 @@ from ..options import OptionValues, as_number, make_options
 from ..pictures.encoded import Picture, listed
 from ..prompts.messages import Messages
 from ..result import Result
-from .asked import Asked, new_job
-from .generation import Answer
-from .scheduler import Event, Job, Said
+from .asked import Asked
+from .generation import result_of
+from .scheduler import Event, Job, Over
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,13 @@ def job_of(engine: Asked, value: Request | Mapping[str, Any]) -> Job:
     """A request's job; raises what is wrong with it."""
     request = Request.parse(value)
     options = make_options(**request.options)
-    return new_job(engine, request.prompt, request.images, options, raw=request.raw)
+    return engine.job(request.prompt, request.images, options, raw=request.raw)
 
 
 def _results(events: Iterable[Event], numbers: dict[Job, int]) -> Iterator[Result | Failure]:
     """What of the events is the end of a request."""
     for event in events:
-        if isinstance(event, Said):
+        if not isinstance(event, Over):
             continue
-        job, index = event.job, numbers.pop(event.job)
-        if event.cache is None:
-            assert job.failed is not None
-            yield Failure(index, _failure(job.failed))
-            continue
-        assert isinstance(job.answer, Answer)
-        yield replace(job.answer.result(job.turn, job.timings, event.cache), index=index)
+        index, failed = numbers.pop(event.job), event.job.failed
+        yield Failure(index, _failure(failed)) if failed else replace(result_of(event), index=index)

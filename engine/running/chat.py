@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from threading import Lock
 from typing import Unpack
 
@@ -13,8 +14,8 @@ from ..pictures.encoded import Picture
 from ..prompts.messages import Messages
 from ..result import Result, Timings
 from .asked import Asked
-from .generation import stream
-from .scheduler import Job
+from .generation import result_of
+from .scheduler import Job, Said
 
 
 class Chat:
@@ -78,7 +79,9 @@ class Chat:
         answer, policy = self._engine.answer(chosen, asked), self._engine.policy
         job = Job(turn, answer, policy, chosen.max_new_tokens, timings, self._row, keeps=True)
         try:
-            yield from stream(self._scheduler, job)
+            with closing(self._scheduler.events(job)) as events:
+                for event in events:
+                    yield event.text if isinstance(event, Said) else result_of(event)
         finally:
             if job.row is not None:  # otherwise the turn was refused, and nothing changed
                 self._row, self._sizes = job.row, turn.sizes

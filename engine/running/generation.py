@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..pictures.boxes import parse_boxes
 from ..prompts.tokenizer import StreamDecoder, Tokenizer
 from ..result import FinishReason, Result, Timings
 from .sampling import Sampler
-from .scheduler import Job, Said, Scheduler
+from .scheduler import Over
 from .turn import Turn
 
 
@@ -178,21 +178,14 @@ class Forced:
         return False
 
 
-def stream(scheduler: Scheduler, job: Job) -> Iterator[str | Result]:
-    """Answer one job: yields pieces of text as they become certain, and the Result at the end."""
-    assert isinstance(job.answer, Answer)
-    scheduler.submit(job)
-    try:
-        while not scheduler.idle:
-            for event in scheduler.step():
-                if isinstance(event, Said):
-                    yield event.text
-                elif event.cache is not None:
-                    yield job.answer.result(job.turn, job.timings, event.cache)
-                elif job.failed:
-                    raise job.failed
-    finally:
-        scheduler.cancel(job)
+def result_of(over: Over) -> Result:
+    """What a job that is over has come to; raises what it failed of."""
+    job = over.job
+    if over.cache is None:
+        assert job.failed is not None, "only what failed has held nothing"
+        raise job.failed
+    assert isinstance(job.answer, Answer), "other answers have no result"
+    return job.answer.result(job.turn, job.timings, over.cache)
 
 
 def _refuse_nan(logits: Tensor) -> None:

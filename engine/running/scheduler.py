@@ -7,7 +7,7 @@ policy and step kind, so that an answer does not depend on who shares the step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
@@ -109,7 +109,7 @@ Event = Said | Over
 class Scheduler:
     """Answers jobs, ``rows`` of them together, in pools that they share.
 
-    ``submit``, then ``step`` until it is ``idle``.
+    ``submit``, then ``step`` until it is ``idle``; for a single job that is ``events``.
     """
 
     def __init__(
@@ -160,6 +160,15 @@ class Scheduler:
             return self._read(self.waiting[0]) if self.waiting else []
         self._decodes = False
         return self._decode()
+
+    def events(self, job: Job) -> Generator[Event, None, None]:
+        """Answer one job, step by step; it is cancelled if nobody listens to its end."""
+        self.submit(job)
+        try:
+            while not self.idle:
+                yield from self.step()
+        finally:
+            self.cancel(job)
 
     def cancel(self, job: Job) -> None:
         """End a job wherever it is; one that is over already stays as it is."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..cache.decode import Decoding
-from ..cache.views import DecodeView
+from ..cache.decode import DecodeView, Decoding
 from ..models.decoder import Decoder, finished
 from ..ops import fused, native
 from ..ops.rotary import Tables

@@ -18,7 +18,7 @@ from engine.policies.streaming import Streaming
 
 
 def test_every_policy_is_known_by_its_name():
-    assert list(POLICIES) == ["full", "avl", "h2o", "fastv", "streaming", "snapkv", "random"]
+    assert {"full", "avl", "h2o", "fastv", "streaming", "snapkv", "random"} <= POLICIES.keys()
     assert all(type(parse(name)) is policy for name, policy in POLICIES.items())
 
 

@@ -1,19 +1,31 @@
-"""Documents name files, names and commands that exist; the tour's code runs, its numbers hold."""
+"""Documents name files, names and commands that exist; the tour's path, code and numbers hold."""
 
 import ast
 import importlib.util
 import re
+import sys
+import traceback
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from bench.common import ROOT
-from bench.memory import Shape, run_prefill, seeded, shape_report
+from bench.house import path_of
+from bench.memory import Shape as Counted
+from bench.memory import run_prefill, seeded, shape_report
+from engine import Engine
 from engine.cache.prefill import Prefill
+from engine.loading import families
+from engine.ops import formats, native
 from engine.policies.avl import Avl
-from engine.policies.policy import Policy
+from engine.policies.specs import POLICIES, parse
+from engine.running import taped
+from tests import every_policy, test_formats
+from tests.checkpoints import Shape, edit_json, write_llava
+from tests.oracle import noise
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "cuda").rglob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -129,7 +141,7 @@ def names_of(source: str) -> frozenset[str]:
 
 def test_the_numbers_of_the_tour_are_the_caches_own() -> None:
     tour = TOUR.read_text(encoding="utf-8")
-    shape = Shape("tour", layers=2, heads=32, system=35, image=576, text=22)
+    shape = Counted("tour", layers=2, heads=32, system=35, image=576, text=22)
     counted = shape_report(shape, "avl")
     policy = Avl()
     stored, core, text = counted.stored.mean, counted.core.mean, counted.text.mean
@@ -153,16 +165,83 @@ def test_the_numbers_of_the_tour_are_the_caches_own() -> None:
     assert policy.reranks(3)
 
 
-def test_the_policy_of_the_tour_works() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", TOUR.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, type[Policy]] = {"__name__": "tour"}
-    exec(compile(code, "docs/tour.md", "exec"), names)
-    policy = names["Glance"](keep=0.5, rows=3)
-    assert policy.spec == "glance:keep=0.5,rows=3"
+# -- the path, and what is added ------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not native.loaded(), reason="needs the native module")
+def test_the_path_of_the_tour_is_the_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files on the stack when a request's first kernel is called, the kernel's after them."""
+    engine = Engine.load(device="cpu")
+    monkeypatch.setattr(taped, "obstacle", lambda *_: "the plain way is told first")
+    crossed: list[str] = []
+    run = native.AttentionPlan.run
+
+    def noted(plan: native.AttentionPlan, *given: int) -> None:
+        if not crossed:
+            crossed.extend(frame.filename for frame in traceback.extract_stack()[:-1])
+        run(plan, *given)
+
+    monkeypatch.setattr(native.AttentionPlan, "run", noted)
+    engine.generate("What colour is the car?", [ROOT / "examples" / "car.jpg"], max_new_tokens=2)
+    inside = [Path(name) for name in crossed if Path(name).is_relative_to(ROOT / "engine")]
+    files = [str(path.relative_to(ROOT)) for path in dict.fromkeys(inside)]
+    told = path_of(TOUR.read_text(encoding="utf-8"))
+    assert told == [*files, "engine/ops/native.py", "cuda/cpu/attention.h"]
+    assert len(told) <= 9
+
+
+def code_of(section: str) -> list[str]:
+    """The Python of a section of the tour."""
+    tour = TOUR.read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^## \d+\. {section}\n(.*?)(?=^## )", tour, re.M | re.S)
+    return re.findall(r"```python\n(.*?)```", found, re.S)
+
+
+def as_module(name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of that name, as if it lay where the tour puts it."""
+    module = ModuleType(name)
+    module.__package__ = name.rpartition(".")[0]
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(code, "docs/tour.md", "exec"), module.__dict__)
+    return module
+
+
+def test_the_policy_of_the_tour_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = code_of("Add a policy")
+    policy = as_module("engine.policies.nth", code, monkeypatch).Nth
+    monkeypatch.setitem(POLICIES, policy.name, policy)
+    every_policy.ask_everything("nth:step=3")
+    engine = every_policy.small_engine().with_cache("nth+fastv:layer=1")
+    assert engine.policy.spec == "nth:step=2+fastv:layer=1,drop=0.5"
     decoder = seeded(layers=2, heads=4, kv_heads=2, head_dim=16)
-    step, pools = run_prefill(decoder, policy, Prefill, tokens=35 + 16 + 9, image=16, new=1)
+    step, _ = run_prefill(decoder, parse("nth"), Prefill, tokens=35 + 16 + 9, image=16, new=1)
     for stored in step.row.layers:
-        kept = stored.layout.positions[0]
-        assert torch.equal(kept[:35], torch.arange(35))
-        assert len(kept) == 35 + 8 + 9
-    assert {pool.k.dtype for pool in pools} == {torch.float32}
+        kept = [*range(35), *range(35, 51, 2), *range(51, 60)]
+        assert stored.layout.positions[0].tolist() == kept
+
+
+def test_the_model_of_the_tour_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, family = code_of("Add a model")
+    pooled = as_module("engine.models.pooled", model, monkeypatch).Pooled
+    monkeypatch.setattr(families, "Pooled", pooled, raising=False)
+    exec(compile(family, "docs/tour.md", "exec"), families.__dict__)
+    monkeypatch.setitem(families.FAMILIES, "pooled", families.__dict__.pop("_pooled"))
+    folder = write_llava(tmp_path / "pooled", Shape())
+    edit_json(folder / "config.json", model_type="pooled")
+    engine = Engine.load(folder, device="cpu", dtype="float32", cache="full")
+    result = engine.generate("What is this?", [noise(70, 60)], max_new_tokens=4, ignore_eos=True)
+    assert (result.image_tokens, len(result.token_ids)) == (Shape().image_tokens // 4, 4)
+
+
+def test_the_format_of_the_tour_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = code_of("Add a number format")
+    names = dict(formats.__dict__)
+    exec(compile(code, "docs/tour.md", "exec", dont_inherit=True), names)
+    row = names["Q8"]
+    monkeypatch.setitem(formats.FORMATS, row.name, row)
+    assert row.dtype not in native.codes()
+    test_formats.test_what_was_read_is_written_back(row)
+    test_formats.test_a_run_takes_its_bytes(row)
+    test_formats.test_dot_is_float64s(row)
+    x = torch.randn(5, 64)
+    assert (row.unpack(row.pack(x)) - x).abs().max() < x.abs().max() / 127

@@ -22,7 +22,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError, OptionError
 from engine.loading.families import recognise
 from engine.pictures.boxes import Box
-from engine.policies.specs import parse
+from engine.policies.specs import POLICIES, parse
 from engine.prompts.prompt import Prompt
 from engine.result import Timings
 from engine.running.generation import Answer, OuterSpace
@@ -35,7 +35,6 @@ CASES = (
     *("base_text", "base_image", "chat_text", "chat_image"),
     *("chat_two_images", "chat_history"),
 )
-POLICIES = ("full", "avl", "h2o", "fastv", "streaming", "snapkv", "random")
 PICTURE = {"type": "image"}
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from engine.engine import Engine
+from engine.policies.specs import POLICIES as NAMED
 from engine.result import Result
 from tests.checkpoints import Shape
 from tests.oracle import noise
 
 SHAPE = Shape(kv_heads=2, layers=2, vision_layers=2)
-POLICIES = ("full", "avl", "h2o", "fastv", "streaming", "snapkv", "random")
+POLICIES = tuple(NAMED)
 SIZES = ((9, 9), (70, 50), (30, 150), (1, 40), (200, 120))
 PROMPTS = ("What is this?", "Read the text.", "a", "Describe the picture in the image here. " * 6)
 

@@ -128,16 +128,16 @@ def tiered_attention_torch(
     native.check_tiers(q, q, tiers)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    parts = list(zip(tiers, _selections(tiers), strict=True))
-    logits = [_qk(q, *part).mul_(scale) for part in parts]
+    pairs = list(zip(tiers, _selections(tiers), strict=True))
+    logits = [_qk(q, *pair).mul_(scale) for pair in pairs]
     lse = torch.cat(logits, -1).logsumexp(-1)
     shift = lse.masked_fill(lse == -math.inf, 0)  # nothing listed: exp(-inf - 0) = 0, not NaN
     weights = [(each - shift[..., None]).exp() for each in logits]
-    mixed = [_pv(p, *part) for p, part in zip(weights, parts, strict=True)]
+    mixed = [_pv(p, *pair) for p, pair in zip(weights, pairs, strict=True)]
     out = functools.reduce(operator.add, mixed).to(q.dtype)
     if not want_logits:
         return AttentionResult(out)
-    wide = [_widen(each, used) for each, (_, used) in zip(logits, parts, strict=True)]
+    wide = [_widen(each, used) for each, (_, used) in zip(logits, pairs, strict=True)]
     return AttentionResult(out, torch.cat(wide, -1), lse)
 
 

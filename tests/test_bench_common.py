@@ -20,7 +20,7 @@ from engine.checkpoint.names import llava_names
 from engine.checkpoint.tensors import Checkpoint, load_weights, read_json
 from engine.engine import Engine
 from engine.models.llava import Llava, parse_hub
-from engine.pictures.anyres import plan as plan_tiles
+from engine.pictures.anyres import grid_of
 
 
 def test_paired_ratio_is_not_moved_by_what_slows_both() -> None:
@@ -134,12 +134,12 @@ def test_the_picture_of_a_seeded_tiled_model_has_2182_tokens() -> None:
     shape = PRESETS["1.6-small"]
     canvases = tuple((rows * shape.image, columns * shape.image) for rows, columns in CANVASES)
     image = subject.picture(options)
-    grid = plan_tiles(image.size, canvases, shape.image, shape.image // shape.patch)
+    grid = grid_of(image.size, canvases, shape.image, shape.image // shape.patch)
     assert grid.tokens == 2182
 
 
 # Programs of bench/ that measure nothing that is kept as a report.
-TOOLS = {"beside", "browser", "figures", "report", "tiers"}
+TOOLS = {"beside", "browser", "figures", "house", "report", "tiers"}
 BENCHMARKS = sorted(
     path.stem
     for path in (ROOT / "bench").glob("*.py")

@@ -59,16 +59,16 @@ struct GemvPart {
   void* y;             // [rows, out] contiguous
 };
 
-// y = x * weight^T + bias for a few rows, for one linear layer or several of one input.
+// y = x * weight^T + bias, for one linear layer or several of one input.
 struct GemvArgs {
   DType dtype;   // of the weights, and of x, bias and y unless they are wide
-  int32_t rows;  // 1 to 32
+  int32_t rows;  // gemv: 1 to 32
   int64_t in;
   const void* x;  // [rows, in]
   int64_t x_row;
   const GemvPart* parts;
   int32_t part_count;
-  float* x32;  // scratch, [rows, in]
+  float* scratch;  // gemv: [rows, in]; gemm: gemm_scratch bytes for each thread
   int32_t threads;
   bool wide = false;  // x, bias and y are float whatever the weights are
 };

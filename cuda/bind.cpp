@@ -9,8 +9,10 @@
 #include <pybind11/stl.h>
 
 #include <initializer_list>
+#include <memory>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -189,38 +191,54 @@ class AttentionPlan {
 using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
 
 // Numbers one by one, not in a dict: this is called for every linear layer of a step.
-void gemv(const CpuKernels* table, int dtype, bool wide, int rows, int64_t in, uintptr_t x,
-          int64_t x_row, const std::vector<Part>& given, int threads) {
-  require(rows >= 1 && rows <= 32, "gemv: wrong rows");
-  require(in >= 1 && x && x_row >= 0 && threads >= 1, "gemv: wrong sizes");
+GemvArgs product_args(int dtype, bool wide, int64_t rows, int64_t in, uintptr_t x, int64_t x_row,
+                      int threads) {
+  require(rows >= 1 && rows <= INT32_MAX, "product: wrong rows");
+  require(in >= 1 && x && x_row >= 0 && threads >= 1, "product: wrong sizes");
+  GemvArgs a{};
+  a.dtype = dtype_of(dtype), a.wide = wide;
+  a.rows = static_cast<int32_t>(rows), a.in = in;
+  a.x = reinterpret_cast<void*>(x), a.x_row = x_row;
+  a.threads = threads;
+  return a;
+}
+
+std::vector<GemvPart> product_parts(const std::vector<Part>& given) {
   std::vector<GemvPart> parts;
-  int64_t outs = 0;
   for (const auto& [out, weight, bias, y] : given) {
-    require(out >= 1 && weight && y, "gemv: weight and y must not be null");
+    require(out >= 1 && weight && y, "product: weight and y must not be null");
     parts.push_back({out, reinterpret_cast<void*>(weight), reinterpret_cast<void*>(bias),
                      reinterpret_cast<void*>(y)});
-    outs += out;
   }
-  const DType format = dtype_of(dtype);
-  if (bytes_of(format, in * outs) < ONE_THREAD_BYTES) threads = 1;
-  const GemvArgs a{format,
-                   rows,
-                   in,
-                   reinterpret_cast<void*>(x),
-                   x_row,
-                   nullptr,
-                   static_cast<int32_t>(parts.size()),
-                   nullptr,
-                   threads,
-                   wide};
+  return parts;
+}
+
+void gemv(const CpuKernels* table, GemvArgs a, const std::vector<GemvPart>& parts) {
+  require(a.rows <= 32, "gemv: wrong rows");
+  int64_t outs = 0;
+  for (const GemvPart& part : parts) outs += part.out;
+  if (bytes_of(a.dtype, a.in * outs) < ONE_THREAD_BYTES) a.threads = 1;
   call_and_record("gemv", [a, parts, table] {
     thread_local std::vector<float> scratch;
     scratch.resize(size_t(a.rows) * a.in);
     GemvArgs now = a;
-    now.parts = parts.data();
-    now.x32 = scratch.data();
+    now.part_count = static_cast<int32_t>(parts.size()), now.parts = parts.data();
+    now.scratch = scratch.data();
     return table->gemv(now);
   });
+}
+
+// Never on a tape: steps have few rows.
+void gemm(const CpuKernels* table, GemvArgs a, const std::vector<GemvPart>& parts) {
+  struct alignas(64) Line {
+    float numbers[16];
+  };
+  static_assert(sizeof(Line) == 64);
+  py::gil_scoped_release unlocked;
+  const std::unique_ptr<Line[]> scratch(new Line[a.threads * table->gemm_scratch / sizeof(Line)]);
+  a.part_count = static_cast<int32_t>(parts.size()), a.parts = parts.data();
+  a.scratch = scratch[0].numbers;
+  table->gemm(a);
 }
 
 RankArgs rank_args(const py::dict& f) {
@@ -335,12 +353,15 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<const std::string&, bool, const std::string&, const py::dict&>(), py::arg("op"),
            py::arg("cuda"), py::arg("isa"), py::arg("fields"))
       .def("run", &avl::PolicyPlan::run, py::arg("stream"));
-  m.def("gemv", [](int dtype, bool wide, int rows, int64_t in, uintptr_t x, int64_t x_row,
-                   const std::vector<avl::Part>& parts, int threads, const std::string& isa) {
-    static const avl::CpuKernels* best = avl::cpu_kernels();
-    const avl::CpuKernels* table = isa.empty() ? best : &avl::kernels(isa);
-    avl::gemv(table, dtype, wide, rows, in, x, x_row, parts, threads);
-  });
+  for (auto [name, product] : {std::pair("gemv", avl::gemv), std::pair("gemm", avl::gemm)})
+    m.def(name, [product = product](int dtype, bool wide, int64_t rows, int64_t in, uintptr_t x,
+                                    int64_t x_row, const std::vector<avl::Part>& parts, int threads,
+                                    const std::string& isa) {
+      static const avl::CpuKernels* best = avl::cpu_kernels();
+      product(isa.empty() ? best : &avl::kernels(isa),
+              avl::product_args(dtype, wide, rows, in, x, x_row, threads),
+              avl::product_parts(parts));
+    });
   py::class_<avl::Tape>(m, "Tape")
       .def(py::init<>())
       .def("start", [](avl::Tape& tape) { avl::recording = &tape; })

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops import native, products
+from engine.ops import native
 from engine.ops.attention import (
     selective_attention,
     selective_pv_torch,
@@ -598,70 +598,3 @@ def test_the_merge_of_many_small_splits_never_varies():
         plan.run()
         differing += (plan.result().out != first).any()
     assert int(differing) == 0
-
-
-# -- the decoder's linear layers ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 31, 32])
-@pytest.mark.parametrize(
-    ("size_in", "size_out"), [(1, 1), (31, 5), (64, 4), (257, 130), (4096, 6), (1024, 300)]
-)
-def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
-    g = torch.Generator().manual_seed(size_in)
-    x = torch.randn(rows, 2 * size_in, generator=g).to(dtype)[:, :size_in]  # strided rows
-    w = torch.randn(size_out, size_in, generator=g).to(dtype)
-    for bias in (None, torch.randn(size_out, generator=g).to(dtype)):
-        wide = None if bias is None else bias.double()
-        want = F.linear(x.double(), w.double(), wide)
-        (got,) = products.gemv(x, (w, bias), isa=isa)
-        theirs = (F.linear(x, w, bias).double() - want).abs().max()
-        floor = torch.finfo(dtype).eps * want.abs().max() / 2 + 1e-6 * size_in**0.5
-        assert got.dtype == dtype
-        assert (got.double() - want).abs().max() <= 2 * theirs + floor
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 4, 7, 18])
-@pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (31, 5), (257, 130), (1024, 300)])
-def test_gemv_of_16_bit_weights_is_float32s(isa, dtype, rows, size_in, size_out):
-    g = torch.Generator().manual_seed(size_in)
-    x = torch.randn(rows, 2 * size_in, generator=g)[:, :size_in]
-    w = torch.randn(size_out, size_in, generator=g).to(dtype)
-    bias = torch.randn(size_out, generator=g)
-    (got,) = products.gemv(x, (w, bias), isa=isa)
-    want = F.linear(x.double(), w.double(), bias.double())
-    theirs = (F.linear(x, w.float(), bias).double() - want).abs().max()
-    assert got.dtype == torch.float32
-    assert (got.double() - want).abs().max() <= 2 * theirs + 1e-6 * size_in**0.5
-
-
-@needs_native
-def test_gemv_refuses_what_does_not_fit():
-    x, w = torch.randn(2, 8), torch.randn(3, 8)
-    for x_given, *layers in (
-        (x[:, :4], (w, None)),
-        (torch.randn(33, 8), (w, None)),
-        (x.bfloat16(), (w, None)),
-        (x, (w.T.contiguous().T, None)),
-        (x, (w, torch.randn(4))),
-        (x.double(), (w.double(), None)),
-        (x, (w, None), (w.bfloat16(), None)),
-        (x, (w, None), (w[:, :4], None)),
-    ):
-        with pytest.raises(ValueError, match=r"x|weight|bias"):
-            products.gemv(x_given, *layers)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8, 11])
-def test_several_layers_in_one_call_are_each_alone(isa, rows):
-    g = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, 67, generator=g).bfloat16()
-    layers = [
-        (torch.randn(n, 67, generator=g).bfloat16(), torch.ones(n).bfloat16() if n % 2 else None)
-        for n in (1, 130, 7, 64)
-    ]
-    together = products.gemv(x, *layers, isa=isa)
-    for layer, got in zip(layers, together, strict=True):
-        assert torch.equal(got, products.gemv(x, layer, isa=isa)[0])

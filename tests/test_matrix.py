@@ -110,7 +110,7 @@ def qwen_in_16_bits(folder: Path) -> Path:
 def test_every_decoder_is_prepared(
     name: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_gemv_pays", lambda: True)
+    monkeypatch.setattr(products, "_native_pays", lambda: True)
     shapes = {"llama": Shape(), "qwen2-bias": Shape(family="qwen2", kv_heads=2, seed=3)}
     if name == "qwen-vl":
         folder = qwen_in_16_bits(tmp_path / name)
@@ -143,8 +143,9 @@ def test_linear_is_torchs_linear(shape: tuple[int, ...], dtype: torch.dtype) -> 
 def test_products_by_blocks_are_float64s_rounded(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: tuple[int, ...]
 ) -> None:
-    """On a processor without a fast product of 16-bit matrices: converted weights stay few."""
+    """Where neither torch nor the module has a fast product: converted weights stay few."""
     monkeypatch.setattr(products, "_multiplies_fast", lambda dtype: False)
+    monkeypatch.setattr(products, "_native_pays", lambda: False)
     monkeypatch.setattr(products, "_BLOCK", 1000)
     *lead, size_in, size_out = size
     x, w = torch.randn(*lead, size_in).to(dtype), torch.randn(size_out, size_in).to(dtype)

@@ -33,7 +33,7 @@ AVL = "avl:secondary=0.5,core=0.25,every=3,text=0.7,floor=3"
 @pytest.fixture(autouse=True)
 def few_rows_are_multiplied_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor on which torch would be as fast."""
-    monkeypatch.setattr(products, "_gemv_pays", lambda: True)
+    monkeypatch.setattr(products, "_native_pays", lambda: True)
     monkeypatch.setattr(taped, "AHEAD", 16)  # so that tests come to the end of it
 
 

@@ -22,7 +22,7 @@ static inline const typename Lane<T, Y>::X* input_row(const GemvArgs& a, int row
   if constexpr (sizeof(typename Lane<T, Y>::X) == sizeof(Y))
     return static_cast<const typename Lane<T, Y>::X*>(a.x) + row * a.x_row;
   else
-    return reinterpret_cast<const typename Lane<T, Y>::X*>(a.x32 + row * a.in);
+    return reinterpret_cast<const typename Lane<T, Y>::X*>(a.scratch + row * a.in);
 }
 
 // `outs` outputs from `first` for R rows of x from `row`.
@@ -93,7 +93,7 @@ template <class T, class Y = T>
 static int gemv(const GemvArgs& a) {
   if constexpr (sizeof(typename Lane<T, Y>::X) != sizeof(Y))
     for (int64_t i = 0; i < a.rows * a.in; ++i)
-      a.x32[i] = to_float(static_cast<const Y*>(a.x)[i / a.in * a.x_row + i % a.in]);
+      a.scratch[i] = to_float(static_cast<const Y*>(a.x)[i / a.in * a.x_row + i % a.in]);
   switch ((a.rows - 1) % 8) {
     case 0: return gemv_rows<T, Y, 1>(a);
     case 1: return gemv_rows<T, Y, 2>(a);

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "fused.h"
+#include "gemm.h"
 #include "gemv.h"
 #include "policy.h"
 
@@ -47,6 +48,15 @@ static int run_gemv(const GemvArgs& a) {
   return unsupported;
 }
 
+static int run_gemm(const GemvArgs& a) {
+  switch (a.dtype) {
+    case DType::f32: return gemm<float>(a);
+    case DType::f16: return a.wide ? gemm<fp16, float>(a) : gemm<fp16>(a);
+    case DType::bf16: return a.wide ? gemm<bf16, float>(a) : gemm<bf16>(a);
+  }
+  return unsupported;
+}
+
 // Calls op<T>(a) for the T that the arguments name.
 #define AVL_BY_TYPE(op)                   \
   switch (a.dtype) {                      \
@@ -79,6 +89,8 @@ const CpuKernels table = {AVL_TEXT(AVL_ISA),
                           run_qk,
                           run_pv,
                           run_gemv,
+                          run_gemm,
+                          sizeof(GemmSpace),
                           {run_add_norm, run_rope_write, run_silu_mul, run_argmax},
                           {rank, age},
                           read};

@@ -13,6 +13,8 @@ struct CpuKernels {
   int (*qk)(const AttentionArgs&);         // writes logits, unscaled
   int (*pv)(const AttentionArgs&);         // reads p, writes out as float; partials as above
   int (*gemv)(const GemvArgs&);
+  int (*gemm)(const GemvArgs&);
+  int64_t gemm_scratch;  // bytes that gemm needs for each thread, on a 64-byte boundary
   FusedKernels fused;
   PolicyKernels policy;
   double (*read)(const float* data, int64_t count, int32_t threads);  // sum, to time reading

@@ -13,6 +13,7 @@
 #endif
 
 #include <type_traits>
+#include <utility>
 
 #include "../numeric.h"
 
@@ -186,6 +187,7 @@ struct Lane {
   vf value;
   static Lane weight(const T* p) { return {load(p)}; }
   static Lane input(const float* p) { return {load(p)}; }
+  static Lane everywhere(const float* p) { return {*p - vf{}}; }  // in every lane
   static vf multiply_add(vf acc, Lane w, Lane x) { return acc + w.value * x.value; }
 };
 
@@ -197,6 +199,11 @@ struct Lane<bf16, bf16> {
   __m512bh value;
   static Lane weight(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
   static Lane input(const bf16* p) { return weight(p); }
+  static Lane everywhere(const bf16* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {(__m512bh)_mm512_set1_epi32(pair)};
+  }
   static vf multiply_add(vf acc, Lane w, Lane x) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, w.value, x.value);
   }

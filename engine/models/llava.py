@@ -18,6 +18,7 @@ from ..checkpoint.config import ConfigReader
 from ..pictures.preprocess import Pixels
 from .clip import ClipConfig, ClipVision
 from .decoder import Decoder, DecoderConfig
+from .matrix import Linear
 from .vision_language import VisionLanguageModel
 
 # What the original layout calls its models, and the decoder inside.
@@ -92,8 +93,8 @@ class Projector(nn.Module):
 
     def __init__(self, vision: int, hidden: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(vision, hidden)
-        self.linear_2 = nn.Linear(hidden, hidden)
+        self.linear_1 = Linear(vision, hidden)
+        self.linear_2 = Linear(hidden, hidden)
 
     def forward(self, features: Tensor) -> Tensor:
         """``[..., vision]`` to ``[..., hidden]``."""

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
+from ..ops.products import many_rows
+from .matrix import Linear
 
 NORM_EPS = 1e-6
 # The resampler's heads are this wide, whatever the model's width.
@@ -89,11 +91,11 @@ class QwenVisionLayer(nn.Module):
         width = config.width
         self.heads = config.heads
         self.norm1 = nn.LayerNorm(width, NORM_EPS)
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
+        self.in_proj = Linear(width, 3 * width)
+        self.out_proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, NORM_EPS)
-        self.fc1 = nn.Linear(width, config.mlp)
-        self.fc2 = nn.Linear(config.mlp, width)
+        self.fc1 = Linear(width, config.mlp)
+        self.fc2 = Linear(config.mlp, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """One layer over ``hidden [pictures, patches, width]``."""
@@ -116,11 +118,11 @@ class Resampler(nn.Module):
         self.grid = config.grid
         self.query = nn.Parameter(torch.empty(config.queries, output))
         self.positions = nn.Parameter(torch.empty(config.queries, output))
-        self.kv_proj = nn.Linear(config.width, output, bias=False)
+        self.kv_proj = Linear(config.width, output, bias=False)
         self.q_norm = nn.LayerNorm(output, NORM_EPS)
         self.kv_norm = nn.LayerNorm(output, NORM_EPS)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(output, output) for _ in range(4)
+            Linear(output, output) for _ in range(4)
         )
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -156,4 +158,4 @@ class QwenVision(nn.Module):
         hidden = self.pre_norm(patches + interpolate(self.positions, self.config.grid))
         for layer in self.layers:
             hidden = layer(hidden)
-        return self.post_norm(self.resampler(hidden)) @ self.proj
+        return many_rows(self.post_norm(self.resampler(hidden)), self.proj.T, None)

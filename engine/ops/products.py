@@ -1,11 +1,13 @@
-"""Linear layers: the native matrix-vector product for few rows, torch's for many.
+"""Linear layers: a native product for few rows, and for many torch's or a native one.
 
 A decode step reads every weight once and computes little with it. Torch's product for a matrix
-reaches half of the memory's speed there; ``gemv`` reads at the speed of memory. Many rows are
-torch's, in float32 where the processor has no fast product of 16-bit matrices.
+reaches half of the memory's speed there; ``gemv`` reads at the speed of memory. Many rows are a
+matter of arithmetic: torch is as fast as the processor where it has instructions for the dtype, and
+``gemm`` multiplies where torch is not. Who multiplies what is decided here and nowhere else.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,30 +34,38 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if weight.dtype not in _SHORT or weight.device.type != "cpu" or not 1 <= rows <= GEMV_ROWS:
         return False
-    return not _training(x, weight) and _gemv_pays()
+    return not _training(x, weight) and _native_pays()
 
 
 def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` by torch, x ``[..., in]``, weight ``[out, in]``.
+    """``x @ weight.T + bias``, x ``[..., in]``, weight ``[out, in]``; who is fastest multiplies."""
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if x.device.type != "cpu" or _training(x, weight) or rows <= GEMV_ROWS:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(rows, -1)
+    if _multiplies_fast(x.dtype):
+        y = _uneven(flat, weight, bias)
+    elif _native_pays():
+        (y,) = gemm(flat, (weight.contiguous(), bias))
+    else:
+        y = _by_blocks(flat, weight, bias)
+    return y.view(*x.shape[:-1], -1)
 
-    On a CPU its bfloat16 product likes row counts that four divides.
+
+def _uneven(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Torch's product of x ``[rows, in]``, which in bfloat16 likes row counts that four divides.
 
     It takes about 1.3 times as long for some others, such as the 577 of CLIP (``bench.kernels``),
     so that x gets up to three rows more.
     """
-    if x.device.type != "cpu" or x.dtype is torch.float32 or _training(x, weight):
-        return F.linear(x, weight, bias)
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if rows > GEMV_ROWS and not _multiplies_fast(x.dtype):
-        return _by_blocks(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
+    rows = len(x)
     if x.dtype is not torch.bfloat16 or rows < _UNEVEN_ROWS or rows % 4 == 0:
         return F.linear(x, weight, bias)
-    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 4))
-    return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
+    return F.linear(F.pad(x, (0, 0, 0, -rows % 4)), weight, bias)[:rows]
 
 
 def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [rows, in]`` by 16-bit weights in float32, a block of outputs at a time; rounded once.
+    """What ``gemm`` does, in torch: sums in float32, a block of outputs at a time; rounded once.
 
     The blocks bound the memory of converted weights: no second copy of a model ever exists.
     """
@@ -70,17 +80,21 @@ def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _multiplies_fast(dtype: torch.dtype) -> bool:
-    """Whether torch has a fast product of 16-bit matrices for this processor.
+    """Whether torch's product of many rows is as fast in this dtype as the processor is.
 
-    AVX2 alone has none: 576 rows by 2048 x 6144 take 4 times as long in bfloat16 as in float32
-    there, 1.0 to 1.2 times by blocks (a Zen 3, two threads). Telling torch to use no more than AVX2
-    (ATEN_CPU_CAPABILITY) is believed.
+    GFLOPS of one thread of a Zen 4, 577 x 1024 -> 4096 to 640 x 4096 -> 11008: with AVX512 torch
+    does 84-92 in float32 and 173-209 in bfloat16, ``gemm`` 93-100 and 192-203, so that torch keeps
+    those (AMX makes it several times faster still); without AVX512-FP16 it does 21 in float16,
+    ``gemm`` 102. With AVX2 alone torch does 84-92, 21 and 8, ``gemm`` 89-100 in all three.
+    Telling torch to use no more than AVX2 (ATEN_CPU_CAPABILITY) is believed.
     """
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return torch.backends.cpu.get_cpu_capability() != "AVX2" and bool(supported[dtype]())
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return dtype is torch.float32 and not _native_pays()
+    return dtype not in supported or bool(supported[dtype]())
 
 
 def _training(x: Tensor, weight: Tensor) -> bool:
@@ -92,15 +106,15 @@ def in_16_bits(weight: Tensor) -> Tensor | None:
 
     Checkpoints are stored in 16 bits: run in float32 their products are the same numbers.
     """
-    if weight.dtype is not FP32.dtype or weight.device.type != "cpu" or not _gemv_pays():
+    if weight.dtype is not FP32.dtype or weight.device.type != "cpu" or not _native_pays():
         return None
     short = BF16.pack(weight)
     return short if torch.equal(BF16.unpack(short), weight) else None
 
 
 @functools.cache
-def _gemv_pays() -> bool:
-    """Whether this processor has the instructions that keep up with memory: AVX2 or better.
+def _native_pays() -> bool:
+    """Whether this processor has the instructions that native products need: AVX2 or better.
 
     Small matrices gain most: only steps of native products can be recorded (``running.taped``).
     """
@@ -116,11 +130,26 @@ def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
     the weights are. Reads the weights once, at the speed of memory. Raises ValueError for other
     arguments.
     """
+    if not 1 <= len(x) <= GEMV_ROWS:
+        raise ValueError(f"x must have 1 to {GEMV_ROWS} rows, got {describe(x)}")
+    return _native("gemv", x, layers, isa)
+
+
+def gemm(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
+    """``gemv`` for any number of rows, at the speed of arithmetic: for many.
+
+    Weights are converted as they are needed: half a megabyte for each thread is all it takes.
+    """
+    return _native("gemm", x, layers, isa)
+
+
+def _native(name: str, x: Tensor, layers: Sequence[Weights], isa: str) -> list[Tensor]:
+    """Call a product of the module, its arguments checked."""
     module, problem = load()
     if module is None:
         raise RuntimeError(problem)
-    if x.ndim != 2 or not 1 <= x.shape[0] <= GEMV_ROWS or x.device.type != "cpu":
-        raise ValueError(f"x must have 1 to {GEMV_ROWS} rows on the CPU, got {describe(x)}")
+    if x.ndim != 2 or not len(x) or x.device.type != "cpu":
+        raise ValueError(f"x must be [rows, in] on the CPU, got {describe(x)}")
     dtype, rows = layers[0][0].dtype, len(x)
     for weight, bias in layers:
         _check_layer(x, dtype, weight, bias)
@@ -132,7 +161,7 @@ def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
         for (weight, bias), y in zip(layers, out, strict=True)
     ]
     sizes = (codes()[dtype], x.dtype is torch.float32, rows, x.shape[1], x.data_ptr(), x.stride(0))
-    module.gemv(*sizes, calls, torch.get_num_threads(), isa)
+    getattr(module, name)(*sizes, calls, torch.get_num_threads(), isa)
     return out
 
 

@@ -291,29 +291,36 @@ void check(const Case& c) {
   if (p.error != 1 + last) mistake(c, "attention", "accepted count", p.width + 1, p.width);
 }
 
-void check_gemv(const char* isa) {
+// The products of few rows, and of many.
+void check_products(const char* isa) {
   const CpuKernels* cpu = cpu_kernels(isa);
   for (DType dtype : {DType::f32, DType::f16, DType::bf16})
-    for (int rows = 1; cpu && rows <= 18; ++rows) {
-      const int in = 67, out = 6;
+    for (int rows = 1; cpu && rows <= 36; ++rows) {
+      const bool few = rows <= 18;
+      const int in = 67, out = 6, threads = 2;
       Numbers x(dtype, rows * in), w(dtype, out * in), bias(dtype, out), y(dtype, rows * out);
       for (size_t i = 0; i < x.size; ++i) x.set(i, float(int(i % 11) - 5));
       for (size_t i = 0; i < w.size; ++i) w.set(i, float(int(i % 7) - 3));
       bias.fill(2), y.fill(NAN);
-      std::unique_ptr<float[]> x32(new float[rows * in]);
+      struct alignas(64) Line {
+        float numbers[16];
+      };
+      const size_t bytes = few ? rows * in * sizeof(float) : threads * cpu->gemm_scratch;
+      std::unique_ptr<Line[]> scratch(new Line[bytes / sizeof(Line) + 1]);
       // The outputs in two parts, as two layers of one input.
       const int first = 4, number = dtype == DType::f32 ? 4 : 2;
       const GemvPart parts[] = {{first, w.bytes.get(), bias.bytes.get(), y.bytes.get()},
                                 {out - first, w.bytes.get() + first * in * number, bias.bytes.get(),
                                  y.bytes.get() + rows * first * number}};
-      cpu->gemv({dtype, rows, in, x.bytes.get(), in, parts, 2, x32.get(), 2});
+      (few ? cpu->gemv : cpu->gemm)(
+          {dtype, rows, in, x.bytes.get(), in, parts, 2, scratch[0].numbers, threads});
       for (int r = 0; r < rows; ++r)
         for (int o = 0; o < out; ++o) {
           double want = 2;
           for (int i = 0; i < in; ++i) want += double(x.get(r * in + i)) * w.get(o * in + i);
           const Case c{dtype, rows, 0, 0, in, out, false, 0, 0, isa};
           const int at = o < first ? r * first + o : rows * first + r * (out - first) + o - first;
-          expect(c, "gemv", "y", y.get(at), want, std::fabs(want) / 128);
+          expect(c, few ? "gemv" : "gemm", "y", y.get(at), want, std::fabs(want) / 128);
         }
     }
 }
@@ -424,7 +431,7 @@ int main(int argc, char** argv) {
   if (which == "cpu")
     for (const char* isa : ISAS)
       if (const CpuKernels* kernels = cpu_kernels(isa))
-        check_gemv(isa), check_policy(kernels->policy);
+        check_products(isa), check_policy(kernels->policy);
 #ifndef AVL_CPU_ONLY
   for (emulator::order = 0; which != "cpu" && emulator::order < 3; ++emulator::order)
     check_policy({cuda_rank, cuda_age});

@@ -1,0 +1,175 @@
+"""The native products of linear layers against float64, on every instruction set of the machine."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.ops import native, products
+
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
+ISAS = [pytest.param(isa, marks=needs_native) for isa in ("baseline", "avx2", "avx512")]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction set of the CPU kernels."""
+    from engine import _native
+
+    if not _native.has_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def nan_where_nothing_is_written() -> Iterator[None]:
+    """Fresh tensors are full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 31, 32])
+@pytest.mark.parametrize(
+    ("size_in", "size_out"), [(1, 1), (31, 5), (64, 4), (257, 130), (4096, 6), (1024, 300)]
+)
+def test_gemv_matches_float64(isa, dtype, rows, size_in, size_out):
+    g = torch.Generator().manual_seed(size_in)
+    x = torch.randn(rows, 2 * size_in, generator=g).to(dtype)[:, :size_in]  # strided rows
+    w = torch.randn(size_out, size_in, generator=g).to(dtype)
+    for bias in (None, torch.randn(size_out, generator=g).to(dtype)):
+        wide = None if bias is None else bias.double()
+        want = F.linear(x.double(), w.double(), wide)
+        (got,) = products.gemv(x, (w, bias), isa=isa)
+        theirs = (F.linear(x, w, bias).double() - want).abs().max()
+        floor = torch.finfo(dtype).eps * want.abs().max() / 2 + 1e-6 * size_in**0.5
+        assert got.dtype == dtype
+        assert (got.double() - want).abs().max() <= 2 * theirs + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 7, 18])
+@pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (31, 5), (257, 130), (1024, 300)])
+def test_gemv_of_16_bit_weights_is_float32s(isa, dtype, rows, size_in, size_out):
+    g = torch.Generator().manual_seed(size_in)
+    x = torch.randn(rows, 2 * size_in, generator=g)[:, :size_in]
+    w = torch.randn(size_out, size_in, generator=g).to(dtype)
+    bias = torch.randn(size_out, generator=g)
+    (got,) = products.gemv(x, (w, bias), isa=isa)
+    want = F.linear(x.double(), w.double(), bias.double())
+    theirs = (F.linear(x, w.float(), bias).double() - want).abs().max()
+    assert got.dtype == torch.float32
+    assert (got.double() - want).abs().max() <= 2 * theirs + 1e-6 * size_in**0.5
+
+
+@needs_native
+def test_gemv_refuses_what_does_not_fit():
+    x, w = torch.randn(2, 8), torch.randn(3, 8)
+    for x_given, *layers in (
+        (x[:, :4], (w, None)),
+        (torch.randn(33, 8), (w, None)),
+        (x.bfloat16(), (w, None)),
+        (x, (w.T.contiguous().T, None)),
+        (x, (w, torch.randn(4))),
+        (x.double(), (w.double(), None)),
+        (x, (w, None), (w.bfloat16(), None)),
+        (x, (w, None), (w[:, :4], None)),
+    ):
+        with pytest.raises(ValueError, match=r"x|weight|bias"):
+            products.gemv(x_given, *layers)
+
+
+@pytest.mark.parametrize("product", [products.gemv, products.gemm])
+@pytest.mark.parametrize("rows", [1, 3, 8, 11])
+def test_several_layers_in_one_call_are_each_alone(isa, rows, product):
+    g = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 67, generator=g).bfloat16()
+    layers = [
+        (torch.randn(n, 67, generator=g).bfloat16(), torch.ones(n).bfloat16() if n % 2 else None)
+        for n in (1, 130, 7, 64)
+    ]
+    together = product(x, *layers, isa=isa)
+    for layer, got in zip(layers, together, strict=True):
+        assert torch.equal(got, product(x, layer, isa=isa)[0])
+
+
+# Around the tiles (6 and 12 rows; 8, 16 and 32 outputs), chunks (96 and 384 rows), panels (192
+# outputs) and stretches (256 inputs, or 512).
+SIZES = [(1, 1, 1), (7, 3, 5), (33, 31, 300), (97, 513, 193), (385, 48, 33), (800, 1, 17)]
+SIZES += [(13, 1030, 385), (12, 256, 192), (590, 512, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_gemm_matches_float64(isa, dtype, size, threads):
+    rows, size_in, size_out = size
+    g = torch.Generator().manual_seed(size_in)
+    x = torch.randn(rows, 2 * size_in, generator=g).to(dtype)[:, :size_in]  # strided rows
+    w = torch.randn(size_out, size_in, generator=g).to(dtype)
+    for bias in (None, torch.randn(size_out, generator=g).to(dtype)):
+        want = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+        (got,) = products.gemm(x, (w, bias), isa=isa)
+        rounding = torch.finfo(dtype).eps / 2 * want.abs() * 1.01
+        terms = 1 + F.linear(x.double().abs(), w.double().abs())
+        assert got.dtype == dtype
+        assert ((got.double() - want).abs() <= rounding + 1e-6 * terms).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES[2:5])
+def test_gemm_of_16_bit_weights_is_float32s(isa, dtype, size):
+    rows, size_in, size_out = size
+    x, w, bias = torch.randn(rows, size_in), torch.randn(size_out, size_in).to(dtype), torch.ones(1)
+    (got,) = products.gemm(x, (w, bias.expand(size_out).contiguous()), isa=isa)
+    want = F.linear(x.double(), w.double()) + 1
+    assert got.dtype == torch.float32
+    assert ((got.double() - want).abs() <= 1e-6 * (1 + x.double().abs() @ w.double().abs().T)).all()
+
+
+@needs_native
+def test_gemm_refuses_what_does_not_fit():
+    x, w = torch.randn(40, 8), torch.randn(3, 8)
+    for x_given, layer in (
+        (x[:, :4], (w, None)),
+        (x[:0], (w, None)),
+        (x.bfloat16(), (w, None)),
+        (x, (w.T.contiguous().T, None)),
+        (x, (w, torch.randn(4))),
+    ):
+        with pytest.raises(ValueError, match=r"x|weight|bias"):
+            products.gemm(x_given, layer)
+
+
+def test_numbers_that_are_none_stay_where_they_are(isa):
+    """Infinity and NaN reach the rows and outputs that meet them, and no others."""
+    x, w = torch.zeros(50, 40).bfloat16(), torch.ones(70, 40).bfloat16()
+    x[7, 3], x[20, 5], w[33, 9] = torch.inf, torch.nan, torch.nan
+    (got,) = products.gemm(x, (w, None), isa=isa)
+    want = F.linear(x.double(), w.double()).bfloat16()
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whoever_multiplies_many_rows_gives_the_same(monkeypatch, dtype):
+    x, w, bias = torch.randn(5, 67, 40), torch.randn(30, 40), torch.randn(30)
+    given = x.to(dtype), w.to(dtype), bias.to(dtype)
+    results = []
+    for fast, pays in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(products, "_multiplies_fast", lambda dtype, fast=fast: fast)
+        pays = pays and native.loaded()
+        monkeypatch.setattr(products, "_native_pays", lambda pays=pays: pays)
+        results.append(products.many_rows(*given))
+    assert all(got.shape == (5, 67, 30) and got.dtype == dtype for got in results)
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0])

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.models.layers import Patches
 from engine.ops import native, products
+from engine.ops.attention import whole_attention
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
 ISAS = [pytest.param(isa, marks=needs_native) for isa in ("baseline", "avx2", "avx512")]
@@ -173,3 +175,24 @@ def test_whoever_multiplies_many_rows_gives_the_same(monkeypatch, dtype):
     assert all(got.shape == (5, 67, 30) and got.dtype == dtype for got in results)
     for got in results[1:]:
         torch.testing.assert_close(got, results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_torch_multiplies_is_float64s_rounded(monkeypatch, dtype, fast):
+    """Attention of many queries and a tower's patches, whether torch is fast in 16 bits or not."""
+    monkeypatch.setattr(products, "_multiplies_fast", lambda dtype: fast)
+    q, k, v = (torch.randn(1, heads, 40, 16).to(dtype) for heads in (4, 2, 2))
+    got = whole_attention(q, k, v, causal=True, grouped=True)
+    want = F.scaled_dot_product_attention(
+        *(x.double() for x in (q, k, v)), is_causal=True, enable_gqa=True
+    )
+    assert got.dtype == dtype
+    assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+    patches, pixels = Patches(7, 24).to(dtype), torch.randn(2, 3, 21, 31).to(dtype)
+    torch.nn.init.normal_(patches.weight)
+    weight = patches.weight.double()
+    want = F.conv2d(pixels.double(), weight, stride=7).flatten(2).transpose(1, 2)
+    got = patches(pixels)
+    assert got.dtype == dtype
+    assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()

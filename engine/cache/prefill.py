@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.attention import whole_attention
 from ..ops.rotary import Tables, rotated
 from ..policies.layout import Kept, Layout
 from ..policies.policy import Policy
@@ -39,9 +40,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(past)
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
+    out = whole_attention(q, k, v, mask, causal=mask is None, grouped=grouped)
     return out[0].transpose(0, 1)
 
 

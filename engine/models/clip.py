@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
-from .layers import Embedding
+from ..ops.attention import whole_attention
+from .layers import Embedding, Patches
 from .matrix import Linear
 
 
@@ -115,7 +116,7 @@ class ClipLayer(nn.Module):
             project(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = whole_attention(q, k, v).transpose(1, 2).flatten(2)
         hidden = hidden + self.out_proj(attended)
         return hidden + self.fc2(self.activation(self.fc1(self.norm2(hidden))))
 
@@ -125,7 +126,7 @@ class ClipVision(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, config.patch, bias=False)
+        self.patch_embedding = Patches(config.patch, config.hidden)
         self.class_embedding = nn.Parameter(torch.empty(config.hidden))
         self.position_embedding = Embedding(config.patches + 1, config.hidden)
         self.pre_norm = nn.LayerNorm(config.hidden, config.norm_eps)
@@ -133,7 +134,7 @@ class ClipVision(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features ``[pictures, patches, hidden]`` of ``pixels [pictures, 3, size, size]``."""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = self.patch_embedding(pixels)
         class_token = self.class_embedding.expand(len(pixels), 1, -1)
         hidden = torch.cat([class_token, patches], 1) + self.position_embedding.weight
         hidden = self.pre_norm(hidden)

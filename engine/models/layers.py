@@ -1,4 +1,4 @@
-"""The building blocks of the decoder beside its matrices: norm and embedding."""
+"""The building blocks of decoders and towers beside their matrices: norm, embedding, patches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.fused import add_norm
+from ..ops.products import faster_in_float32
 from ..ops.tape import alive
 
 
@@ -39,3 +40,23 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows ``[tokens, size]`` of integer ``ids [tokens]``."""
         return F.embedding(ids, self.weight)
+
+
+class Patches(nn.Module):
+    """Square patches of pictures by one matrix: a convolution whose step is its kernel's size.
+
+    With AVX2 alone torch's takes 35 times as long in 16 bits as in float32.
+    """
+
+    def __init__(self, side: int, size: int) -> None:
+        """``side`` in pixels; ``size`` of a patch's vector."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, 3, side, side))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``[pictures, 3, height, width]`` to ``[pictures, patches, size]``, row by row."""
+        weight: Tensor = self.weight
+        if faster_in_float32(pixels):
+            pixels, weight = pixels.float(), weight.float()
+        patches = F.conv2d(pixels, weight, stride=weight.shape[-1]).to(self.weight.dtype)
+        return patches.flatten(2).transpose(1, 2)

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
+from ..ops.attention import whole_attention
 from ..ops.products import many_rows
+from .layers import Patches
 from .matrix import Linear
 
 NORM_EPS = 1e-6
@@ -101,7 +103,7 @@ class QwenVisionLayer(nn.Module):
         """One layer over ``hidden [pictures, patches, width]``."""
         packed = self.in_proj(self.norm1(hidden)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q, k, v = packed.chunk(3, -1)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = whole_attention(q, k, v).transpose(1, 2).flatten(2)
         hidden = hidden + self.out_proj(attended)
         return hidden + self.fc2(F.gelu(self.fc1(self.norm2(hidden))))
 
@@ -135,7 +137,7 @@ class Resampler(nn.Module):
             for x in (self.q_proj(queries), self.k_proj(keys), self.v_proj(values))
         )
         q = q.expand(len(patches), -1, -1, -1)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(whole_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class QwenVision(nn.Module):
@@ -144,7 +146,7 @@ class QwenVision(nn.Module):
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
+        self.patch_embedding = Patches(config.patch, config.width)
         self.positions = nn.Parameter(torch.empty(STORED_GRID**2, config.width))
         self.pre_norm = nn.LayerNorm(config.width, NORM_EPS)
         self.layers = nn.ModuleList(QwenVisionLayer(config) for _ in range(config.layers))
@@ -154,7 +156,7 @@ class QwenVision(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Image tokens ``[pictures, 256, output]`` of ``pixels [pictures, 3, size, size]``."""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = self.patch_embedding(pixels)
         hidden = self.pre_norm(patches + interpolate(self.positions, self.config.grid))
         for layer in self.layers:
             hidden = layer(hidden)

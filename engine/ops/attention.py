@@ -23,10 +23,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
 from .native import AttentionPlan, AttentionResult, Tier
+from .products import faster_in_float32
 
 __all__ = [
     "AttentionPlan",
@@ -36,6 +38,7 @@ __all__ = [
     "selective_pv",
     "selective_qk",
     "tiered_attention",
+    "whole_attention",
 ]
 
 
@@ -116,6 +119,28 @@ def _run(plan: AttentionPlan, q: Tensor) -> None:
     plan.run()
     if q.is_cuda:
         plan.check()
+
+
+def whole_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    grouped: bool = False,
+) -> Tensor:
+    """Torch's attention of many queries ``[..., heads, queries, head_dim]``, each over everything.
+
+    For a prefill and for towers: nothing is listed. ``mask`` is true where a query sees a column;
+    ``grouped``: query heads share kv heads.
+    """
+    dtype = q.dtype
+    if faster_in_float32(q):
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    ).to(dtype)
 
 
 # -- the torch twins ------------------------------------------------------------------------------
@@ -235,4 +260,4 @@ def _gather(pool: Tensor, used: _Selection) -> Tensor:
 
 def _widen(scores: Tensor, used: _Selection) -> Tensor:
     """Give scores the width of the lists as they were passed."""
-    return torch.nn.functional.pad(scores, (0, used.width - used.longest), value=-math.inf)
+    return F.pad(scores, (0, used.width - used.longest), value=-math.inf)

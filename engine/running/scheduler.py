@@ -27,7 +27,7 @@ from ..models.vision_language import VisionLanguageModel
 from ..policies.policy import Policy
 from ..result import FinishReason, Timings
 from .stepping import Stepper, Stepping
-from .turn import Read, Turn, make_pools, pool_memory, reading
+from .turn import Read, Turn, make_pools, reading
 
 _FEWER = "try fewer --rows than {}, --dtype bf16, or smaller pictures; finished answers are kept"
 
@@ -131,6 +131,7 @@ class Scheduler:
         self._reading: Slices[Read] | None = None  # of the first that waits
         self._decodes = False  # whether it is the running ones' turn
         self._device = self.pools[0].k.device
+        self._token_bytes = sum(pool.slot_bytes for pool in self.pools)
         self._stepper = Stepper(model, self.pools, stepping)
 
     @property
@@ -198,7 +199,7 @@ class Scheduler:
             if self._reading is None:
                 self._reading = self._opened(job)
             tokens = job.past.seen + len(job.turn.token_ids)
-            with pool_memory(self.pools, "reading the prompt", tokens):
+            with self._memory_of("reading the prompt", tokens):
                 read = self._sliced(job, self._reading)
         except Exception as error:
             job.failed = error
@@ -268,10 +269,14 @@ class Scheduler:
     def _memory(self) -> AbstractContextManager[None]:
         """A block that says what was needed if memory runs out in it."""
         if self.rows == 1:
-            return pool_memory(self.pools, "writing the answer", self._stepper.seen() + 1)
+            return self._memory_of("writing the answer", self._stepper.seen() + 1)
         count, needed = len(self.running), 2 * len(self.pools) * self.pools[-1].k.nbytes
         doing = f"answering {count} requests together"
         return memory_for(doing, needed, self._device, _FEWER.format(count))
+
+    def _memory_of(self, doing: str, tokens: int) -> AbstractContextManager[None]:
+        """The same for so many tokens of cache."""
+        return memory_for(doing, tokens * self._token_bytes, self._device)
 
     def _choose(self, job: Job, logits: Tensor) -> Iterable[Event]:
         try:

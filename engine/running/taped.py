@@ -67,15 +67,16 @@ class Taped:
             rows, weight = self._decoding.state.sizes.rows, self._decoder.norm.weight
             self._stream = torch.empty(rows, len(weight), dtype=weight.dtype)
             self._tables = self._rotations.tables(weight.dtype).blank(rows)
+        mine = slice(len(self._decoding.rows))
+        self._input = self._stream[mine], self._tables.at(mine)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Runner.step``."""
-        decoding, rows = self._decoding, len(tokens)
-        kind = (rows, decoding.kind, torch.get_num_threads())
+        decoding = self._decoding
+        kind = (len(tokens), decoding.kind, torch.get_num_threads())
         if kind in self._tapes and self._tapes[kind] is None:
             return self._eager.step(tokens)
-        assert self._stream is not None, "load comes first"
-        stream, tables = self._stream[:rows], self._tables.at(slice(rows))
+        stream, tables = self._input
         stream.copy_(self._decoder.embed(tokens))
         tables.copy_(self._rotations.tables(stream.dtype))
         decoding.arrive(0)

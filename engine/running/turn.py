@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ from ..cache.pool import Pool
 from ..cache.prefill import Prefill, most_slots
 from ..cache.row import Row
 from ..errors import ContextError
-from ..loading.capacity import memory_for
 from ..models.decoder import DecoderConfig, Slices, finished
 from ..models.vision_language import VisionLanguageModel
 from ..policies.layout import Layout
@@ -59,12 +57,6 @@ def make_pools(model: VisionLanguageModel, budget: int | None = None) -> list[Po
     if budget is not None:
         limit = budget // (config.kv_bytes_per_token * weight.element_size())
     return [Pool(*given, limit) for _ in range(config.layers)]
-
-
-def pool_memory(pools: Sequence[Pool], doing: str, tokens: int) -> AbstractContextManager[None]:
-    """A block that says how much ``tokens`` take if memory runs out in it; see ``memory_for``."""
-    size = sum(pool.slot_bytes for pool in pools)
-    return memory_for(doing, tokens * size, pools[0].k.device)
 
 
 Read = tuple[Row, Tensor]

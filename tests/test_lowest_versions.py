@@ -54,8 +54,11 @@ def _copy(folder: Path) -> Path:
     )
     for name in listed.stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, folder / name)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     module, _ = native.load()
     if module is not None and module.__file__:
         shutil.copy2(module.__file__, folder / "engine")
+        report = Path(module.__file__).parent / "ptxas"
+        if report.is_dir():
+            shutil.copytree(report, folder / "engine" / "ptxas")
     return folder

@@ -68,7 +68,7 @@ struct GemvArgs {
   int64_t x_row;
   const GemvPart* parts;
   int32_t part_count;
-  float* scratch;  // gemv: [rows, in]; gemm: gemm_scratch bytes for each thread
+  float* scratch;  // gemv: gemv_scratch(rows, in); gemm: gemm_scratch bytes for each thread
   int32_t threads;
   bool wide = false;  // x, bias and y are float whatever the weights are
 };

@@ -220,7 +220,7 @@ void gemv(const CpuKernels* table, GemvArgs a, const std::vector<GemvPart>& part
   if (bytes_of(a.dtype, a.in * outs) < ONE_THREAD_BYTES) a.threads = 1;
   call_and_record("gemv", [a, parts, table] {
     thread_local std::vector<float> scratch;
-    scratch.resize(size_t(a.rows) * a.in);
+    scratch.resize(gemv_scratch(a.rows, a.in));
     GemvArgs now = a;
     now.part_count = static_cast<int32_t>(parts.size()), now.parts = parts.data();
     now.scratch = scratch.data();

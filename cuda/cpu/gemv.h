@@ -1,110 +1,163 @@
 // y = x W^T + bias for 1 to 32 rows of x: decoding reads every weight once and computes little, so
-// all that matters is to keep memory busy. A few rows of W are read side by side, each by one long
-// run, and meet all rows of x in registers, while the rows after them are fetched into the
+// all that matters is to keep memory busy. A few rows of W are read side by side, each by a long
+// run, and meet a few rows of x in registers, while the rows after them are fetched into the
 // second-level cache: the processor's own fetching stops at the end of a page, and a row is few
-// pages long. With AVX512-BF16 two products fit one instruction.
+// pages long. With several rows of x the runs are a stretch of W: so much of x stays in the
+// first-level cache. With AVX512-BF16 two products fit one instruction.
 #pragma once
 
+#include "kernels.h"
 #include "vec.h"
 
 namespace avl {
 namespace AVL_ISA {
 
-// Rows of W side by side: eight runs keep memory busiest, so long as their sums fit 32 registers,
-// or nearly: a few that are spilled cost less than fewer runs do.
+// Rows of W side by side with R rows of x: eight runs keep memory busiest, so long as their sums
+// fit the registers (32 of AVX512, else 16).
 template <int R>
-constexpr int OUTS = R <= 4   ? 8
-                     : R <= 6 ? 6
-                              : 4;
+constexpr int OUTS = W < 16   ? (R == 1   ? 10
+                                 : R == 2 ? 4
+                                          : 3)
+                     : R <= 3 ? 8
+                              : 24 / R;
+constexpr int MOST_ROWS = W < 16 ? 4 : 8, GROUPS = 4;  // R at most; groups of OUTS that a block has
 
+// bf16 are read two vectors at a time, unless the processor multiplies pairs of them.
 template <class T, class Y>
-static inline const typename Lane<T, Y>::X* input_row(const GemvArgs& a, int row) {
-  if constexpr (sizeof(typename Lane<T, Y>::X) == sizeof(Y))
-    return static_cast<const typename Lane<T, Y>::X*>(a.x) + row * a.x_row;
-  else
-    return reinterpret_cast<const typename Lane<T, Y>::X*>(a.scratch + row * a.in);
+using Step =
+    std::conditional_t<std::is_same_v<T, bf16> && Lane<T, Y>::width == W, EvenOdd, Lane<T, Y>>;
+
+// Numbers of a stretch: x's of all rows fill a first-level cache.
+template <class X>
+static inline int64_t depth_of(const GemvArgs& a) {
+  const int64_t fitting = (1 << 15) / int64_t(sizeof(X)) / a.rows / 64 * 64;
+  const int64_t depth = fitting < 256 ? 256 : fitting, whole = (a.in + 63) / 64 * 64;
+  return depth < whole ? depth : whole;
 }
 
-// `outs` outputs from `first` for R rows of x from `row`.
-template <class T, class Y, int R, int outs>
-static void gemv_block(const GemvArgs& a, const GemvPart& part, int64_t first, int row = 0) {
-  using L = Lane<T, Y>;
-  const T* w[outs];
-  for (int o = 0; o < outs; ++o) {  // past the end: repeat the last row, drop its result below
-    const int64_t out = first + o < part.out ? first + o : part.out - 1;
-    w[o] = static_cast<const T*>(part.weight) + out * a.in;
+// How many times R rows of x it takes, the last of which may begin earlier.
+template <int R>
+struct Passes {
+  int rows, count;
+  explicit Passes(int rows) : rows(rows), count((rows + R - 1) / R) {}
+  int row(int pass) const { return pass + 1 < count ? pass * R : rows - R; }
+};
+
+// x as [stretch][pass][step][R] of what a step takes, zero beyond its end.
+template <class T, class Y, int R>
+static void pack_input(const GemvArgs& a, int64_t depth) {
+  using L = Step<T, Y>;
+  const Passes<R> passes(a.rows);
+  typename L::X* to = reinterpret_cast<typename L::X*>(a.scratch);
+  for (int64_t k = 0; k < a.in; k += depth)
+    for (int p = 0; p < passes.count; ++p) {
+      const Y* x = static_cast<const Y*>(a.x) + passes.row(p) * a.x_row;
+      for (int64_t i = k; i < k + depth; i += L::width)
+        for (int r = 0; r < R; ++r, to += L::width) L::pack(x + r * a.x_row + i, a.in - i, to);
+    }
+}
+
+// sums[outs][R] += a stretch of W, of `n` numbers, by one of x.
+template <class L, int R, int outs, bool fetch, class T>
+static void gemv_tile(const T* const* w, const typename L::X* x, int64_t n, int64_t ahead,
+                      vf* sums) {
+  constexpr int line = 64 / sizeof(T);
+  const T* from[outs];
+  vf acc[outs][R];
+  for (int o = 0; o < outs; ++o) {
+    from[o] = w[o];
+    for (int r = 0; r < R; ++r) acc[o][r] = sums[o * R + r];
   }
-  const typename L::X* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = input_row<T, Y>(a, row + r);
-  const int64_t ahead = outs * a.in;
-  vf acc[outs][R] = {};
+  auto step = [&](int64_t at, int64_t i) __attribute__((always_inline)) {
+    for (int part = 0; part < L::parts; ++part) {
+      decltype(L::weight(from[0], 0)) weight[outs];
+      for (int o = 0; o < outs; ++o) weight[o] = L::weight(from[o] + at, part);
+      for (int r = 0; r < R; ++r) {
+        const auto one = L::input(x + i * R + r * L::width + part * W);
+        for (int o = 0; o < outs; ++o) acc[o][r] = L::multiply_add(acc[o][r], weight[o], one);
+      }
+      // Loads of what comes next would take registers that sums need.
+      if constexpr (R > 2) __asm__ volatile("" ::: "memory");
+    }
+  };
   int64_t i = 0;
-  for (; i + L::width <= a.in; i += L::width) {
-    L weight[outs];
-    for (int o = 0; o < outs; ++o) {
-      __builtin_prefetch(w[o] + i + ahead, 0, 2);  // harmless past the end
-      weight[o] = L::weight(w[o] + i);
-    }
-    for (int r = 0; r < R; ++r) {
-      const L x = L::input(rows[r] + i);
-      for (int o = 0; o < outs; ++o) acc[o][r] = L::multiply_add(acc[o][r], weight[o], x);
-    }
+  for (; i + line <= n; i += line) {
+    if constexpr (fetch)
+      for (int o = 0; o < outs; ++o)
+        __builtin_prefetch(from[o] + i + ahead, 0, 2);  // harmless past the end
+    for (int j = 0; j < line; j += L::width) step(i + j, i + j);
   }
-  for (int o = 0; o < outs && first + o < part.out; ++o)
-    for (int r = 0; r < R; ++r) {
-      float y = sum(acc[o][r]);
-      for (int64_t j = i; j < a.in; ++j) y += to_float(w[o][j]) * to_float(rows[r][j]);
-      if (part.bias) y += to_float(static_cast<const Y*>(part.bias)[first + o]);
-      static_cast<Y*>(part.y)[(row + r) * part.out + first + o] = from_float<Y>(y);
+  for (; i < n; i += L::width) {  // the end of a row: zero beyond it
+    T some[outs][L::width] = {};
+    for (int o = 0; o < outs; ++o) {
+      __builtin_memcpy(some[o], w[o] + i, (n - i < L::width ? n - i : L::width) * sizeof(T));
+      from[o] = some[o];
     }
+    step(0, i);
+  }
+  for (int o = 0; o < outs; ++o)
+    for (int r = 0; r < R; ++r) sums[o * R + r] = acc[o][r];
 }
 
-// Calls block(part, first) for every `outs` outputs of all parts, in one parallel run: who is done
-// with one part goes on with the next.
-template <class T, int outs, class Block>
-static void for_blocks(const GemvArgs& a, Block block) {
-  const int64_t run = (1 << 18) / (a.in * outs * int64_t(sizeof(T))) + 1;  // 256 KB for each grab
+// A block of outputs from `first` for all rows of x.
+template <class T, class Y, int R>
+static void gemv_block(const GemvArgs& a, const GemvPart& part, int64_t first, int64_t depth) {
+  using L = Step<T, Y>;
+  constexpr int outs = OUTS<R>;
+  const Passes<R> passes(a.rows);
+  const int64_t left = (part.out - first + outs - 1) / outs, groups = left < GROUPS ? left : GROUPS;
+  const typename L::X* x = reinterpret_cast<const typename L::X*>(a.scratch);
+  vf sums[GROUPS][(32 + R - 1) / R][outs * R] = {};
+  for (int64_t k = 0; k < a.in; k += depth, x += passes.count * R * depth) {
+    const int64_t n = a.in - k < depth ? a.in - k : depth;
+    for (int64_t g = 0; g < groups; ++g) {
+      const T* w[outs];
+      for (int o = 0; o < outs; ++o) {  // past the end: repeat the last row, drop its result below
+        const int64_t out = first + g * outs + o;
+        w[o] =
+            static_cast<const T*>(part.weight) + (out < part.out ? out : part.out - 1) * a.in + k;
+      }
+      const int64_t ahead = g + 1 < groups     ? outs * a.in
+                            : k + depth < a.in ? depth - (groups - 1) * outs * a.in
+                                               : outs * a.in - k;
+      gemv_tile<L, R, outs, true>(w, x, n, ahead, sums[g][0]);
+      for (int p = 1; p < passes.count; ++p)
+        gemv_tile<L, R, outs, false>(w, x + p * R * depth, n, 0, sums[g][p]);
+    }
+  }
+  for (int64_t o = 0; o < groups * outs && first + o < part.out; ++o)
+    for (int p = 0; p < passes.count; ++p)
+      for (int r = 0; r < R; ++r) {
+        float y = sum(sums[o / outs][p][o % outs * R + r]);
+        if (part.bias) y += to_float(static_cast<const Y*>(part.bias)[first + o]);
+        static_cast<Y*>(part.y)[(passes.row(p) + r) * part.out + first + o] = from_float<Y>(y);
+      }
+}
+
+// All parts in one parallel run: who is done with one goes on with the next.
+template <class T, class Y, int R>
+static int gemv_rows(const GemvArgs& a) {
+  constexpr int block = OUTS<R> * GROUPS;
+  const int64_t depth = depth_of<typename Step<T, Y>::X>(a);
+  const int64_t run = (1 << 18) / (a.in * block * int64_t(sizeof(T))) + 1;  // 256 KB for each grab
+  pack_input<T, Y, R>(a, depth);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   for (int p = 0; p < a.part_count; ++p) {
     const GemvPart& part = a.parts[p];
-    const int64_t blocks = (part.out + outs - 1) / outs;
 #pragma omp for schedule(dynamic, run) nowait
-    for (int64_t b = 0; b < blocks; ++b) block(part, b * outs);
+    for (int64_t b = 0; b < (part.out + block - 1) / block; ++b)
+      gemv_block<T, Y, R>(a, part, b * block, depth);
   }
-}
-
-// R rows of x, or eight at a time and then R, which find W in the cache.
-template <class T, class Y, int R>
-static int gemv_rows(const GemvArgs& a) {
-  if (a.rows <= 8)
-    for_blocks<T, OUTS<R>>(a, [&](const GemvPart& part, int64_t first) {
-      gemv_block<T, Y, R, OUTS<R>>(a, part, first);
-    });
-  else
-    for_blocks<T, OUTS<8>>(a, [&](const GemvPart& part, int64_t first) {
-      for (int row = 0; row < a.rows - R; row += 8)
-        gemv_block<T, Y, 8, OUTS<8>>(a, part, first, row);
-      gemv_block<T, Y, R, OUTS<8>>(a, part, first, a.rows - R);
-    });
   return ok;
 }
 
-template <class T, class Y = T>
+// As few passes as there can be, and as even.
+template <class T, class Y = T, int R = MOST_ROWS>
 static int gemv(const GemvArgs& a) {
-  if constexpr (sizeof(typename Lane<T, Y>::X) != sizeof(Y))
-    for (int64_t i = 0; i < a.rows * a.in; ++i)
-      a.scratch[i] = to_float(static_cast<const Y*>(a.x)[i / a.in * a.x_row + i % a.in]);
-  switch ((a.rows - 1) % 8) {
-    case 0: return gemv_rows<T, Y, 1>(a);
-    case 1: return gemv_rows<T, Y, 2>(a);
-    case 2: return gemv_rows<T, Y, 3>(a);
-    case 3: return gemv_rows<T, Y, 4>(a);
-    case 4: return gemv_rows<T, Y, 5>(a);
-    case 5: return gemv_rows<T, Y, 6>(a);
-    case 6: return gemv_rows<T, Y, 7>(a);
-    case 7: return gemv_rows<T, Y, 8>(a);
-  }
-  return unsupported;
+  const int passes = (a.rows + MOST_ROWS - 1) / MOST_ROWS;
+  if constexpr (R > 1)
+    if ((a.rows + passes - 1) / passes < R) return gemv<T, Y, R - 1>(a);
+  return gemv_rows<T, Y, R>(a);
 }
 
 // Read memory and do next to nothing else: the peak that efficiency is quoted against.

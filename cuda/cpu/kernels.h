@@ -23,6 +23,11 @@ struct CpuKernels {
 // The best table for the processor this runs on, or the named one (tests); null if not available.
 const CpuKernels* cpu_kernels(const char* name = nullptr);
 
+// Floats that gemv needs: rows by whole stretches, of which the last pass may repeat some.
+static inline int64_t gemv_scratch(int64_t rows, int64_t in) {
+  return (rows + 7) * 2 * (in + 64);
+}
+
 constexpr int MAX_HEADS = 64;  // query heads of one task of attention
 
 // kv heads that one task reads: many, since a token's heads are one run of memory; one where every

@@ -8,8 +8,6 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
 #endif
 
 #include <type_traits>
@@ -40,13 +38,9 @@ static inline vf load(const float* p) {
 }
 
 static inline vf load(const bf16* p) {
-#if defined(__ARM_NEON)
-  return (vf)vshll_n_u16(vld1_u16((const uint16_t*)p), 16);
-#else
   vh half;
   __builtin_memcpy(&half, p, sizeof half);
   return (vf)(__builtin_convertvector(half, vu) << 16);
-#endif
 }
 
 static inline vf load(const fp16* p) {
@@ -54,8 +48,6 @@ static inline vf load(const fp16* p) {
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__ARM_NEON)
-  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
 #else
   vf x;
   for (int i = 0; i < W; ++i) x[i] = to_float(p[i]);
@@ -79,8 +71,6 @@ static inline void store(fp16* p, vf x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__ARM_NEON)
-  vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 #else
   for (int i = 0; i < W; ++i) assign(p[i], x[i]);
 #endif
@@ -133,8 +123,6 @@ static inline float sum(vf x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-#elif defined(__ARM_NEON)
-  return vaddvq_f32((float32x4_t)x);
 #else
   return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
@@ -153,10 +141,6 @@ static inline void four_sums(vf a, vf b, vf c, vf d, float* to) {
   const __m256 ab = _mm256_hadd_ps(half(a), half(b)), cd = _mm256_hadd_ps(half(c), half(d));
   const __m256 all = _mm256_hadd_ps(ab, cd);
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-#elif defined(__ARM_NEON)
-  const float32x4_t ab = vpaddq_f32((float32x4_t)a, (float32x4_t)b);
-  const float32x4_t cd = vpaddq_f32((float32x4_t)c, (float32x4_t)d);
-  vst1q_f32(to, vpaddq_f32(ab, cd));
 #else
   to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
 #endif
@@ -182,44 +166,58 @@ static inline float largest(vf x) {
 // Y the other's: the same, or float.
 template <class T, class Y>
 struct Lane {
-  static constexpr int width = W;
+  static constexpr int width = W, parts = 1;
   using X = float;
   vf value;
-  static Lane weight(const T* p) { return {load(p)}; }
+  static Lane weight(const T* p, int = 0) { return {load(p)}; }
   static Lane input(const float* p) { return {load(p)}; }
   static Lane everywhere(const float* p) { return {*p - vf{}}; }  // in every lane
+  // A step of x, of which n numbers are left, as `input` wants it; zero beyond those.
+  template <class From>
+  static void pack(const From* p, int64_t n, float* to) {
+    store(to, n <= 0 ? vf{} : load(p, n < W ? n : W));
+  }
   static vf multiply_add(vf acc, Lane w, Lane x) { return acc + w.value * x.value; }
+};
+
+// The same for bf16 against floats, a vector of those at even places and then one at odd places.
+struct EvenOdd : Lane<float, float> {
+  static constexpr int width = 2 * W, parts = 2;
+  static Lane weight(const bf16* p, int part) {
+    vu both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return {(vf)(part == 0 ? both << 16 : both & 0xffff0000u)};
+  }
+  template <class From>
+  static void pack(const From* p, int64_t n, float* to) {
+    if constexpr (std::is_same_v<From, bf16>)
+      if (n >= width) return store(to, weight(p, 0).value), store(to + W, weight(p, 1).value);
+    From some[width] = {};
+    if (n > 0) __builtin_memcpy(some, p, (n < width ? n : width) * sizeof(From));
+    for (int i = 0; i < W; ++i)
+      to[i] = to_float(some[2 * i]), to[W + i] = to_float(some[2 * i + 1]);
+  }
 };
 
 #if defined(__AVX512BF16__)
 template <>
 struct Lane<bf16, bf16> {
-  static constexpr int width = 2 * W;
+  static constexpr int width = 2 * W, parts = 1;
   using X = bf16;
   __m512bh value;
-  static Lane weight(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+  static Lane weight(const bf16* p, int = 0) { return {(__m512bh)_mm512_loadu_si512(p)}; }
   static Lane input(const bf16* p) { return weight(p); }
   static Lane everywhere(const bf16* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, sizeof pair);
     return {(__m512bh)_mm512_set1_epi32(pair)};
   }
+  static void pack(const bf16* p, int64_t n, bf16* to) {
+    _mm512_storeu_si512(
+        to, n <= 0 ? __m512i{} : _mm512_maskz_loadu_epi16(n < width ? (1u << n) - 1 : ~0u, p));
+  }
   static vf multiply_add(vf acc, Lane w, Lane x) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, w.value, x.value);
-  }
-};
-#endif
-
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-template <>
-struct Lane<bf16, bf16> {
-  static constexpr int width = 2 * W;
-  using X = bf16;
-  bfloat16x8_t value;
-  static Lane weight(const bf16* p) { return {vreinterpretq_bf16_u16(vld1q_u16(&p->bits))}; }
-  static Lane input(const bf16* p) { return weight(p); }
-  static vf multiply_add(vf acc, Lane w, Lane x) {
-    return (vf)vbfdotq_f32((float32x4_t)acc, w.value, x.value);
   }
 };
 #endif

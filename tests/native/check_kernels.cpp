@@ -305,7 +305,8 @@ void check_products(const char* isa) {
       struct alignas(64) Line {
         float numbers[16];
       };
-      const size_t bytes = few ? rows * in * sizeof(float) : threads * cpu->gemm_scratch;
+      const size_t bytes =
+          few ? gemv_scratch(rows, in) * sizeof(float) : threads * cpu->gemm_scratch;
       std::unique_ptr<Line[]> scratch(new Line[bytes / sizeof(Line) + 1]);
       // The outputs in two parts, as two layers of one input.
       const int first = 4, number = dtype == DType::f32 ? 4 : 2;

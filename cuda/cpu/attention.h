@@ -1,8 +1,8 @@
 // Attention of one query per row over listed slots, on the CPU, rows read where they lie.
 //
 // A task is (row, a few kv heads, a part of the row's lists, tier after tier). A token's heads are
-// one run of memory, so a task walks tokens outside and heads inside; 32 tokens at a time. Their V
-// rows are requested while their K rows are read, and the next 32 tokens' K rows while V is read:
+// one run of memory, so a task walks tokens outside and heads inside; 16 tokens at a time. Their V
+// rows are requested while their K rows are read, and the next 16 tokens' K rows while V is read:
 // memory is never idle, and what was requested is still in the cache when it is needed. Softmax is
 // online (Milakov and Gimelshein 2018): m, l and acc are rescaled whenever a larger logit appears.
 // Parts of a list meet in `partials` and are merged at the end.
@@ -16,8 +16,7 @@
 namespace avl {
 namespace AVL_ISA {
 
-constexpr int BLOCK = 32;  // tokens between two updates of the running maximum
-constexpr int AHEAD = 2;   // tokens to prefetch
+constexpr int BLOCK = 16;  // tokens between two updates of the running maximum
 constexpr float LOWEST = -__builtin_inff();
 
 // One query head's running softmax over its part of the lists, in `partials`.
@@ -73,9 +72,9 @@ static inline void prefetch_row(const T* row) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
 }
 
-// Keys meet queries as they are stored where that fills whole steps, else as floats.
+// Keys meet queries by whole steps where those fill a head, else a vector of floats at a time.
 template <class T, int D>
-using KeyLane = Lane<T, std::conditional_t<D % Lane<T, T>::width == 0, T, float>>;
+using KeyLane = std::conditional_t<D % Step<T, T>::width == 0, Step<T, T>, Lane<T, float>>;
 template <class T, int D>
 using Query = typename KeyLane<T, D>::X;
 
@@ -85,18 +84,18 @@ static inline vf products(const Query<T, D>* q, const T* row) {
   using L = KeyLane<T, D>;
   vf sums[2] = {};
   for (int d = 0; d < D; d += L::width)
-    sums[d / L::width % 2] =
-        L::multiply_add(sums[d / L::width % 2], L::weight(row + d), L::input(q + d));
+    for (int part = 0; part < L::parts; ++part) {
+      vf& sum = sums[L::parts == 2 ? part : d / L::width % 2];
+      sum = L::multiply_add(sum, L::weight(row + d, part), L::input(q + d + part * W));
+    }
   return sums[0] + sums[1];
 }
 
 // A query as `products` wants it.
 template <class T, int D>
 static inline void take_query(const T* from, Query<T, D>* to) {
-  if constexpr (std::is_same_v<Query<T, D>, T>)
-    __builtin_memcpy(to, from, D * sizeof(T));
-  else
-    for (int d = 0; d < D; d += W) store(to + d, load(from + d));
+  using L = KeyLane<T, D>;
+  for (int d = 0; d < D; d += L::width) L::pack(from + d, L::width, to + d);
 }
 
 // Where in a token's slot the key and the value of each of a part's query heads begin.

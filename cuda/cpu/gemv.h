@@ -22,11 +22,6 @@ constexpr int OUTS = W < 16   ? (R == 1   ? 10
                               : 24 / R;
 constexpr int MOST_ROWS = W < 16 ? 4 : 8, GROUPS = 4;  // R at most; groups of OUTS that a block has
 
-// bf16 are read two vectors at a time, unless the processor multiplies pairs of them.
-template <class T, class Y>
-using Step =
-    std::conditional_t<std::is_same_v<T, bf16> && Lane<T, Y>::width == W, EvenOdd, Lane<T, Y>>;
-
 // Numbers of a stretch: x's of all rows fill a first-level cache.
 template <class X>
 static inline int64_t depth_of(const GemvArgs& a) {
@@ -57,28 +52,31 @@ static void pack_input(const GemvArgs& a, int64_t depth) {
     }
 }
 
-// sums[outs][R] += a stretch of W, of `n` numbers, by one of x.
+// sums[outs][R] += a stretch of W, of `n` numbers, by one of x; `fresh`: the first.
 template <class L, int R, int outs, bool fetch, class T>
-static void gemv_tile(const T* const* w, const typename L::X* x, int64_t n, int64_t ahead,
-                      vf* sums) {
+static inline __attribute__((always_inline)) void gemv_tile(const T* const* w,
+                                                            const typename L::X* x, int64_t n,
+                                                            int64_t ahead, bool fresh, vf* sums) {
   constexpr int line = 64 / sizeof(T);
   const T* from[outs];
   vf acc[outs][R];
   for (int o = 0; o < outs; ++o) {
     from[o] = w[o];
-    for (int r = 0; r < R; ++r) acc[o][r] = sums[o * R + r];
+    for (int r = 0; r < R; ++r) acc[o][r] = fresh ? vf{} : sums[o * R + r];
   }
-  auto step = [&](int64_t at, int64_t i) __attribute__((always_inline)) {
-    for (int part = 0; part < L::parts; ++part) {
-      decltype(L::weight(from[0], 0)) weight[outs];
-      for (int o = 0; o < outs; ++o) weight[o] = L::weight(from[o] + at, part);
-      for (int r = 0; r < R; ++r) {
-        const auto one = L::input(x + i * R + r * L::width + part * W);
-        for (int o = 0; o < outs; ++o) acc[o][r] = L::multiply_add(acc[o][r], weight[o], one);
-      }
-      // Loads of what comes next would take registers that sums need.
-      if constexpr (R > 2) __asm__ volatile("" ::: "memory");
+  auto part = [&](int64_t at, int64_t i, int number) __attribute__((always_inline)) {
+    decltype(L::weight(from[0], 0)) weight[outs];
+    for (int o = 0; o < outs; ++o) weight[o] = L::weight(from[o] + at, number);
+    for (int r = 0; r < R; ++r) {
+      const auto one = L::input(x + i * R + r * L::width + number * W);
+      for (int o = 0; o < outs; ++o) acc[o][r] = L::multiply_add(acc[o][r], weight[o], one);
     }
+    // Loads of what comes next would take registers that sums need.
+    if constexpr (R > 2) __asm__ volatile("" ::: "memory");
+  };
+  auto step = [&](int64_t at, int64_t i) __attribute__((always_inline)) {
+    part(at, i, 0);
+    if constexpr (L::parts == 2) part(at, i, 1);
   };
   int64_t i = 0;
   for (; i + line <= n; i += line) {
@@ -107,7 +105,7 @@ static void gemv_block(const GemvArgs& a, const GemvPart& part, int64_t first, i
   const Passes<R> passes(a.rows);
   const int64_t left = (part.out - first + outs - 1) / outs, groups = left < GROUPS ? left : GROUPS;
   const typename L::X* x = reinterpret_cast<const typename L::X*>(a.scratch);
-  vf sums[GROUPS][(32 + R - 1) / R][outs * R] = {};
+  vf sums[GROUPS][32 / MOST_ROWS][outs * R];
   for (int64_t k = 0; k < a.in; k += depth, x += passes.count * R * depth) {
     const int64_t n = a.in - k < depth ? a.in - k : depth;
     for (int64_t g = 0; g < groups; ++g) {
@@ -120,9 +118,9 @@ static void gemv_block(const GemvArgs& a, const GemvPart& part, int64_t first, i
       const int64_t ahead = g + 1 < groups     ? outs * a.in
                             : k + depth < a.in ? depth - (groups - 1) * outs * a.in
                                                : outs * a.in - k;
-      gemv_tile<L, R, outs, true>(w, x, n, ahead, sums[g][0]);
+      gemv_tile<L, R, outs, true>(w, x, n, ahead, k == 0, sums[g][0]);
       for (int p = 1; p < passes.count; ++p)
-        gemv_tile<L, R, outs, false>(w, x + p * R * depth, n, 0, sums[g][p]);
+        gemv_tile<L, R, outs, false>(w, x + p * R * depth, n, 0, k == 0, sums[g][p]);
     }
   }
   for (int64_t o = 0; o < groups * outs && first + o < part.out; ++o)

@@ -222,6 +222,12 @@ struct Lane<bf16, bf16> {
 };
 #endif
 
+// What a long dot product of T with Y loads at a time: two vectors of bf16, unless the processor
+// multiplies pairs of them.
+template <class T, class Y>
+using Step =
+    std::conditional_t<std::is_same_v<T, bf16> && Lane<T, Y>::width == W, EvenOdd, Lane<T, Y>>;
+
 // e^x for x <= 0, relative error below 2e-7: 2^n by its exponent bits times a polynomial on
 // |r| <= ln(2)/2. Below -87 the result stays at e^-87 = 1.6e-38.
 static inline vf exp(vf x) {

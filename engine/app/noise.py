@@ -89,6 +89,8 @@ class Noise:
 
     def figures(self, result: Result) -> None:
         """Everything that is known about an answer, in two lines."""
+        from ..ops.native import cpu_isa
+
         self.summary(result)
         times, cache = result.timings, result.cache
         print(
@@ -97,6 +99,6 @@ class Noise:
             f"picture {times.picture * 1e3:.0f} ms, prefill {times.prefill * 1e3:.0f} ms, "
             f"{times.per_token * 1e3:.1f} ms per token | stored {cache.stored_share:.1%}, "
             f"used {cache.used_share:.1%}, text {cache.text.mean:.0f} kept, "
-            f"{cache.bytes_allocated / 1e6:.2f} MB allocated",
+            f"{cache.bytes_allocated / 1e6:.2f} MB allocated | CPU kernels: {cpu_isa() or 'none'}",
             file=sys.stderr,
         )

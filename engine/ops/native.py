@@ -34,6 +34,7 @@ _NAMES = (
     "cpu_fused",
     "cpu_isa",
     "formats",
+    "gemm",
     "has_isa",
     "read",
     "with_cuda",
@@ -122,6 +123,12 @@ def backend() -> Backend:
     if not torch.cuda.is_available():
         return Backend("cpu", f"{cpu}; CUDA kernels are built in, but no CUDA device was found")
     return Backend("cuda", f"{cpu}; CUDA kernels for {torch.cuda.get_device_name()}")
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use here; None where there are no kernels."""
+    module, _ = load()
+    return None if module is None else str(module.cpu_isa())
 
 
 def loaded(kind: str = "cpu") -> bool:

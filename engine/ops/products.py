@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import BF16, FP16, FP32, format_of
-from .native import address, codes, describe, load
+from .native import address, codes, cpu_isa, describe, load
 from .tape import alive
 
 GEMV_ROWS = 32  # rows that the native product takes
@@ -127,8 +127,7 @@ def _native_pays() -> bool:
 
     Small matrices gain most: only steps of native products can be recorded (``running.taped``).
     """
-    module, _ = load()
-    return module is not None and module.cpu_isa() != "baseline"
+    return cpu_isa() not in (None, "baseline")
 
 
 def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:

@@ -13,13 +13,12 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import common
+from bench import common, subject
 from bench.common import ROOT, paired_ratio, peak_rss, progress, rss, summary, warm, write_report
 
 QUESTION = "What is in the picture?"
@@ -31,7 +30,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(arguments)))
         return
-    folder = arguments.folder or Path(tempfile.gettempdir()) / "avl-bench" / arguments.preset
+    folder = arguments.folder or subject.made_here() / arguments.preset
     largest, total, picture = prepare(folder, arguments.preset)
     runs: dict[str, list[dict[str, Any]]] = {OURS: [], THEIRS: []}
     for round_number in progress(range(arguments.rounds), "rounds"):

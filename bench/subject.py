@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,13 +40,18 @@ def about(options: argparse.Namespace) -> dict[str, object]:
     return {"model": f"seeded {options.preset}", "seed": SEED}
 
 
+def made_here() -> Path:
+    """Where this user's seeded checkpoints lie."""
+    return Path(tempfile.gettempdir()) / f"avl-bench-{os.getuid()}"
+
+
 def checkpoint(options: argparse.Namespace) -> Path:
     """The folder of the model; seeded weights are written once."""
     if options.model:
         return Path(options.model)
     from bench import seeded, seeded_qwen
 
-    folder = Path(tempfile.gettempdir()) / "avl-bench" / options.preset
+    folder = made_here() / options.preset
     if options.preset in seeded_qwen.PRESETS:
         return seeded_qwen.write_seeded_qwen(folder, options.preset)
     return seeded.write_seeded_llava(folder, options.preset)

@@ -94,7 +94,8 @@ def _multiplies_fast(dtype: torch.dtype) -> bool:
     GFLOPS of one thread of a Zen 4, 577 x 1024 -> 4096 to 640 x 4096 -> 11008: with AVX512 torch
     does 84-92 in float32 and 173-209 in bfloat16, ``gemm`` 93-100 and 192-203, so that torch keeps
     those (AMX makes it several times faster still); without AVX512-FP16 it does 21 in float16,
-    ``gemm`` 102. With AVX2 alone torch does 84-92, 21 and 8, ``gemm`` 89-100 in all three.
+    ``gemm`` 102. With AVX2 alone torch does 84-94 in float32 and 20-24 in 16 bits, ``gemm`` 88-102
+    in all three.
     Telling torch to use no more than AVX2 (ATEN_CPU_CAPABILITY) is believed.
     """
     supported = {

@@ -228,17 +228,18 @@ void gemv(const CpuKernels* table, GemvArgs a, const std::vector<GemvPart>& part
   });
 }
 
-// Never on a tape: steps have few rows.
 void gemm(const CpuKernels* table, GemvArgs a, const std::vector<GemvPart>& parts) {
   struct alignas(64) Line {
     float numbers[16];
   };
-  static_assert(sizeof(Line) == 64);
-  py::gil_scoped_release unlocked;
-  const std::unique_ptr<Line[]> scratch(new Line[a.threads * table->gemm_scratch / sizeof(Line)]);
-  a.part_count = static_cast<int32_t>(parts.size()), a.parts = parts.data();
-  a.scratch = scratch[0].numbers;
-  table->gemm(a);
+  call_and_record("gemm", [a, parts, table] {
+    const size_t lines = a.threads * table->gemm_scratch / sizeof(Line);
+    const std::unique_ptr<Line[]> scratch(new Line[lines]);
+    GemvArgs now = a;
+    now.part_count = static_cast<int32_t>(parts.size()), now.parts = parts.data();
+    now.scratch = scratch[0].numbers;
+    return table->gemm(now);
+  });
 }
 
 RankArgs rank_args(const py::dict& f) {

@@ -125,10 +125,23 @@ def test_more_rows_than_the_product_takes_are_not_recorded(
     engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "GEMV_ROWS", 0)
+    monkeypatch.setattr(products, "_multiplies_fast", lambda dtype: True)
     engine = engine_of("llama", "full")
     made, session = logits_of(engine)
     assert tapes(session) == [None]
     assert session.stepper.eager_because == "linear is computed outside the native kernels"
+    eager(monkeypatch)
+    assert torch.equal(made, logits_of(engine)[0])
+
+
+def test_the_native_product_of_many_rows_is_recorded(
+    engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "GEMV_ROWS", 0)
+    monkeypatch.setattr(products, "_multiplies_fast", lambda dtype: False)
+    engine = engine_of("llama", "full")
+    made, session = logits_of(engine)
+    assert None not in tapes(session)
     eager(monkeypatch)
     assert torch.equal(made, logits_of(engine)[0])
 

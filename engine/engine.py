@@ -19,7 +19,7 @@ from .errors import CheckpointError, OptionError
 from .loading.capacity import memory_for
 from .loading.loading import Loaded, load
 from .loading.processors import choose_threads
-from .options import Options, OptionValues, check_kinds, check_threads, make_options
+from .options import Options, OptionValues, as_number, check_kinds, check_threads, make_options
 from .pictures.encoded import EncodedImage, Picture, PictureEncoder, listed
 from .pictures.image import open_image
 from .pictures.preprocess import ImageProcessor, Pixels
@@ -34,6 +34,8 @@ from .running.generation import Answer, Forced, result_of
 from .running.scheduler import Job, Said, Scheduler
 from .running.stepping import Stepping
 from .running.turn import Turn
+
+MOST = 1 << 50  # of rows, bytes or slices: beyond all use
 
 
 class Engine:
@@ -205,7 +207,16 @@ class Engine:
     def scheduler(
         self, rows: int = 1, budget: int | None = None, slices: int | None = None
     ) -> Scheduler:
-        """What answers jobs, ``rows`` of them together, in pools of its own; see ``Scheduler``."""
+        """What answers jobs, ``rows`` of them together, in pools of its own; see ``Scheduler``.
+
+        Raises OptionError for counts below 1 or beyond use, CapacityError for a budget that the
+        machine does not have.
+        """
+        for name, value in {"rows": rows, "budget": budget, "slices": slices}.items():
+            if (value is not None or name == "rows") and not 1 <= as_number(
+                name, value, int
+            ) < MOST:
+                raise OptionError(f"{name} is {value}", hint=f"use 1 to {MOST - 1}")
         return Scheduler(self.model, self.stepping, rows, budget, slices)
 
     def chat(self) -> Chat:

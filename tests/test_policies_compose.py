@@ -16,6 +16,7 @@ from engine.policies.layout import Kept, Layout
 from engine.policies.policy import Policy
 from engine.policies.received import Received
 from engine.policies.specs import parse
+from engine.running.batch import Failure
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.checkpoints import Shape
 from tests.oracle import noise
@@ -98,3 +99,30 @@ def test_what_one_layer_has_found_serves_the_others_of_its_sequence() -> None:
     assert other[1:] == other[:1] * 3
     assert other != one
     assert policy.found == []
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fastv:drop=1+snapkv:window=4",
+        "fastv:drop=1+h2o:recent=0.8",
+        "fastv:drop=0.9+streaming",
+        "avl+fastv:drop=0.9,layer=1",
+        "avl:prefill=0.5+fastv:drop=0.9,layer=1",
+    ],
+)
+def test_layers_that_would_differ_are_refused_before_the_answer_begins(
+    engine_of: Callable[..., Engine], spec: str
+) -> None:
+    """Alone and in a batch, where a request without a picture is answered all the same."""
+    engine = engine_of(SHAPE).with_cache(spec)
+    refused = pytest.raises(OptionError, match="has fewer tokens of this prompt left")
+    with refused:
+        engine.generate("What?", [noise(70, 50)], max_new_tokens=9, ignore_eos=True)
+    plain = {"prompt": "Hi?", "max_new_tokens": 5, "ignore_eos": True}
+    answers = sorted(
+        engine.generate_batch([plain, {**plain, "images": [noise(70, 50)]}, plain], rows=3),
+        key=lambda answer: answer.index,
+    )
+    assert [isinstance(answer, Failure) for answer in answers] == [False, True, False]
+    assert answers[0].token_ids == engine.generate(**plain).token_ids

@@ -14,7 +14,7 @@ from engine.cache import prefill as prefill_file
 from engine.cache.prefill import Prefill, most_slots
 from engine.cache.row import Row
 from engine.engine import Engine
-from engine.errors import CapacityError
+from engine.errors import CapacityError, OptionError
 from engine.policies.layout import Layout
 from engine.policies.specs import parse
 from engine.result import Timings
@@ -242,3 +242,19 @@ def test_a_request_that_can_never_fit_is_refused_before_it_is_read(
     needed = len(large.turn.token_ids) + 12
     assert f"needs {needed} slots of cache in a layer" in str(large.failed)
     assert "there are 30" in str(large.failed)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"rows": value} for value in (0, -1, 1.5, True, "x", None)),
+        *({"slices": value} for value in (0, -1, 1.5, "x")),
+        *({"budget": value} for value in (0, -1, "x", 10**30)),
+    ],
+    ids=str,
+)
+def test_counts_that_are_none_are_refused(
+    engine_of: Callable[..., Engine], wrong: dict[str, object]
+) -> None:
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        engine_of(SHAPE).scheduler(**wrong)

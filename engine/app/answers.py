@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import EngineError, OptionError
-from ..files import lock, named
+from ..files import lock, named, write_whole
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -110,6 +111,29 @@ def reserved(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
             )
         with named(str(path)):
             yield file
+
+
+def refuse_moved(path: Path, file: IO[bytes], size: int) -> None:
+    """Raise OptionError unless ``path`` still is the open ``file`` of ``size`` bytes.
+
+    Where it was removed or replaced, what was answered is written anew: to its name if that is
+    free, else beside it.
+    """
+    with suppress(FileNotFoundError):
+        now = os.stat(path)
+        if os.path.samestat(now, os.fstat(file.fileno())):
+            if now.st_size == size:
+                return
+            raise OptionError(
+                f"another process writes to {path}", hint="wait for it, or give another --output"
+            )
+    there = path.with_name(f"{path.name}.{secrets.token_hex(4)}") if path.exists() else path
+    file.seek(0)
+    write_whole(there, file.read())
+    raise OptionError(
+        f"{path} was removed or replaced while answers were written to it",
+        hint=f"those that there were are in {there}: the same command with it goes on",
+    )
 
 
 def _content(path: Path) -> bytes:

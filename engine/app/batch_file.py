@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import EngineError
 from ..files import write_whole
-from .answers import Origin, answer_line, failed, read_answers, reserved
+from .answers import Origin, answer_line, failed, read_answers, refuse_moved, reserved
 from .job import Job
 from .terminal import say
 
@@ -48,12 +48,13 @@ class BatchRun:
             yield from self._try_again(lines)
             if b"".join(lines) != answers.read_bytes():
                 write_whole(answers, b"".join(lines))
-        done = len(lines)
-        with reserved(answers, size=sum(map(len, lines))) as out:
+        done, size = len(lines), sum(map(len, lines))
+        with reserved(answers, size) as out, answers.open("rb") as same:
             for line in self._in_order(done):
                 out.write(line)
                 out.flush()  # a line is on disk before the next one begins
-                done += 1
+                done, size = done + 1, size + len(line)
+                refuse_moved(answers, same, size)
                 yield done
 
     def to_stdout(self) -> Iterator[int]:

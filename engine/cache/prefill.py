@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import OptionError
 from ..ops.attention import whole_attention
 from ..ops.rotary import Tables, rotated
 from ..policies.layout import Kept, Layout
@@ -169,6 +170,7 @@ class Prefill:
         self.rotary = self.row.rotary[None]
         self._turn = turn
         self._onward: Tensor | None = None
+        self._size: object = None
         self._taken: list[Extent] = []
 
     def __enter__(self) -> Prefill:
@@ -209,9 +211,26 @@ class Prefill:
         received = Received(q, k, earlier)
         kept = self.policy.retain(layer, layout, received)
         self._onward = self.policy.narrow(layer, layout, received)
+        self._refuse_unlike(layer, kept)
         self.row.layers.append(self._store(self.pools[layer], k, v, layout, kept))
         if self.row.observer is not None:
             show_prefill(self.row, layer, layout, received, self.row.layers[layer])
+
+    def _refuse_unlike(self, layer: int, kept: Kept) -> None:
+        """Raise OptionError where layers would not keep as much as each other: decoding counts on
+        as much text in all of them, and on as many image tokens where there is a core.
+
+        A policy that drops tokens may leave later layers less than another wants to keep.
+        """
+        tiers = None if kept.core is None else (len(kept.shared), len(kept.core))
+        size = kept.text.shape[-1], tiers
+        if self._size is not None and size != self._size:
+            raise OptionError(
+                f"cache {self.policy.spec}: layer {layer} has fewer tokens of this prompt left "
+                "than earlier layers keep",
+                hint="let the policy that drops tokens drop fewer, or the other one keep fewer",
+            )
+        self._size = size
 
     def _behind_past(self, layer: int) -> tuple[Layout, Tensor | None]:
         """The layout of stored columns and then the new ones, and what was received earlier."""

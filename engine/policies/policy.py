@@ -94,6 +94,10 @@ class Policy:
         return f"{self.name}:{pairs}" if pairs else self.name
 
 
+# No model has as many tokens; steps and kernels count in 32 bits.
+MOST = 1_000_000_000
+
+
 def check_share(
     policy: Policy, key: str, low: float = 0.0, high: float = 1.0, limit: str = ""
 ) -> None:
@@ -108,11 +112,12 @@ def check_share(
 
 
 def check_count(policy: Policy, key: str, low: int = 0) -> None:
-    """Refuse a count below ``low`` or not whole."""
+    """Refuse a count below ``low``, beyond MOST, or not whole."""
     value = getattr(policy, key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
         raise OptionError(
-            f"cache policy {policy.name}: {key} is {value}", hint=f"use a whole number from {low}"
+            f"cache policy {policy.name}: {key} is {value}",
+            hint=f"use a whole number from {low} to {MOST}",
         )
 
 

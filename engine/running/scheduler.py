@@ -125,7 +125,8 @@ class Scheduler:
         tokens (None: all of it).
         """
         self.model, self.rows, self.slices = model, rows, slices
-        self.pools = make_pools(model, budget)
+        with memory_for("claiming the cache", budget or 0, model.decoder.norm.weight.device):
+            self.pools = make_pools(model, budget)
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self._reading: Slices[Read] | None = None  # of the first that waits

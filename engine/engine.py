@@ -19,6 +19,7 @@ from .errors import CheckpointError, OptionError
 from .loading.capacity import memory_for
 from .loading.loading import Loaded, load
 from .loading.processors import choose_threads
+from .naming import told
 from .options import Options, OptionValues, as_number, check_kinds, check_threads, make_options
 from .pictures.encoded import EncodedImage, Picture, PictureEncoder, listed
 from .pictures.image import open_image
@@ -202,6 +203,10 @@ class Engine:
         timings = Timings(load=self.load_seconds)
         turn = self.turn(prompt, images, timings, raw=raw)
         answer = self.answer(options, turn.token_ids)
+        if observer is not None and not callable(getattr(observer, "observe", None)):
+            raise OptionError(
+                f"observer is {told(observer)}", hint="use one that can observe, such as a Trace"
+            )
         return Job(turn, answer, self.policy, options.max_new_tokens, timings, observer=observer)
 
     def scheduler(
@@ -298,12 +303,16 @@ class Engine:
 
     def _continuation(self, given: str | Sequence[int]) -> list[int]:
         """The ids of a continuation, each one of the vocabulary."""
-        ids = self.tokenizer.encode(given) if isinstance(given, str) else list(given)
-        vocab = self.model.decoder.config.vocab
-        for number, token in enumerate(ids):
-            if type(token) is not int or not 0 <= token < vocab:
+        if isinstance(given, str):
+            return self.tokenizer.encode(given)
+        if not isinstance(given, Iterable):
+            raise OptionError(f"continuation is {told(given)}", hint="use a text, or token ids")
+        ids, vocab = [], self.model.decoder.config.vocab
+        for number, token in enumerate(given):
+            ids.append(as_number(f"token {number} of the continuation", token, int))
+            if not 0 <= ids[-1] < vocab:
                 raise OptionError(
-                    f"token {number} of the continuation is {token!r}",
+                    f"token {number} of the continuation is {ids[-1]}",
                     hint=f"use ids from 0 to {vocab - 1}",
                 )
         return ids

@@ -33,10 +33,11 @@ def named(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def written_whole(path: str | os.PathLike[str], ours: bytes | None = None) -> Iterator[BinaryIO]:
     """A file that takes its name only when it is complete and on the disk.
 
-    A link is followed; a file that is replaced keeps its permissions.
+    A link is followed; a file that is replaced keeps its permissions. With a signature ``ours``, a
+    file that has appeared there meanwhile and lacks it stays: OptionError says where this one is.
     """
     _refuse_unfit(path)
     target = Path(os.path.realpath(path))
@@ -47,18 +48,30 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if target.exists():
+            foreign = ours is not None and not _holds(target, ours)
+            there = free_name(target) if foreign else target
+            if target.exists() and not foreign:
                 shutil.copymode(target, unfinished)
-            unfinished.replace(target)
+            unfinished.replace(there)
     finally:
         unfinished.unlink(missing_ok=True)
     _sync_folder(target.parent)
+    if foreign:
+        raise OptionError(
+            f"{display_name(os.fspath(path))} was written by somebody else meanwhile",
+            hint=f"it stays as it is; what was to be there is in {there}",
+        )
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+def write_whole(path: str | os.PathLike[str], content: bytes, ours: bytes | None = None) -> None:
     """``written_whole`` for content that is at hand."""
-    with written_whole(path) as file:
+    with written_whole(path, ours) as file:
         file.write(content)
+
+
+def free_name(path: Path) -> Path:
+    """A name beside a file that is somebody's, of the same kind."""
+    return path.with_name(f"{path.stem}.{secrets.token_hex(4)}{path.suffix}")
 
 
 def check_target(

@@ -525,3 +525,38 @@ def test_a_process_killed_again_and_again_loses_nothing(
 
 def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced", "added to"])
+def test_answers_survive_what_becomes_of_their_file_meanwhile(
+    engine_of: Callable[..., Engine], tmp_path: Path, what: str
+) -> None:
+    """It is an error, nobody's file is touched, and what there is of the answers goes on."""
+    engine, requests = engine_of(SHAPE), tmp_path / "requests.jsonl"
+    write_requests(requests, 12)
+    whole, answers = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    list(BatchRun(engine, Job.read(requests), 4).into(whole))
+    run = BatchRun(engine, Job.read(requests), 4).into(answers)
+    while next(run) < 5:
+        pass
+    if what == "removed":
+        answers.unlink()
+    elif what == "replaced":
+        (tmp_path / "mine").write_text("mine\n")
+        (tmp_path / "mine").replace(answers)
+    else:
+        with answers.open("a") as file:
+            file.write("mine\n")
+    said = "writes to" if what == "added to" else "removed or replaced"
+    with pytest.raises(OptionError, match=said) as caught:
+        list(run)
+    if what == "added to":
+        return
+    if what == "replaced":
+        assert answers.read_text() == "mine\n"
+        [answers] = tmp_path.glob("answers.*.jsonl")
+    assert str(answers) in caught.value.hint
+    assert whole.read_bytes().startswith(answers.read_bytes())
+    assert answers.read_bytes().count(b"\n") >= 6
+    list(BatchRun(engine, Job.read(requests), 3).into(answers))
+    assert answers.read_bytes() == whole.read_bytes()

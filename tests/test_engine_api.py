@@ -211,3 +211,13 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
         Engine.load(tmp_path / "nowhere", offline=True)
     with pytest.raises(EngineError):
         Engine.load(tmp_path, offline=True)
+
+
+def test_ids_of_any_whole_kind_are_taken_and_others_named(engine: Engine) -> None:
+    expected = engine.logits("What?", continuation=[7, 8])
+    for ids in (torch.tensor([7, 8]), (number for number in (7, 8))):
+        assert torch.equal(engine.logits("What?", continuation=ids), expected)
+    with pytest.raises(OptionError, match="continuation is 5"):
+        engine.logits("What?", continuation=5)
+    with pytest.raises(OptionError, match="observer is 5"):
+        list(engine.stream("What?", observer=5))

@@ -164,3 +164,24 @@ def test_drawn_pictures_are_of_the_kind_of_their_name(suffix: str, tmp_path: Pat
     kinds = {".png": "PNG", ".webp": "WEBP"}
     with Image.open(path) as image:
         assert image.format == kinds.get(suffix, "JPEG")
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    """What was to take its name has another one, which the error tells."""
+    path = tmp_path / "page.html"
+
+    def write() -> None:
+        with written_whole(path, b"signature") as file:
+            file.write(b"with the signature")
+            path.write_text("mine")
+
+    with pytest.raises(OptionError, match="written by somebody else meanwhile") as caught:
+        write()
+    assert path.read_text() == "mine"
+    [other] = tmp_path.glob("page.*.html")
+    assert other.read_bytes() == b"with the signature"
+    assert str(other) in caught.value.hint
+    for content in ("", "an old one with the signature"):
+        path.write_text(content)
+        write_whole(path, b"new, signature", b"signature")
+        assert path.read_bytes() == b"new, signature"

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import EngineError, OptionError
-from ..files import lock, named, write_whole
+from ..files import free_name, lock, named, write_whole
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -127,7 +126,7 @@ def refuse_moved(path: Path, file: IO[bytes], size: int) -> None:
             raise OptionError(
                 f"another process writes to {path}", hint="wait for it, or give another --output"
             )
-    there = path.with_name(f"{path.name}.{secrets.token_hex(4)}") if path.exists() else path
+    there = free_name(path) if path.exists() else path
     file.seek(0)
     write_whole(there, file.read())
     raise OptionError(

@@ -107,7 +107,7 @@ def _draw_boxes(path: str, picture: LoadedImage, result: Result) -> None:
     """Write the picture with the answer's regions; raises EngineError if it names none."""
     from PIL import Image
 
-    from ..pictures.boxes import draw_boxes, signed
+    from ..pictures.boxes import SIGNATURE, draw_boxes, signed
 
     if not result.boxes:
         raise EngineError(
@@ -115,5 +115,5 @@ def _draw_boxes(path: str, picture: LoadedImage, result: Result) -> None:
             hint="ask where something is",
         )
     kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
-    with written_whole(path) as file:
+    with written_whole(path, SIGNATURE) as file:
         draw_boxes(picture.pixels, result.boxes).save(file, format=kind, exif=signed())

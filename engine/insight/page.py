@@ -69,7 +69,7 @@ def stream_with_page(
         exact = engine.with_cache("full").generate(prompt, images, raw=raw, **options)
     shown = prompt if isinstance(prompt, str) else engine.render(prompt, images, raw=raw).text
     data = page_data(engine, shown, panels, recorder, result, exact)
-    write_whole(path, render(data).encode("utf-8", "backslashreplace"))
+    write_whole(path, render(data).encode("utf-8", "backslashreplace"), PAGE_SIGNATURE)
     yield result
 
 

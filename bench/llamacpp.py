@@ -1,12 +1,14 @@
-"""Decoding beside llama.cpp, on the same weights and the same prompt: `python -m bench.llamacpp`.
+"""Prefill and decoding beside llama.cpp, same weights and prompt: `python -m bench.llamacpp`.
 
 The decoder of the seeded 1e9-parameter checkpoint is written once more as a GGUF file in bf16, the
-format of llama.cpp. Both read the same prompt once and then go on greedily with the same number of
-threads, a few tokens each in turn, since the speed of this kind of machine's memory drifts within
-seconds.
+format of llama.cpp. Both read the same prompt in turn, and then go on behind it greedily with the
+same number of threads, a few tokens each in turn, since the speed of this kind of machine's memory
+drifts within seconds.
 
 Needs what is no dependency of the project: `pip install llama-cpp-python gguf`, the former built
-from its source for this machine's instructions.
+from its source for this machine's instructions; for one held to AVX2 another build of it,
+`CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=OFF"`, and on our side `AVL_ISA=avx2
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench import common, subject
 from bench.common import paired_ratio, progress, summary, write_report
@@ -42,7 +44,12 @@ NAMES = {  # in a layer: published name -> name in GGUF
 }
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
-Run = Callable[[int], list[int]]  # makes so many more tokens; all ids so far
+
+class Side(NamedTuple):
+    """One of the two: reads the prompt anew, and makes so many more tokens (all ids so far)."""
+
+    read: Callable[[], None]
+    go_on: Callable[[int], list[int]]
 
 
 def main() -> None:
@@ -63,7 +70,8 @@ def main() -> None:
         OURS: ours(engine, prompt_ids, tokens),
         THEIRS: theirs(path, prompt_ids, options, tokens),
     }
-    write(options, *measure(sides, options), len(prompt_ids))
+    reading = read_in_turn(sides, options.reads)
+    write(options, reading, *measure(sides, options), len(prompt_ids))
 
 
 def read_options() -> argparse.Namespace:
@@ -73,12 +81,16 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=6, help="of a turn")
     parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--reads", type=int, default=5, help="times that the prompt is read")
     return common.read_options(parser)
 
 
-def ours(engine: Engine, prompt_ids: list[int], tokens: int) -> Run:
+def ours(engine: Engine, prompt_ids: list[int], tokens: int) -> Side:
     """Our engine with the exact cache, behind the prompt."""
     from engine.running.batch import job_of
+
+    def read() -> None:
+        engine.generate(PROMPT, max_new_tokens=1, ignore_eos=True)
 
     scheduler = engine.scheduler()
     request = {"prompt": PROMPT, "max_new_tokens": tokens + 2, "ignore_eos": True}
@@ -88,39 +100,57 @@ def ours(engine: Engine, prompt_ids: list[int], tokens: int) -> Run:
         raise job.failed
     assert job.turn.token_ids == prompt_ids
 
-    def run(count: int) -> list[int]:
+    def go_on(count: int) -> list[int]:
         for _ in range(count):
             scheduler.step()
         return job.answer.token_ids
 
-    return run
+    return Side(read, go_on)
 
 
-def theirs(path: Path, prompt_ids: list[int], options: argparse.Namespace, tokens: int) -> Run:
-    """llama.cpp behind the same prompt ids."""
+def theirs(path: Path, prompt_ids: list[int], options: argparse.Namespace, tokens: int) -> Side:
+    """llama.cpp behind the same prompt ids, which it reads in one piece."""
     from llama_cpp import Llama
 
     model = Llama(
         str(path),
         n_ctx=len(prompt_ids) + tokens + 2,
+        n_batch=len(prompt_ids),
+        n_ubatch=len(prompt_ids),
         n_threads=options.threads,
         n_threads_batch=options.threads,
         verbose=False,
     )
-    model.eval(prompt_ids)
-    ids = [model.sample(temp=0.0)]
+    ids: list[int] = []
 
-    def run(count: int) -> list[int]:
+    def read() -> None:
+        model.reset()
+        model.eval(prompt_ids)
+        ids[:] = [model.sample(temp=0.0)]
+
+    def go_on(count: int) -> list[int]:
         for _ in range(count):
             model.eval(ids[-1:])
             ids.append(model.sample(temp=0.0))
         return ids
 
-    return run
+    return Side(read, go_on)
+
+
+def read_in_turn(sides: dict[str, Side], times: int) -> dict[str, list[float]]:
+    """Seconds to read the prompt up to its first token, after one time to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in progress(range(-1, times), "reads"):
+        for name in list(sides) if turn % 2 else reversed(sides):
+            began = perf_counter()
+            sides[name].read()
+            if turn >= 0:
+                seconds[name].append(perf_counter() - began)
+    return seconds
 
 
 def measure(
-    sides: dict[str, Run], options: argparse.Namespace
+    sides: dict[str, Side], options: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
     """Seconds per token in every turn after the first, and the answers so far."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -128,7 +158,7 @@ def measure(
     for turn in progress(range(-1, options.turns), "turns"):
         for name in list(sides) if turn % 2 else reversed(sides):
             began = perf_counter()
-            answers[name] = sides[name](options.tokens)
+            answers[name] = sides[name].go_on(options.tokens)
             if turn >= 0:
                 seconds[name].append((perf_counter() - began) / options.tokens)
     return seconds, answers
@@ -136,6 +166,7 @@ def measure(
 
 def write(
     options: argparse.Namespace,
+    reading: dict[str, list[float]],
     seconds: dict[str, list[float]],
     answers: dict[str, list[int]],
     prompt: int,
@@ -147,6 +178,7 @@ def write(
     for name, values in seconds.items():
         spread = summary([1 / value for value in values])
         ratio = paired_ratio(seconds[THEIRS], values)
+        prefill = paired_ratio(reading[THEIRS], reading[name])
         rows.append(
             {
                 "what": name,
@@ -154,6 +186,9 @@ def write(
                 "tokens/s p10-p90": f"{spread['p10']:.4g}-{spread['p90']:.4g}",
                 "speed-up": ratio["ratio"],
                 "speed-up 95%": f"{ratio['low']:.3g}-{ratio['high']:.3g}",
+                "prefill s": summary(reading[name])["median"],
+                "prefill speed-up": prefill["ratio"],
+                "prefill 95%": f"{prefill['low']:.3g}-{prefill['high']:.3g}",
             }
         )
     settings = subject.about(options) | {
@@ -162,6 +197,7 @@ def write(
         "prompt tokens": prompt,
         "tokens of a turn": options.tokens,
         "turns": options.turns,
+        "reads": options.reads,
         "llama-cpp-python": version("llama-cpp-python"),
     }
     pairs = list(zip(answers[OURS], answers[THEIRS], strict=False))

@@ -213,25 +213,27 @@ std::vector<GemvPart> product_parts(const std::vector<Part>& given) {
   return parts;
 }
 
+// Scratch begins at a line of the cache: a vector that straddles two takes twice as long to load.
+struct alignas(64) Line {
+  float numbers[16];
+};
+
 void gemv(const CpuKernels* table, GemvArgs a, const std::vector<GemvPart>& parts) {
   require(a.rows <= 32, "gemv: wrong rows");
   int64_t outs = 0;
   for (const GemvPart& part : parts) outs += part.out;
   if (bytes_of(a.dtype, a.in * outs) < ONE_THREAD_BYTES) a.threads = 1;
   call_and_record("gemv", [a, parts, table] {
-    thread_local std::vector<float> scratch;
-    scratch.resize(gemv_scratch(a.rows, a.in));
+    thread_local std::vector<Line> scratch;
+    scratch.resize((gemv_scratch(a.rows, a.in) + 15) / 16);
     GemvArgs now = a;
     now.part_count = static_cast<int32_t>(parts.size()), now.parts = parts.data();
-    now.scratch = scratch.data();
+    now.scratch = scratch[0].numbers;
     return table->gemv(now);
   });
 }
 
 void gemm(const CpuKernels* table, GemvArgs a, const std::vector<GemvPart>& parts) {
-  struct alignas(64) Line {
-    float numbers[16];
-  };
   call_and_record("gemm", [a, parts, table] {
     const size_t lines = a.threads * table->gemm_scratch / sizeof(Line);
     const std::unique_ptr<Line[]> scratch(new Line[lines]);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +53,16 @@ def test_a_policy_object_passes_through():
     assert parse(policy) is policy
 
 
+def test_numbers_of_numpy_are_numbers():
+    given = Avl(secondary=np.float32(0.5), core=np.float64(0.25), every=np.int64(2), text=1)
+    assert given == Avl(secondary=0.5, core=0.25, every=2, text=1.0)
+    assert parse(given.spec) == given
+    assert Random(seed=np.uint8(7)) == Random(seed=7)
+    for wrong in (True, "0.5", np.array([0.5, 0.5]), None, float("nan")):
+        with pytest.raises(OptionError, match="secondary is"):
+            Avl(secondary=wrong)
+
+
 shares = st.floats(0, 1)
 
 
@@ -70,7 +81,7 @@ def avl(draw):
         st.builds(FastV, layer=st.integers(1, 50), drop=shares),
         st.builds(Streaming, sink=st.integers(0, 50), recent=shares),
         st.builds(SnapKv, keep=shares, window=st.integers(1, 64), kernel=st.sampled_from([1, 9])),
-        st.builds(Random, keep=shares, seed=st.integers(0, 2**31)),
+        st.builds(Random, keep=shares, seed=st.integers(0, 10**9)),
     )
 )
 def test_a_policy_survives_its_own_spec(policy):

@@ -392,18 +392,18 @@ def run_python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[b
     )
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_reader_that_leaves_is_told_by_the_exit_code_alone() -> None:
     inlet, outlet = os.pipe()
     os.close(inlet)
     done = run_python("main.py", "--version", stdout=outlet)
     speaking = (
         "from engine.app import cli; from engine.app.terminal import say\n"
-        "cli._run = lambda _: say('x' * 100000); cli.main([])"
+        "cli._run = lambda _: say('x' * 100000); raise SystemExit(cli.main([]))"
     )
     streamed = run_python("-c", speaking, stdout=outlet)
     os.close(outlet)
-    assert (streamed.returncode, streamed.stderr) == (0, b"")
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (streamed.returncode, streamed.stderr) == (141, b"")
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -339,7 +339,8 @@ def test_leftovers_of_a_crash_are_written_again(model: Path, tmp_path: Path) -> 
     convert(model, out, tower)
     good = contents(out)
     shard = good[SHARDS[0]]
-    for damaged in (shard[:-1], shard[:-1] + bytes([shard[-1] ^ 1]), None):
+    torn = [shard[:-1], shard[:99], shard[: shard.index(b'"sha256"') + 20], b""]
+    for damaged in (*torn, shard[:-1] + bytes([shard[-1] ^ 1]), None):
         (out / ".avl-0.part").write_bytes(b"half")
         if damaged is None:
             (out / SHARDS[0]).unlink()

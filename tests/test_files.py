@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tests.asking import Ask, refused
 from tests.checkpoints import Shape
 from tests.oracle import noise
 
+ROOT = Path(__file__).parents[1]
 SHAPE = Shape(kv_heads=2)
 
 
@@ -79,6 +82,23 @@ def test_a_full_disk_is_said_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.html"
     with pytest.raises(OSError, match=r"No space left.*a\.html'"), written_whole(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_limit_of_the_system_is_said_of_the_file(tmp_path: Path) -> None:
+    """Closing a file writes what is still buffered: it fails again, and then names none."""
+    requests, answers = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    requests.write_text('{"prompt": "What?", "max_new_tokens": 2}\n' * 20)
+    limited = 'ulimit -f 1; exec "$@"'
+    command = [sys.executable, "main.py", "--batch", str(requests), "--output", str(answers), "-q"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        ["bash", "-c", limited, "bash", *command], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert done.returncode == 1
+    error, hint = done.stderr.decode().splitlines()
+    assert error == f"error: File too large: {answers}"
+    assert "ulimit" in hint
+    assert len(answers.read_bytes()) == 1024
 
 
 def test_one_process_at_a_time_has_the_lock(tmp_path: Path) -> None:

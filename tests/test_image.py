@@ -98,7 +98,12 @@ def test_urls_are_refused_without_a_request(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr(socket, "socket", no_network)
-    for url in ("http://169.254.0.1/a.png", "https://example.com/a.png", "file:///etc/passwd"):
+    for url in (
+        "http://169.254.0.1/a.png",
+        "https://example.com/a.png",
+        "file:///etc/passwd",
+        "ftp://a/b",
+    ):
         assert "is a URL" in str(refusal(url))
 
 

@@ -347,6 +347,7 @@ PICTURE = {"type": "image"}
         ([user("a"), {"role": "robot", "content": "b"}], 0, "message 2 has the unknown role"),
         ([{"role": ["user"], "content": "b"}], 0, "unknown role"),
         ([{"role": "user", "content": 3}], 0, "neither text nor a list of entries"),
+        ([{"role": "user", "content": None}], 0, "neither text nor a list of entries"),
         ([{"role": "user", "content": b"Hi"}], 0, "neither text nor a list of entries"),
         ([{"role": "user", "content": [{"type": "video"}]}], 0, "unknown kind"),
         ([{"role": "user", "content": [{"type": "text"}]}], 0, "unknown kind"),

@@ -316,6 +316,13 @@ def test_a_pipe_of_other_bytes_is_one_error(monkeypatch: pytest.MonkeyPatch) -> 
         list(read_lines())
 
 
+def test_a_line_of_a_pipe_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 1_000_001))
+    with pytest.raises(OptionError, match="more than 1,000,000 characters") as refused:
+        list(read_lines())
+    assert refused.value.hint == "give less at once"
+
+
 def test_piped_lines_end_to_end(
     engine: Engine,
     checkpoint: Callable[..., Path],

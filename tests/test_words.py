@@ -162,8 +162,9 @@ def test_every_flag_is_of_some_mode() -> None:
         (["-p", "x", "--rows", "8"], "--rows is of --batch"),  # its own default, but given
         (["--chat", "-n", "256", "--json"], "--chat takes no --json"),
         (["--check", "--convert", "x"], "--check takes no --convert"),
-        (["--check", "What?"], "--check takes no --prompt"),
-        (["--convert", "x", "car.jpg"], "--convert takes no --image"),
+        (["--check", "What?"], "--check takes no question"),
+        (["--convert", "x", "car.jpg"], "--convert takes no picture"),
+        (["--check", "--image", "car.jpg"], "--check takes no --image"),
         (["--batch", "x", "--chat"], "--batch takes no --chat"),
         (["--compare", "--attention", "a.html"], "--compare takes no --attention"),
     ],

@@ -97,6 +97,19 @@ static inline __attribute__((always_inline)) void gemv_tile(const T* const* w,
     for (int r = 0; r < R; ++r) sums[o * R + r] = acc[o][r];
 }
 
+// y of outputs from `first` for R rows from `row`.
+template <class Y, int R>
+static void gemv_finish(const GemvPart& part, const vf* sums, int64_t first, int row) {
+  constexpr int outs = OUTS<R>;
+  const Y* bias = static_cast<const Y*>(part.bias);
+  Y* y = static_cast<Y*>(part.y) + row * part.out;
+  float totals[outs * R];
+  all_sums(sums, outs * R, totals);
+  for (int64_t o = 0, at = first; o < outs && at < part.out; ++o, ++at)
+    for (int r = 0; r < R; ++r)
+      y[r * part.out + at] = from_float<Y>(totals[o * R + r] + (bias ? to_float(bias[at]) : 0));
+}
+
 // A block of outputs from `first` for all rows of x.
 template <class T, class Y, int R>
 static void gemv_block(const GemvArgs& a, const GemvPart& part, int64_t first, int64_t depth) {
@@ -118,18 +131,16 @@ static void gemv_block(const GemvArgs& a, const GemvPart& part, int64_t first, i
       const int64_t ahead = g + 1 < groups     ? outs * a.in
                             : k + depth < a.in ? depth - (groups - 1) * outs * a.in
                                                : outs * a.in - k;
-      gemv_tile<L, R, outs, true>(w, x, n, ahead, k == 0, sums[g][0]);
-      for (int p = 1; p < passes.count; ++p)
-        gemv_tile<L, R, outs, false>(w, x + p * R * depth, n, 0, k == 0, sums[g][p]);
+      for (int p = 0; p < passes.count; ++p) {
+        vf* mine = depth < a.in ? sums[g][p] : sums[0][0];  // between stretches they wait
+        if (p == 0)
+          gemv_tile<L, R, outs, true>(w, x, n, ahead, k == 0, mine);
+        else
+          gemv_tile<L, R, outs, false>(w, x + p * R * depth, n, 0, k == 0, mine);
+        if (k + n == a.in) gemv_finish<Y, R>(part, mine, first + g * outs, passes.row(p));
+      }
     }
   }
-  for (int64_t o = 0; o < groups * outs && first + o < part.out; ++o)
-    for (int p = 0; p < passes.count; ++p)
-      for (int r = 0; r < R; ++r) {
-        float y = sum(sums[o / outs][p][o % outs * R + r]);
-        if (part.bias) y += to_float(static_cast<const Y*>(part.bias)[first + o]);
-        static_cast<Y*>(part.y)[(passes.row(p) + r) * part.out + first + o] = from_float<Y>(y);
-      }
 }
 
 // All parts in one parallel run: who is done with one goes on with the next.

@@ -146,6 +146,13 @@ static inline void four_sums(vf a, vf b, vf c, vf d, float* to) {
 #endif
 }
 
+// The sums of n vectors' lanes.
+static inline void all_sums(const vf* x, int n, float* to) {
+  int i = 0;
+  for (; i + 4 <= n; i += 4) four_sums(x[i], x[i + 1], x[i + 2], x[i + 3], to + i);
+  for (; i < n; ++i) to[i] = sum(x[i]);
+}
+
 // Where either is NaN: b.
 static inline vf larger(vf a, vf b) {
   return a > b ? a : b;
@@ -180,6 +187,14 @@ struct Lane {
   static vf multiply_add(vf acc, Lane w, Lane x) { return acc + w.value * x.value; }
 };
 
+// 2 W numbers in order become those at even places and then those at odd ones.
+template <int... I>
+static inline void part_two(const float* p, float* to, std::integer_sequence<int, I...>) {
+  const vf a = load(p), b = load(p + W);
+  store(to, __builtin_shufflevector(a, b, 2 * I...));
+  store(to + W, __builtin_shufflevector(a, b, (2 * I + 1)...));
+}
+
 // The same for bf16 against floats, a vector of those at even places and then one at odd places.
 struct EvenOdd : Lane<float, float> {
   static constexpr int width = 2 * W, parts = 2;
@@ -192,10 +207,10 @@ struct EvenOdd : Lane<float, float> {
   static void pack(const From* p, int64_t n, float* to) {
     if constexpr (std::is_same_v<From, bf16>)
       if (n >= width) return store(to, weight(p, 0).value), store(to + W, weight(p, 1).value);
-    From some[width] = {};
-    if (n > 0) __builtin_memcpy(some, p, (n < width ? n : width) * sizeof(From));
-    for (int i = 0; i < W; ++i)
-      to[i] = to_float(some[2 * i]), to[W + i] = to_float(some[2 * i + 1]);
+    float some[width] = {};
+    for (int at = 0; at < width; at += W)
+      if (n > at) store(some + at, load(p + at, n - at < W ? n - at : W));
+    part_two(some, to, std::make_integer_sequence<int, W>());
   }
 };
 

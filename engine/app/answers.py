@@ -102,14 +102,13 @@ def reserved(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
 
     Raises OptionError if another process has it, or it has not ``size`` bytes (None: any).
     """
-    with path.open("ab") as file:
+    with named(str(path)), path.open("ab") as file:  # closing it may fail as well
         mine = lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
         if not mine or size not in (None, os.fstat(file.fileno()).st_size):
             raise OptionError(
                 f"another process writes to {path}", hint="wait for it, or give another --output"
             )
-        with named(str(path)):
-            yield file
+        yield file
 
 
 def refuse_moved(path: Path, file: IO[bytes], size: int) -> None:

@@ -24,6 +24,7 @@ from .inputs import load_engine, open_pictures, opener, read_options, read_promp
 from .noise import Noise
 from .terminal import (
     INTERRUPTED,
+    UNREAD,
     complain,
     flush,
     forget_stdout,
@@ -36,6 +37,7 @@ from .terminal import (
 # What to do about the refusals of a system that a user is likely to meet.
 _HINTS = {
     errno.ENOSPC: "make room there, or write to another place",
+    errno.EFBIG: "raise the limit (ulimit -f), or write to another place",
     errno.EACCES: "check who may read and write there",
     errno.EROFS: "write to another place",
     errno.EBADF: "leave it open, or send it to a file or /dev/null",
@@ -54,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader left (`| head -1`): nothing more can be said, and that is no error.
+        # The reader left (`| head -1`): nothing is said, and the code is that of every command.
         forget_stdout()
-        return 0
+        return UNREAD
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exception(error)

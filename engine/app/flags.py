@@ -43,7 +43,7 @@ again what failed; answers of other requests, of another model or cache are refu
 stdin, and as --output stdout. If requests failed, the exit code is that of the first of them.
 
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
-context too long, 130 interrupted"""
+context too long, 130 interrupted, 141 nobody reads stdout any more"""
 
 
 def program() -> str:
@@ -144,8 +144,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, str]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = _given(arguments)
     sort_words(flags, [*words, *rest])
-    given |= {name for name in ("image", "prompt") if getattr(flags, name)}
-    return flags, "version" if flags.version else find_mode(given)
+    bare = {name for name in ("image", "prompt") if getattr(flags, name)} - given
+    return flags, "version" if flags.version else find_mode(given | bare, bare)
 
 
 def _given(arguments: Sequence[str]) -> set[str]:

@@ -48,7 +48,10 @@ def _piped_lines() -> Iterator[str]:
     try:
         while line := sys.stdin.readline(MOST_TEXT + 1):
             if len(line) > MOST_TEXT:
-                raise OptionError(f"a line of stdin has more than {MOST_TEXT:,} characters")
+                raise OptionError(
+                    f"a line of stdin has more than {MOST_TEXT:,} characters",
+                    hint="give less at once",
+                )
             yield line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise OptionError(f"stdin is not text: {error}", hint="give questions in UTF-8") from None

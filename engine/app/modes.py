@@ -32,17 +32,20 @@ _NEEDS = {"logprobs": "json"}
 _EXCLUDES = {"verbose": "quiet", "stats": "quiet", "system": "raw", "style": "raw"}
 
 
-def find_mode(given: Set[str]) -> str:
+def find_mode(given: Set[str], words: Set[str] = frozenset()) -> str:
     """The mode that the flags ask for, by their names as attributes.
 
-    Raises OptionError for a flag that the mode does not take.
+    ``words`` are those of ``given`` that stand there without a flag.
+
+    Raises OptionError for what the mode does not take.
     """
     mode = next((name for name in MODES if name in given), "")
     for name in sorted(given - MODES[mode] - {mode}):
         if not mode:
             needed = " or ".join(_flag(other) for other, takes in MODES.items() if name in takes)
             raise OptionError(f"{_flag(name)} is of {needed}", hint=f"add {needed}")
-        raise OptionError(f"{_flag(mode)} takes no {_flag(name)}", hint="leave one out")
+        what = {"image": "picture", "prompt": "question"}[name] if name in words else _flag(name)
+        raise OptionError(f"{_flag(mode)} takes no {what}", hint="leave one out")
     for name, other in _NEEDS.items():
         if name in given and other in MODES[mode] and other not in given:
             raise OptionError(f"{_flag(name)} needs {_flag(other)}", hint=f"add {_flag(other)}")

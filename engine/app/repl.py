@@ -195,7 +195,7 @@ class Repl:
             write_whole(path, text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             reason = f"{display_name(path)} cannot be written: {error.strerror}"
-            raise OptionError(reason, hint="give another name") from None
+            raise OptionError(reason, hint="give another name, or a place with room") from None
         self._tell(f"{len(self._said)} answers written to {display_name(path)}")
 
     def _tell(self, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from ..files import named
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
+UNREAD = 141  # and of a pipe whose reader left: a shell's 128 + SIGPIPE
 
 
 class _Lossy(io.RawIOBase):

@@ -225,9 +225,8 @@ def _may_replace(shard: Shard, finished: bool) -> bool:
         return False
     with shard.path.open("rb") as file:
         found = file.read(len(shard.header))
-    return _with_digest(found, _UNKNOWN) == shard.header or (
-        not finished and found[8:].startswith(_OURS)
-    )
+    cut = _with_digest(found, _UNKNOWN)[: len(found)]  # all of the header, or of a torn file's
+    return shard.header.startswith(cut) or (not finished and found[8:].startswith(_OURS))
 
 
 def _is_whole(shard: Shard) -> bool:

@@ -1,7 +1,8 @@
-"""Pictures inside ``data:`` URLs (RFC 2397)."""
+"""Pictures' names that are no paths, and pictures inside ``data:`` URLs (RFC 2397)."""
 
 import base64
 import binascii
+import re
 from urllib.parse import unquote_to_bytes
 
 from ..errors import ImageError
@@ -13,6 +14,15 @@ MAX_BYTES = 20_000_000
 def is_data(source: str) -> bool:
     """Whether a picture's name is a ``data:`` URL."""
     return source[:5].lower() == "data:"
+
+
+def is_url(source: str) -> bool:
+    """Whether a picture's name is an address with ``://`` behind a scheme.
+
+    >>> is_url("ftp://host/car.jpg"), is_url("c:/car.jpg")
+    (True, False)
+    """
+    return bool(re.match(r"[a-z][a-z0-9+.-]*://", source, re.I))
 
 
 def decode_data(url: str) -> bytes:

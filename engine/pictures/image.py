@@ -35,7 +35,7 @@ from ..errors import ImageError
 from ..naming import display_name, shorten
 from ..refusals import hint_for
 from .arrays import Array, from_array, is_array
-from .data_url import decode_data, is_data
+from .data_url import decode_data, is_data, is_url
 from .sniff import FORMATS, HEAD, describe_other, picture_format
 
 # Pillow's own warning threshold, 89.5 million: a decoded picture then takes at most 358 MB.
@@ -146,7 +146,7 @@ def _from_path(path: str, limit: int) -> LoadedImage:
 
 def _check_regular_file(path: str, name: str) -> None:
     """Refuse all but regular files before opening: opening a pipe would block."""
-    if path.startswith(("http://", "https://", "file://")):
+    if is_url(path) and not os.path.exists(path):
         raise ImageError(f"{name} is a URL; pictures are opened from files only", _URL_HINT)
     try:
         mode = os.stat(path).st_mode

@@ -8,7 +8,6 @@ checked like the first address. Proxies of the environment are not used.
 
 from __future__ import annotations
 
-import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from ..errors import ImageError
 from ..naming import display_name, shorten
-from .data_url import MAX_BYTES, is_data
+from .data_url import MAX_BYTES, is_data, is_url
 from .image import LoadedImage, open_image
 
 _NETWORK = "check the address and the network, or download the picture and give its path"
@@ -44,7 +43,7 @@ def open_picture(source: str, max_pixels: int, allow_url: bool) -> LoadedImage:
 
 def is_address(source: str) -> bool:
     """Whether a picture's name is no path: a ``data:`` URL or one with ``://`` behind a scheme."""
-    return is_data(source) or bool(re.match(r"(https?|file)://", source, re.I))
+    return is_data(source) or is_url(source)
 
 
 def _allowed(url: str, allow_url: bool) -> bytes:

@@ -6,9 +6,10 @@ Policies import torch where they compute: a wrong spec is refused before it is i
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import OptionError
+from ..options import as_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,8 +103,8 @@ def check_share(
     policy: Policy, key: str, low: float = 0.0, high: float = 1.0, limit: str = ""
 ) -> None:
     """Refuse a share outside [low, high]; ``limit`` names the parameter that bounds it."""
-    value = getattr(policy, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    value = _plain(policy, key, float)
+    if not low <= value <= high:
         bound = f" ({limit})" if limit else ""
         raise OptionError(
             f"cache policy {policy.name}: {key} is {value}",
@@ -113,12 +114,19 @@ def check_share(
 
 def check_count(policy: Policy, key: str, low: int = 0) -> None:
     """Refuse a count below ``low``, beyond MOST, or not whole."""
-    value = getattr(policy, key)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
+    value = _plain(policy, key, int)
+    if not low <= value <= MOST:
         raise OptionError(
             f"cache policy {policy.name}: {key} is {value}",
             hint=f"use a whole number from {low} to {MOST}",
         )
+
+
+def _plain(policy: Policy, key: str, kind: type) -> Any:
+    """A parameter as Python's own number, which it becomes: numpy's are taken too."""
+    value = as_number(f"cache policy {policy.name}: {key}", getattr(policy, key), kind)
+    object.__setattr__(policy, key, value)
+    return value
 
 
 def check_layer(policy: Policy, layer: int, layers: int) -> None:

@@ -119,7 +119,10 @@ def _parse_message(item: object, number: int, numbers: Iterator[int]) -> Message
         raise OptionError(f"message {number} has the unknown role {role!r:.40}", hint=known)
     entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(entries, Sequence) or isinstance(entries, bytes):
-        raise OptionError(f"the content of message {number} is neither text nor a list of entries")
+        raise OptionError(
+            f"the content of message {number} is neither text nor a list of entries",
+            hint='write {"role": "user", "content": "What is this?"}',
+        )
     parsed = tuple(_parse_entry(entry, number, numbers) for entry in entries)
     message = Message(role, parsed)
     if message.places and role != "user":

@@ -34,10 +34,10 @@ void check(const CpuKernels& kernels, DType dtype, int rows, int64_t in, int64_t
   const std::vector<T> weight = drawn<T>(out * in, random);
   const std::vector<Y> x = drawn<Y>(rows * in, random), bias = drawn<Y>(out, random);
   std::vector<Y> y(rows * out, from_float<Y>(std::nanf("")));
-  std::vector<float> x32(rows * in);
+  std::vector<float> scratch(gemv_scratch(rows, in));
   const GemvPart part = {out, weight.data(), bias.data(), y.data()};
   const bool wide = sizeof(T) != sizeof(Y);
-  const GemvArgs args = {dtype, rows, in, x.data(), in, &part, 1, x32.data(), 2, wide};
+  const GemvArgs args = {dtype, rows, in, x.data(), in, &part, 1, scratch.data(), 2, wide};
   const int status = kernels.gemv(args);
   const double rounding = sizeof(Y) == 4 ? 0 : dtype == DType::bf16 ? 1.0 / 256 : 1.0 / 2048;
   for (int r = 0; r < rows; ++r)

@@ -20,7 +20,15 @@ from .loading.capacity import memory_for
 from .loading.loading import Loaded, load
 from .loading.processors import choose_threads
 from .naming import told
-from .options import Options, OptionValues, as_number, check_kinds, check_threads, make_options
+from .options import (
+    Options,
+    OptionValues,
+    as_number,
+    check_kinds,
+    check_threads,
+    is_iterable,
+    make_options,
+)
 from .pictures.encoded import EncodedImage, Picture, PictureEncoder, listed
 from .pictures.image import open_image
 from .pictures.preprocess import ImageProcessor, Pixels
@@ -305,7 +313,7 @@ class Engine:
         """The ids of a continuation, each one of the vocabulary."""
         if isinstance(given, str):
             return self.tokenizer.encode(given)
-        if not isinstance(given, Iterable):
+        if not is_iterable(given) or isinstance(given, bytes | Mapping):
             raise OptionError(f"continuation is {told(given)}", hint="use a text, or token ids")
         ids, vocab = [], self.model.decoder.config.vocab
         for number, token in enumerate(given):

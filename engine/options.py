@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, TypedDict
@@ -63,10 +63,20 @@ def _set_numbers(options: object, **kinds: type) -> None:
         object.__setattr__(options, name, as_number(name, getattr(options, name), kind))
 
 
+def is_iterable(value: object) -> bool:
+    """Whether a value can be gone through, which an array of no dimension only claims."""
+    try:
+        iter(value)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True
+
+
 def as_number(name: str, value: Any, kind: type) -> Any:
     """``value`` as an int, or a float; raises OptionError for what is none."""
     try:
-        if isinstance(value, bool | str | bytes):
+        truth = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+        if truth or isinstance(value, str | bytes):
             raise TypeError
         number = operator.index(value) if kind is int else float(value)
         float(number)
@@ -163,7 +173,7 @@ def make_options(
     if unknown:
         known = f"known: {', '.join(OptionValues.__annotations__)}"
         raise OptionError(f"there is no option {', '.join(sorted(unknown))}", hint=known)
-    if not isinstance(stop, Iterable):
+    if not is_iterable(stop):
         raise OptionError(f"stop is {told(stop)}", hint="use texts")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)

@@ -12,16 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from engine.engine import Engine
-from engine.errors import CapacityError
+from engine.errors import CapacityError, OptionError
 from engine.loading.device import pick_device, why_no_cuda
 from engine.running.stepping import Stepper
 from tests.asking import Ask, refused
@@ -417,3 +418,32 @@ def test_wrong_flags_cost_little_time(tmp_path: Path) -> None:
     assert done.stderr.count("error: ") == done.stderr.count("hint: ") == len(rows)
     assert not loaded
     assert max(seconds for _, seconds in found.values()) < 1, found  # 0.25 on a quiet machine
+
+
+# -- the library ----------------------------------------------------------------------------------
+
+NONE = np.array(3)  # says that it can be gone through, and cannot
+CALLS: dict[str, tuple[Callable[[Engine], object], str]] = {
+    "stop": (lambda e: e.generate("Hi", stop=NONE), "stop is array(3)"),
+    "tensor": (lambda e: e.generate("Hi", stop=torch.tensor(3)), "stop is tensor(3)"),
+    "truth": (lambda e: e.generate("Hi", temperature=np.True_), "temperature is"),
+    "truth of torch": (lambda e: e.generate("Hi", top_k=torch.tensor(True)), "top_k is tensor"),
+    "continuation": (lambda e: e.logits("Hi", continuation=NONE), "continuation is array(3)"),
+    "bytes": (lambda e: e.logits("Hi", continuation=b"x"), "continuation is b'x'"),
+    "requests": (lambda e: list(e.generate_batch(NONE)), "requests are array(3)"),
+    "job": (lambda e: e.scheduler().submit(3), "job is 3"),
+    "events": (lambda e: list(e.scheduler().events(None)), "job is None"),
+    "message": (
+        lambda e: e.generate([{"role": "user", "content": "Hi", "nam": "x"}]),
+        "message 1 has the unknown key 'nam'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_what_a_program_gives_is_refused_in_our_words(case: str, model: Path) -> None:
+    call, message = CALLS[case]
+    with pytest.raises(OptionError) as caught:
+        call(Engine.load(model, device="cpu"))
+    assert message in str(caught.value)
+    assert caught.value.hint

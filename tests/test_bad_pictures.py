@@ -5,6 +5,7 @@ imports torch. One that is accepted is compared with a plain picture of the pixe
 should see: the same log-probabilities, to the last bit.
 """
 
+import errno
 import io
 import json
 import os
@@ -18,10 +19,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
+from engine.engine import Engine
+from engine.errors import EngineError, ImageError
 from engine.pictures import remote
+from engine.pictures.image import open_image
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, write_llava
 from tests.oracle import noise
@@ -447,3 +453,42 @@ def test_pillow_says_nothing_by_itself(ask: Ask, tmp_path: Path) -> None:
     content[at + 8 : at + 10] = struct.pack("<H", 300)
     (tmp_path / "a.tiff").write_bytes(content)
     refused(ask("--image", tmp_path / "a.tiff", "--prompt", "What?"), 3, "a.tiff")
+
+
+VIEW = np.broadcast_to(np.uint8(3), (200_000, 200_000, 3))
+ARRAYS: dict[str, tuple[Any, str]] = {
+    "on no device": (torch.zeros(4, 4, 3, dtype=torch.uint8, device="meta"), "on meta"),
+    "sparse": (torch.ones(4, 4, dtype=torch.uint8).to_sparse(), "torch.sparse_coo on cpu"),
+    "a view of one number": (VIEW, "200000 x 200000 = 40,000,000,000 pixels"),
+    "a tensor of one number": (torch.ones(1, dtype=torch.uint8).expand(3, 100_000, 100_000), "pix"),
+    "a closed picture": (None, "4x4 image is closed"),
+    "many of none": ({}, "images are dict"),
+    "without a dimension": (np.array(3), "array of int64 [] is no picture"),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_an_array_without_pixels_is_refused(case: str, model: Path) -> None:
+    given, message = ARRAYS[case]
+    if given is None:
+        given = Image.new("RGB", (4, 4))
+        given.close()
+    engine = Engine.load(model, device="cpu")
+    with pytest.raises(EngineError) as caught:
+        engine.generate("What?", given, max_new_tokens=1)
+    assert message in str(caught.value)
+
+
+def test_a_picture_is_not_blamed_for_what_the_system_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(plain(4, 4))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ImageError, match="cannot be read: Too many open files") as caught:
+        open_image(path)
+    assert "close some" in caught.value.hint

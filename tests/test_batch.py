@@ -361,12 +361,15 @@ WRONG: list[dict[str, Any]] = [
     {"images": {"a": 1}},
     {"images": [5]},
     {"images": ["-"]},
+    {"images": [""]},
     {"system": 5},
     {"system": "Be brief.", "raw": True},
 ]
 # A line's own fault, which is no other line's: bytes that are no text, two values of one key.
 LINES = [b'{"prompt": "caf\xe9"}', b'{"prompt": "Hi", "prompt": "Ho"}', b"{", b"[1]", b'"Hi"']
 WORDS = ["not UTF-8", "gives prompt twice", "no JSON object", "no JSON object", "no JSON object"]
+LINES.append(b'{"prompt": "Hi", "seed": ' + b"9" * 5000 + b"}")
+WORDS.append("a number of 5,000 digits")
 
 
 def test_a_line_that_is_no_request_fails_alone(
@@ -377,12 +380,12 @@ def test_a_line_that_is_no_request_fails_alone(
     source.write_bytes(b"\n".join([good, *LINES, good]))
     run = BatchRun(engine_of(SHAPE), Job.read(source), 2)
     list(run.into(answers))
-    assert [failure.index for failure in run.failures] == [1, 2, 3, 4, 5]
+    assert [failure.index for failure in run.failures] == [1, 2, 3, 4, 5, 6]
     for failure, words in zip(run.failures, WORDS, strict=True):
         assert words in str(failure.error)
-    assert lines_in(answers) == 7
+    assert lines_in(answers) == 8
     list(run.into(answers))  # the same again: they fail again, in their places
-    assert lines_in(answers) == 7
+    assert lines_in(answers) == 8
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -525,6 +528,26 @@ def test_a_process_killed_again_and_again_loses_nothing(
 
 def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_answers_go_on_in_a_folder_that_was_renamed_meanwhile(
+    engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine, requests, folder = engine_of(SHAPE), tmp_path / "requests.jsonl", tmp_path / "here"
+    write_requests(requests, 12)
+    folder.mkdir()
+    whole = tmp_path / "whole.jsonl"
+    list(BatchRun(engine, Job.read(requests), 4).into(whole))
+    run = BatchRun(engine, Job.read(requests), 4).into(folder / "answers.jsonl")
+    while next(run) < 5:
+        pass
+    folder.rename(tmp_path / "there")
+    with pytest.raises(OptionError, match=r"folder of .* was renamed or removed"):
+        list(run)
+    moved = tmp_path / "there" / "answers.jsonl"
+    assert whole.read_bytes().startswith(moved.read_bytes())
+    list(BatchRun(engine, Job.read(requests), 3).into(moved))
+    assert moved.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("what", ["removed", "replaced", "added to"])

@@ -199,7 +199,7 @@ def test_context_is_checked_before_prefill(tmp_path: Path, monkeypatch: pytest.M
         "of 60"
     )
     assert caught.value.exit_code == 5
-    assert "max-new-tokens" in caught.value.hint
+    assert "max_new_tokens" in caught.value.hint
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

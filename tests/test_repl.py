@@ -118,7 +118,9 @@ def test_stats_save_and_help(
         ("/cache nonsense", "nonsense"),
         ("/save", "needs a file name"),
         ("/image", "needs a file name"),
-        ("/image -", "needs a file name"),
+        ("/image -", r"stdin \(-\) holds the conversation"),
+        ("/clear now", "/clear stands alone"),
+        ("/quit now", "/quit stands alone"),
     ],
 )
 def test_mistakes_leave_the_conversation_usable(
@@ -431,3 +433,24 @@ def test_a_terminal_completes_with_the_tabulator(terminal: Terminal, tmp_path: P
     terminal.wait_for("> ")
     terminal.type(f"/im\t {tmp_path}/some\t\r")
     terminal.wait_for(f"GOT '/image {tmp_path}/some picture.png'")
+
+
+def test_line_ends_of_other_systems_are_no_part_of_a_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO('Hi\r\n"""\r\none\r\ntwo\r\n"""\r\n', newline=""))
+    assert list(read_lines()) == ["Hi", "one\ntwo"]
+
+
+def test_a_mistyped_picture_beside_another_is_named(repl: Repl, picture: Path) -> None:
+    with pytest.raises(EngineError, match=r"nope\.jpg does not exist"):
+        repl.take(f"{picture} nope.jpg")
+    assert repl._pictures[0].name == str(picture)
+
+
+def test_a_full_conversation_is_told_to_begin_anew(engine: Engine) -> None:
+    chat, context = engine.chat(), engine.model.decoder.config.context
+    list(chat.stream("Hello", max_new_tokens=4))
+    with pytest.raises(ContextError) as caught:
+        list(chat.stream("a b " * context, max_new_tokens=1))
+    assert "/clear" in caught.value.hint

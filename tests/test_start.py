@@ -1,6 +1,8 @@
 """Started in odd ways: streams that are closed or in another encoding, no home, foreign modules."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine.app.cli import main
+from engine.app.starting import interrupts_kept
 from engine.engine import Engine
 from engine.errors import OptionError
 from engine.ops import native
@@ -198,3 +201,91 @@ def test_an_answer_starts_without_what_it_does_not_need() -> None:
     )
     done = start([sys.executable, "-c", code])
     assert done.stdout.strip() == b"[]", done.stdout + done.stderr
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--model", LONG, "-p", "Hi"], 4, "cannot be read: File name too long"),
+        (["--model", "/" + "y/" * 3000, "-p", "Hi"], 4, "cannot be read: File name too long"),
+        (["--model", "weights/tiny", "--convert", LONG], 2, "cannot be written: File name too"),
+        (["--image", "", "-p", "Hi"], 2, "the name of --image is empty"),
+        (["-"], 2, "-p - reads the question there"),
+    ],
+)
+def test_names_that_none_can_have(
+    arguments: list[str], code: int, words: str, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    asked = ask(*arguments)
+    refused(asked, code, words)
+    assert len(asked.err) < 600
+
+
+def test_an_interrupt_waits_until_all_is_imported() -> None:
+    done = []
+
+    def imported() -> None:
+        with interrupts_kept():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("all")
+
+    with pytest.raises(KeyboardInterrupt):
+        imported()
+    assert done == ["all"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+INTERRUPTED = """
+import importlib.abc, os, signal, sys
+
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch._C":  # in the middle of torch
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from engine.__main__ import start
+sys.exit(start())
+"""
+
+
+@pytest.mark.parametrize("arguments", [["-p", "Hi"], ["--check"]])
+def test_an_interrupt_while_torch_is_imported_is_one(arguments: list[str]) -> None:
+    done = start([sys.executable, "-c", INTERRUPTED, *arguments])
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def limited() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
+
+
+def test_too_little_memory_for_torch_is_said() -> None:
+    command = [*PRODUCT, "-p", "Hi", "-n", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, preexec_fn=limited, check=False)
+    assert done.returncode == 5
+    assert done.stderr.startswith(b"error: out of memory: torch does not fit")
+
+
+def test_a_working_directory_that_was_removed_is_said(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = [sys.executable, str(ROOT / "main.py"), "-p", "Hi", "-n", "1"]
+    done = subprocess.run(
+        command, cwd=gone, capture_output=True, preexec_fn=gone.rmdir, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: the working directory was removed\nhint: ")
+
+
+def test_the_checkout_is_found_without_the_scripts_folder_on_the_path() -> None:
+    assert start([*PRODUCT, "--version"], PYTHONSAFEPATH="1").returncode == 0
+
+
+def test_words_are_utf_8_whatever_the_locale_is() -> None:
+    changes = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = start([*PRODUCT, "-p", "Où?", "--system", "É", "-n", "1"], **changes)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -127,7 +127,13 @@ def refuse_moved(path: Path, file: IO[bytes], size: int) -> None:
             )
     there = free_name(path) if path.exists() else path
     file.seek(0)
-    write_whole(there, file.read())
+    try:
+        write_whole(there, file.read())
+    except FileNotFoundError:  # the folder is gone, with the file in it or without
+        raise OptionError(
+            f"the folder of {path} was renamed or removed while answers were written to it",
+            hint="where it is now, the same command goes on",
+        ) from None
     raise OptionError(
         f"{path} was removed or replaced while answers were written to it",
         hint=f"those that there were are in {there}: the same command with it goes on",

@@ -22,6 +22,7 @@ from ..policies.specs import parse
 from .flags import parse_flags
 from .inputs import load_engine, open_pictures, opener, read_options, read_prompt
 from .noise import Noise
+from .starting import import_engine
 from .terminal import (
     INTERRUPTED,
     UNREAD,
@@ -136,6 +137,7 @@ def _say_version(_: argparse.Namespace) -> int:
 
 
 def _check(flags: argparse.Namespace) -> int:
+    import_engine()
     from .doctor import check
 
     return check(
@@ -153,6 +155,7 @@ def _convert(flags: argparse.Namespace) -> int:
     target = Path(flags.convert)
     check_folder(target, Path(flags.model))
     source = resolve(flags.model, flags.revision, flags.offline, pickled=True)
+    import_engine()
     from ..checkpoint.convert import convert, find_tower
 
     tower = find_tower(source, flags.vision_tower, flags.offline)

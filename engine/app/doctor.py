@@ -87,7 +87,9 @@ def check(
         say_json(machine | found | {"failed": damage, "peak_bytes": peak})
     elif folder:
         tell(f"peak memory of this check: {peak / 1e6:,.0f} MB")
-        tell(f"{damage} of the checks failed" if damage else "the model folder is whole")
+        warnings = sum(finding.warns for finding in findings)
+        whole = "the model folder is whole" + (f", with {warnings} warnings" if warnings else "")
+        tell(f"{damage} of the checks failed" if damage else whole)
     if not damage:
         return 0
     first = next(finding for finding in findings if not finding.ok)
@@ -141,6 +143,7 @@ class Examination:
     def _config(self) -> str:
         self._family = recognise(self.folder, None, self._vision_tower, self._offline)
         model = self._family.model
+        _check_ends(self.folder, self._family)
         size = sum(parameter.numel() for parameter in model.parameters())
         kind = f"{type(model).__name__}, {size / 1e6:,.1f} M parameters"
         limit = model.decoder.config.limit
@@ -163,7 +166,7 @@ class Examination:
             text = f"not compared with {style}: {escaped(str(error))}"
             return Finding(name, True, text, warns=True)
         except EngineError as error:
-            return Finding(name, True, escaped(str(error)), escaped(error.hint), warns=True)
+            return Finding(name, False, escaped(str(error)), escaped(error.hint))
         if found:
             hint = "choose another --style, or write the prompt yourself with --raw"
             return Finding(name, True, escaped(found), hint, warns=True)
@@ -219,6 +222,17 @@ class Examination:
         hidden = True if self.quiet else None  # None: shown on a terminal only
         return tqdm(
             total=total, desc=what, unit="B", unit_scale=True, disable=hidden, file=sys.stderr
+        )
+
+
+def _check_ends(folder: Path, family: Family) -> None:
+    """Refuse end tokens that the model cannot say: its answers would have no end."""
+    vocab = family.model.decoder.config.vocab
+    beyond = [token for token in family.end_tokens if not 0 <= token < vocab]
+    if beyond and len(beyond) == len(family.end_tokens):
+        raise CheckpointError(
+            f"{folder}: the end token {beyond[0]} is none of the model's {vocab} tokens",
+            hint="compare eos_token_id of generation_config.json with the published one",
         )
 
 

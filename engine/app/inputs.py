@@ -7,7 +7,6 @@ All but the engine is checked before torch is imported: a typo fails in a fracti
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import shlex
 import sys
@@ -25,7 +24,8 @@ from ..pictures.remote import is_address, open_picture
 from ..policies.specs import DEFAULT_CACHE
 from ..prompts.messages import EXAMPLE
 from .noise import Noise
-from .reading import STDIN, check_text, read_text
+from .reading import STDIN, read_text, word_of
+from .starting import import_engine
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -56,12 +56,13 @@ def _prompt_text(prompt: str) -> str:
         except OptionError as error:
             hint = f"{error.hint}; a question that itself begins with @ may come from stdin (-)"
             raise OptionError(str(error), hint=hint) from None
-    check_text("--prompt", prompt)
-    return prompt
+    return word_of("--prompt", prompt)
 
 
 def read_options(flags: argparse.Namespace) -> OptionValues:
     """The flags of an answer, their ranges checked."""
+    flags.stop = [word_of("--stop", text) for text in flags.stop]
+    flags.system = flags.system and word_of("--system", flags.system)
     values = OptionValues(
         max_new_tokens=flags.max_new_tokens,
         temperature=flags.temperature,
@@ -73,9 +74,6 @@ def read_options(flags: argparse.Namespace) -> OptionValues:
         logprobs=flags.logprobs,
     )
     make_options(**values)
-    for text in flags.stop:
-        check_text("--stop", text)
-    check_text("--system", flags.system or "")
     return values
 
 
@@ -115,6 +113,8 @@ def open_pictures(flags: argparse.Namespace) -> list[LoadedImage]:
 
 def _taken(word: str) -> str:
     """What to say of a word that may have been meant as the question."""
+    if word == STDIN:
+        return "- was taken as a picture from stdin, -p - reads the question there"
     return f"{display_name(word)} was taken as a picture, -p {shlex.quote(word)} asks it"
 
 
@@ -146,11 +146,9 @@ def find_model(flags: argparse.Namespace) -> None:
 def load_engine(flags: argparse.Namespace, noise: Noise) -> Engine:
     """The engine that the flags ask for, and what is to be said of it; torch is imported here."""
     find_model(flags)
-    gc.disable()  # all that torch makes while it is imported stays: searching it costs a tenth
+    import_engine()
     from ..engine import Engine
 
-    gc.freeze()
-    gc.enable()
     engine = Engine.load(
         flags.model,
         device=flags.device,

@@ -135,7 +135,7 @@ def _parse(line: str) -> Mapping[str, Any] | _Refused:
     """What a line holds."""
     try:
         check_text("a request", line)
-        value = json.loads(line, object_pairs_hook=_without_duplicates)
+        value = json.loads(line, object_pairs_hook=_without_duplicates, parse_int=_whole)
     except OptionError as error:
         return _Refused(line, error)
     except (ValueError, RecursionError):
@@ -144,6 +144,15 @@ def _parse(line: str) -> Mapping[str, Any] | _Refused:
         return value
     hint = 'write {"prompt": "...", "images": []}'
     return _Refused(line, OptionError("a request is no JSON object", hint=hint))
+
+
+def _whole(digits: str) -> int:
+    """A whole number of a request; Python itself refuses those of thousands of digits."""
+    if len(digits) > 400:
+        raise OptionError(
+            f"a request has a number of {len(digits):,} digits", hint="use a smaller number"
+        )
+    return int(digits)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,6 +177,8 @@ def _names(images: object) -> list[str]:
         raise OptionError(
             f"a request's images are {told(images)}", hint='write "images": ["a.jpg"]'
         )
+    if "" in names:
+        raise OptionError("the name of a request's picture is empty", hint="name a file")
     if STDIN in names:
         raise OptionError("a request names stdin as its picture", hint="name a file")
     return names

@@ -52,7 +52,7 @@ def _piped_lines() -> Iterator[str]:
                     f"a line of stdin has more than {MOST_TEXT:,} characters",
                     hint="give less at once",
                 )
-            yield line.rstrip("\n")
+            yield line.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise OptionError(f"stdin is not text: {error}", hint="give questions in UTF-8") from None
 
@@ -143,17 +143,16 @@ def is_dropped(line: str) -> bool:
     """Whether a line is nothing but pictures, as a terminal spells files dropped on it.
 
     Those are files with a picture's ending or a complete path, and words that end like a picture's
-    name, which are mistyped ones: no question is a single word with such an ending.
+    name, alone or beside a file, which are mistyped ones: no question is such a word.
 
     >>> is_dropped("'/tmp/my car.jpg'"), is_dropped("what is in car.jpg")
     (True, False)
     """
     text = line.strip()
-    whole = " " not in text or re.match(r"['\"~]|/\S*/|file://", text, re.I)
-    return bool(text) and all(
-        (ends_like_picture(path) and (whole or os.path.isfile(path)))
-        or (os.path.isabs(path) and os.path.isfile(path))
-        for path in typed_paths(text)
+    paths = typed_paths(text) if text else []
+    sure = " " not in text or re.match(r"['\"~]|/\S*/|file://", text, re.I)
+    return any(sure or os.path.isfile(path) for path in paths) and all(
+        ends_like_picture(path) or (os.path.isabs(path) and os.path.isfile(path)) for path in paths
     )
 
 

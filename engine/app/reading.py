@@ -6,6 +6,7 @@ What is no file on a disk is refused unopened: a pipe by name could be waited fo
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -53,8 +54,20 @@ def read_text(name: str, source: str) -> str:
     return io.StringIO(text, newline=None).read()
 
 
+def word_of(name: str, word: str) -> str:
+    """A word of the command line as a text: it is UTF-8, whatever the locale takes it for."""
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeEncodeError:  # a program's word: no bytes of a shell's
+        return word
+    except UnicodeDecodeError:
+        raise OptionError(
+            f"{name} holds bytes that are not UTF-8", hint="write it in UTF-8"
+        ) from None
+
+
 def check_text(name: str, text: str) -> None:
-    """Refuse a word of the command line that holds bytes which are no UTF-8."""
+    """Refuse a text that holds bytes which are no UTF-8."""
     if re.search("[\udc80-\udcff]", text):
         raise OptionError(f"{name} holds bytes that are not UTF-8", hint="write it in UTF-8")
 

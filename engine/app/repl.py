@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from ..result import Result
     from .noise import Noise
 
+_LEAVE = ("/exit", "/quit")
+_BARE = (*_LEAVE, "/clear", "/stats", "/help")  # commands that take nothing
+
 HELP = f"""/image FILE   show a picture with the next question; a file dropped here does the same
 /clear        forget the conversation
 /stats        figures of the last answer
@@ -86,7 +89,7 @@ class Repl:
     def run(self, lines: Iterator[str]) -> int:
         """Answer questions and obey commands until /exit; returns the exit code."""
         for line in lines:
-            if line.strip() in ("/exit", "/quit"):
+            if line.strip() in _LEAVE:
                 break
             try:
                 self.take(line)
@@ -99,6 +102,8 @@ class Repl:
     def take(self, line: str) -> None:
         """One question or command; raises EngineError, which leaves the conversation usable."""
         command, _, rest = line.strip().partition(" ")
+        if command in _BARE and rest.strip():
+            raise OptionError(f"{command} stands alone", hint=f"write {command}")
         if command in self._commands:
             self._commands[command](rest.strip())
         elif is_dropped(line):
@@ -148,8 +153,10 @@ class Repl:
 
     def _image(self, text: str) -> None:
         paths = typed_paths(text)
-        if not paths or "-" in paths:  # stdin holds the conversation
+        if not paths:
             raise OptionError("/image needs a file name", hint="/image car.jpg")
+        if "-" in paths:
+            raise OptionError("stdin (-) holds the conversation", hint="/image car.jpg")
         refused: list[EngineError] = []
         for path in paths:
             try:

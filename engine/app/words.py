@@ -39,6 +39,8 @@ def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
             f"{words[0]!r} is no picture, and alone no question",
             hint=f"did you mean --{words[0]}? -p {words[0]} asks it all the same",
         )
+    if any(not group[0] for group in flags.image):
+        raise OptionError("the name of --image is empty", hint="name a picture: --image car.jpg")
     pictures: list[str] = []
     prompts = [] if flags.prompt is None else [flags.prompt]
     for first, *others in [*flags.image, ["", *words]]:

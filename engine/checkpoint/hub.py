@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError, OptionError
+from ..naming import display_name
 from .folder_files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, read_json
 
 # The models that ship: beside the package in a checkout, inside it where it is installed.
@@ -54,21 +55,27 @@ def resolve(
     name = str(name_or_folder)
     if not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
-            f"folder {folder} does not exist",
+            f"folder {display_name(str(folder))} does not exist",
             hint="give a model's folder, or its hub name such as llava-hf/llava-1.5-7b-hf (14 GB)",
         )
     return _from_hub(name, revision, offline, pickled)
 
 
 def _refuse_unreadable(folder: Path) -> None:
+    """Raise CheckpointError for what is no name of a folder that can be looked into."""
     try:
         next(folder.iterdir(), None)
-    except PermissionError as error:
-        raise CheckpointError(
-            f"{folder} cannot be read: {error.strerror}", hint="check who may read this folder"
-        ) from None
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         pass  # no folder: it may be a hub name
+    except PermissionError as error:
+        raise _unfit(folder, error, "check who may read this folder") from None
+    except (OSError, ValueError) as error:  # a ValueError is of a name that none can have
+        raise _unfit(folder, error, "give another path to it") from None
+
+
+def _unfit(folder: Path, error: Exception, hint: str) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or error
+    return CheckpointError(f"{display_name(str(folder))} cannot be read: {reason}", hint=hint)
 
 
 def _from_hub(name: str, revision: str | None, offline: bool, pickled: bool) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import OptionError
 from ..files import UNFINISHED, lock, probe, write_whole
+from ..naming import display_name
 
 MARKER = ".avl-conversion"  # in the target: what is converted there
 NEW_FOLDER = "name a folder that does not exist"
@@ -30,6 +31,7 @@ def check_folder(target: Path, source: Path) -> None:
         if target.samefile(source):
             raise OptionError(f"{target} is the folder that is converted", hint=NEW_FOLDER)
     try:
+        target.exists()  # raises where there can be no such name
         probe(place)
         foreign = place == target and not _is_empty(target) and not (target / MARKER).is_file()
     except OSError as error:
@@ -86,5 +88,6 @@ def _is_empty(target: Path) -> bool:
 
 def _unfit(target: Path, error: OSError) -> OptionError:
     return OptionError(
-        f"{target} cannot be written: {error.strerror}", hint="name a place where you may write"
+        f"{display_name(str(target))} cannot be written: {error.strerror}",
+        hint="name a place where you may write",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from threading import Lock
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import OptionError
+from ..options import is_iterable
 from .arrays import is_array
 from .image import Source
 from .preprocess import Pixels
@@ -42,9 +43,9 @@ def listed(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
     single = isinstance(images, str | bytes | bytearray | memoryview | PathLike | Image.Image)
     if single or isinstance(images, EncodedImage) or hasattr(images, "read") or is_array(images):
         return [images]  # type: ignore[list-item]
-    if not isinstance(images, Iterable):
+    if not is_iterable(images) or isinstance(images, Mapping):
         raise OptionError(f"images are {type(images).__name__}", hint='write images=["a.jpg"]')
-    return [*images]
+    return [*images]  # type: ignore[misc]  # what can be gone through
 
 
 class Encodes(Protocol):

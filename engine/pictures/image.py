@@ -109,7 +109,11 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS, name: str = "") -> 
         data = _read_all(cast(BinaryIO, source), name or "a picture's stream")
         return _from_stream(BytesIO(data), name or f"picture of {len(data)} bytes", limit)
     if is_array(source):
-        return _from_pillow(from_array(source), limit)
+
+        def check_size(size: tuple[int, int]) -> None:
+            _check_size(size, f"{size[0]}x{size[1]} array", limit)
+
+        return _from_pillow(from_array(source, check_size), limit)
     raise ImageError(
         f"a picture cannot be opened from {type(source).__name__}",
         hint="give a path, bytes, an open file, a Pillow image or an array",
@@ -275,6 +279,10 @@ def _own_errors(name: str, kind: str, hint: str) -> Iterator[None]:
     except MemoryError:
         raise ImageError(f"{name} does not fit in memory", hint="make it smaller first") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not the decoder's
+            raise ImageError(f"{name} cannot be read: {error.strerror}", hint_for(error)) from None
+        if "closed" in str(error).lower():
+            raise ImageError(f"{name} is closed", "give its file, or close it later") from None
         cut = "truncated" in str(error).lower()
         state = f"a truncated {kind} file" if cut else f"a damaged or unsupported {kind} file"
         raise ImageError(f"{name} is {state}", hint) from None

@@ -113,6 +113,11 @@ def _parse_message(item: object, number: int, numbers: Iterator[int]) -> Message
             f"message {number} is not an object with role and content",
             hint='write messages as {"role": "user", "content": "What is this?"}',
         )
+    if unknown := sorted(map(str, item.keys() - {"role", "content"})):
+        raise OptionError(
+            f"message {number} has the unknown key {unknown[0]!r:.40}",
+            hint="a message has a role and a content",
+        )
     role, content = item["role"], item["content"]
     if role not in _ROLES:
         known = f"roles are {', '.join(_ROLES)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import EngineError, OptionError
 from ..naming import told
-from ..options import OptionValues, as_number, make_options
+from ..options import OptionValues, as_number, is_iterable, make_options
 from ..pictures.encoded import Picture, listed
 from ..prompts.messages import Messages
 from ..result import Result
@@ -79,7 +79,7 @@ def generate_batch(
     """
     if as_number("rows", rows, int) < 1:
         raise OptionError(f"rows is {rows}", hint="use 1 or more")
-    if not isinstance(requests, Iterable) or isinstance(requests, str | bytes | Mapping):
+    if not is_iterable(requests) or isinstance(requests, str | bytes | Mapping):
         raise OptionError(f"requests are {told(requests)}", hint='write [{"prompt": "..."}]')
     scheduler, numbers = engine.scheduler(rows), dict[Job, int]()
     for index, request in enumerate(requests):

@@ -20,10 +20,11 @@ from torch import Tensor
 from ..cache.observe import Observer
 from ..cache.report import CacheReport, report
 from ..cache.row import Row
-from ..errors import CapacityError
+from ..errors import CapacityError, OptionError
 from ..loading.capacity import memory_for
 from ..models.decoder import Slices
 from ..models.vision_language import VisionLanguageModel
+from ..naming import told
 from ..policies.policy import Policy
 from ..result import FinishReason, Timings
 from .stepping import Stepper, Stepping
@@ -146,7 +147,9 @@ class Scheduler:
         return not (self.running or self.waiting)
 
     def submit(self, job: Job) -> Job:
-        """Take a job; it is read as soon as it has a place."""
+        """Take a job (``Engine.job``); it is read as soon as it has a place."""
+        if not isinstance(job, Job):
+            raise OptionError(f"job is {told(job)}", hint="use Engine.job to make one")
         self.waiting.append(job)
         return job
 

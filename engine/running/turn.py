@@ -106,9 +106,12 @@ def reading(
 def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig) -> None:
     prompt = seen + len(turn.token_ids)
     if prompt + new_tokens > config.context:
+        shorter = "ask for a shorter answer (max_new_tokens, -n)"
         raise ContextError(
             f"prompt {prompt:,} tokens ({turn.image_tokens:,} image) + {new_tokens:,} requested "
             f"exceed the model's {config.limit}",
-            hint="shorten the prompt, give fewer pictures, or lower --max-new-tokens",
+            hint=f"begin a new conversation (/clear), or {shorter}"
+            if seen
+            else f"shorten the prompt, give fewer pictures, or {shorter}",
             left=config.context - prompt,
         )

@@ -76,11 +76,14 @@ def read_options() -> argparse.Namespace:
 
 
 def throughput(
-    engine: Engine, image: Image.Image, plan: Plan, theirs: Callable[[], float] | None = None
+    engine: Engine,
+    image: Image.Image,
+    plan: Plan,
+    theirs: Mapping[int, Callable[[], float]] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Lines of the table, and notes under it.
 
-    ``theirs`` gives transformers' seconds per token with one row, and is asked in every block.
+    ``theirs`` give transformers' seconds per step by batch size, and are asked in every block.
     """
     encoded = engine.encode(image)
     cells = {
@@ -91,16 +94,14 @@ def throughput(
     measured: dict[Key, Callable[[], float]] = {
         key: (lambda cell=cell: cell.go_on(plan.steps)) for key, cell in cells.items()
     }
-    if theirs:
-        measured[THEIRS, 1] = theirs
+    measured |= {(THEIRS, size): call for size, call in (theirs or {}).items()}
     steps: dict[Key, list[float]] = {key: [] for key in measured}
     for block in progress(range(plan.blocks), "blocks"):
         for key in list(measured)[:: 1 if block % 2 == 0 else -1]:
             steps[key].append(measured[key]())
     ends = {key: cell.end() for key, cell in cells.items()}
     rows = [row(key, steps, plan) | memory(key, ends, plan) for key in cells]
-    if theirs:
-        rows.append(rate((THEIRS, 1), steps))
+    rows += [rate((THEIRS, size), steps) for size in theirs or {}]
     return rows, [
         f"Ratios are within blocks. Limit: the bytes that a step reads, weights and attended keys "
         f"and values, against those of {plan.policies[0]}: the ratio if a step were reading alone."
@@ -172,8 +173,8 @@ def row(key: Key, steps: Mapping[Key, Sequence[float]], plan: Plan) -> dict[str,
     against = paired_ratio(steps[key], steps[first])
     values |= {f"x batch {one[1]}": gain["ratio"], "95 %": interval(gain)}
     values |= {f"step / {first[0]}": against["ratio"], "95 % ": interval(against)}
-    if (THEIRS, 1) in steps:
-        beside = compared(key, (THEIRS, 1), steps)
+    if (THEIRS, size) in steps:
+        beside = compared(key, (THEIRS, size), steps)
         values |= {f"x {THEIRS}": beside["ratio"], "95 %  ": interval(beside)}
     return values
 

@@ -143,8 +143,11 @@ class Clock:
         """Nothing is held back."""
 
 
-def transformers_runner(folder: Path, options: argparse.Namespace) -> Callable[[], Sample] | None:
-    """Transformers' own generate, with its default attention and cache; None where it is absent."""
+def transformers_runner(folder: Path, options: argparse.Namespace) -> Callable[..., Sample] | None:
+    """Transformers' own generate, with its default attention and cache; None where it is absent.
+
+    What is returned answers one prompt, or so many alike together.
+    """
     if options.alone or not subject.model_type(folder).startswith("llava"):
         return None
     import torch
@@ -160,9 +163,10 @@ def transformers_runner(folder: Path, options: argparse.Namespace) -> Callable[[
     prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
 
     @torch.inference_mode()
-    def run() -> Sample:
+    def run(rows: int = 1) -> Sample:
         clock, began, cpu = Clock(), perf_counter(), process_time()
-        inputs = processor(text=prompt, images=[image], return_tensors="pt").to(options.device)
+        asked = {"text": [prompt] * rows, "images": [image] * rows}
+        inputs = processor(**asked, return_tensors="pt").to(options.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         made = model.generate(
             **inputs,
@@ -205,14 +209,16 @@ def one_by_one(
 
 
 def by_batch(
-    folder: Path, options: argparse.Namespace, theirs: Callable[[], Sample] | None
+    folder: Path, options: argparse.Namespace, theirs: Callable[..., Sample] | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Steps over several rows at once, beside one answer of transformers."""
+    """Steps over several rows at once, beside transformers' over as many."""
     from bench.batch import Plan, throughput
 
     plan = Plan(options.cache, options.batches, options.tokens - 1, options.blocks)
-    step = theirs and (lambda: theirs().per_token)
-    return throughput(load(folder, options), subject.picture(options), plan, step)
+    steps = theirs and {
+        size: (lambda size=size: theirs(size).per_token) for size in options.batches
+    }
+    return throughput(load(folder, options), subject.picture(options), plan, steps)
 
 
 def measure(

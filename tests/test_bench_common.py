@@ -104,12 +104,14 @@ def test_seeded_qwen_is_a_whole_checkpoint(tmp_path: Path) -> None:
 def test_tables_by_batch_size_compare_within_blocks(tmp_path: Path) -> None:
     engine = Engine.load(write_seeded_llava(tmp_path, "1.6-tiny"), device="cpu")
     plan = Plan(["full", "avl"], [1, 2], steps=3, blocks=3)
-    rows, _ = throughput(engine, Image.new("RGB", (90, 30)), plan, theirs=lambda: 2.0)
-    cells = [("full", 1), ("full", 2), ("avl", 1), ("avl", 2), ("transformers", 1)]
+    theirs = {1: lambda: 2.0, 2: lambda: 4.0}
+    rows, _ = throughput(engine, Image.new("RGB", (90, 30)), plan, theirs)
+    cells = [(policy, size) for policy in ("full", "avl", "transformers") for size in (1, 2)]
     assert [(row["policy"], row["batch"]) for row in rows] == cells
-    assert rows[-1]["ms per step"] == 2000
-    for row in rows[:-1]:
-        assert row["x transformers"] == pytest.approx(2 * row["tokens/s in all"])
+    assert [row["ms per step"] for row in rows[-2:]] == [2000, 4000]
+    for row in rows[:-2]:
+        ours = row["tokens/s per row"]
+        assert row["x transformers"] == pytest.approx(2 * row["batch"] * ours)
     assert (rows[0]["x batch 1"], rows[1]["step / full"]) == (1, 1)
     assert rows[3]["KV used MB"] == 2 * rows[2]["KV used MB"] < rows[1]["KV used MB"]
     assert rows[2]["limit"] < 1

@@ -54,15 +54,26 @@ struct AttentionArgs {
 // One linear layer of a product.
 struct GemvPart {
   int64_t out;
-  const void* weight;  // [out, in] contiguous
+  const void* weight;  // [out, in] contiguous; q4: Q4Block [out / 8, in / 32]
   const void* bias;    // [out] or null
   void* y;             // [rows, out] contiguous
+  const float* scale;  // q8: [out]
 };
+
+// 32 numbers of eight rows of a matrix in q4, so that lanes of a vector are outputs. Byte
+// 32 v + 4 r + i has number 4 v + i of row r in its low half and number 16 + 4 v + i in its high
+// one.
+struct Q4Block {
+  uint16_t scale[8], zero[8];  // as fp16
+  uint8_t codes[128];
+};
+static_assert(sizeof(Q4Block) == 8 * 20, "eight runs of q4");
 
 // y = x * weight^T + bias, for one linear layer or several of one input.
 struct GemvArgs {
-  DType dtype;   // of the weights, and of x, bias and y unless they are wide
-  int32_t rows;  // gemv: 1 to 32
+  DType dtype;    // of the weights
+  DType x_dtype;  // of x, bias and y: fp32, or that of 16-bit weights; any of three beside few bits
+  int32_t rows;   // gemv: 1 to 32
   int64_t in;
   const void* x;  // [rows, in]
   int64_t x_row;
@@ -70,7 +81,6 @@ struct GemvArgs {
   int32_t part_count;
   float* scratch;  // gemv: gemv_scratch(rows, in); gemm: gemm_scratch bytes for each thread
   int32_t threads;
-  bool wide = false;  // x, bias and y are float whatever the weights are
 };
 
 }  // namespace avl

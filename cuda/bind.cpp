@@ -187,28 +187,30 @@ class AttentionPlan {
   std::vector<float> partials_;
 };
 
-// out, weight, bias, y of one linear layer.
-using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;
+// out, weight, bias, y and scale of one linear layer.
+using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 // Numbers one by one, not in a dict: this is called for every linear layer of a step.
-GemvArgs product_args(int dtype, bool wide, int64_t rows, int64_t in, uintptr_t x, int64_t x_row,
+GemvArgs product_args(int dtype, int x_dtype, int64_t rows, int64_t in, uintptr_t x, int64_t x_row,
                       int threads) {
   require(rows >= 1 && rows <= INT32_MAX, "product: wrong rows");
   require(in >= 1 && x && x_row >= 0 && threads >= 1, "product: wrong sizes");
   GemvArgs a{};
-  a.dtype = dtype_of(dtype), a.wide = wide;
+  a.dtype = dtype_of(dtype), a.x_dtype = dtype_of(x_dtype);
+  require(a.dtype != DType::q4 || in % 32 == 0, "product: q4 takes runs of 32");
   a.rows = static_cast<int32_t>(rows), a.in = in;
   a.x = reinterpret_cast<void*>(x), a.x_row = x_row;
   a.threads = threads;
   return a;
 }
 
-std::vector<GemvPart> product_parts(const std::vector<Part>& given) {
+std::vector<GemvPart> product_parts(DType dtype, const std::vector<Part>& given) {
   std::vector<GemvPart> parts;
-  for (const auto& [out, weight, bias, y] : given) {
+  for (const auto& [out, weight, bias, y, scale] : given) {
     require(out >= 1 && weight && y, "product: weight and y must not be null");
+    require((dtype == DType::q8) == (scale != 0), "product: q8 has scales, and no other format");
     parts.push_back({out, reinterpret_cast<void*>(weight), reinterpret_cast<void*>(bias),
-                     reinterpret_cast<void*>(y)});
+                     reinterpret_cast<void*>(y), reinterpret_cast<float*>(scale)});
   }
   return parts;
 }
@@ -357,13 +359,12 @@ PYBIND11_MODULE(_native, m) {
            py::arg("cuda"), py::arg("isa"), py::arg("fields"))
       .def("run", &avl::PolicyPlan::run, py::arg("stream"));
   for (auto [name, product] : {std::pair("gemv", avl::gemv), std::pair("gemm", avl::gemm)})
-    m.def(name, [product = product](int dtype, bool wide, int64_t rows, int64_t in, uintptr_t x,
+    m.def(name, [product = product](int dtype, int x_dtype, int64_t rows, int64_t in, uintptr_t x,
                                     int64_t x_row, const std::vector<avl::Part>& parts, int threads,
                                     const std::string& isa) {
       static const avl::CpuKernels* best = avl::cpu_kernels();
-      product(isa.empty() ? best : &avl::kernels(isa),
-              avl::product_args(dtype, wide, rows, in, x, x_row, threads),
-              avl::product_parts(parts));
+      const avl::GemvArgs args = avl::product_args(dtype, x_dtype, rows, in, x, x_row, threads);
+      product(isa.empty() ? best : &avl::kernels(isa), args, avl::product_parts(args.dtype, parts));
     });
   py::class_<avl::Tape>(m, "Tape")
       .def(py::init<>())

@@ -19,6 +19,7 @@ from .errors import CheckpointError, OptionError
 from .loading.capacity import memory_for
 from .loading.loading import Loaded, load
 from .loading.processors import choose_threads
+from .loading.quantising import held
 from .naming import told
 from .options import (
     Options,
@@ -84,6 +85,7 @@ class Engine:
         selection: str = "branch",
         graphs: bool = False,
         threads: int | None = None,
+        weights: str = "auto",
     ) -> Engine:
         """Load a model.
 
@@ -109,18 +111,22 @@ class Engine:
             threads: that torch and the kernels use, for the whole process; None: one for each
                 physical core that the process may use, at most what OMP_NUM_THREADS says.
 
+            weights: "q8" or "q4" rounds the decoder's layers to 8 or 4 bits as they are read, so
+                that the model never exists in more; "q8+head" and "q4+head" the language head too.
+                The rest, and what is computed, stays in ``dtype``.
+
         Raises:
             CheckpointError: weights, configuration or tokenizer are missing, damaged, unsupported.
             OptionError: an unknown device, dtype, policy, style or selection, too many threads.
         """
-        check_kinds(str, device=device, dtype=dtype, selection=selection)
+        check_kinds(str, device=device, dtype=dtype, selection=selection, weights=weights)
         check_kinds(str | None, style=style, revision=revision)
         check_kinds(str | PathLike | None, name=name, vision_tower=vision_tower)
         check_kinds(bool, offline=offline, graphs=graphs)
         check_threads(threads)
         choose_threads(threads)
         policy, stepping = parse(cache), Stepping(selection, graphs)
-        loaded = load(name, device, dtype, style, revision, offline, vision_tower)
+        loaded = load(name, device, dtype, style, revision, offline, vision_tower, weights)
         return cls(loaded, policy, stepping)
 
     @property
@@ -139,6 +145,11 @@ class Engine:
         return self.model.decoder.norm.weight.dtype
 
     @property
+    def weights(self) -> dict[str, int]:
+        """Bytes of the weights by format, such as ``{"q4": 4000000, "bf16": 900000}``."""
+        return held(self.model)
+
+    @property
     def names_regions(self) -> bool:
         """Whether answers may name regions of the picture; see ``Result.boxes``."""
         return self._family.boxes
@@ -148,7 +159,8 @@ class Engine:
         dtype = str(self.dtype).removeprefix("torch.")
         tower = self._family.tower
         folders = [self._folder, *([tower[0]] if tower else [])]
-        return " ".join([*map(fingerprint, folders), dtype, self._family.style])
+        few = [name for name in self.weights if name in ("q8", "q4")]
+        return " ".join([*map(fingerprint, folders), dtype, *few, self._family.style])
 
     def generate(
         self,

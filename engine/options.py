@@ -15,6 +15,8 @@ from .naming import told
 
 # What a model may be loaded in: the names of its numbers' format, ours and torch's.
 DTYPES = ("auto", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+# What weights are rounded to as they are read: the decoder's layers, and the language head too.
+WEIGHTS = ("auto", "q8", "q4", "q8+head", "q4+head")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,20 @@ from torch import Tensor
 
 from engine.loading.loading import pick_dtype
 from engine.ops import native, products
-from engine.ops.formats import BF16, FORMATS, FP16, FP32, Format
+from engine.ops.few_bits import laid_out, rounded
+from engine.ops.formats import (
+    BF16,
+    FORMATS,
+    FP16,
+    FP32,
+    Q4_RUN,
+    Q8_ROW,
+    Few,
+    Format,
+    Packed,
+    codes_of,
+    few_of_codes,
+)
 from engine.options import DTYPES
 
 ALL = list(FORMATS.values())
@@ -52,10 +65,42 @@ def test_no_other_number_is_nearer(row: Format) -> None:
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
 def test_a_run_takes_its_bytes(row: Format) -> None:
-    assert row.pack(torch.randn(3, 5 * row.run)).nbytes == 3 * 5 * row.bytes
+    of_rows = 3 * 4 if row is Q8_ROW else 0  # a row's scale
+    assert row.pack(torch.randn(3, 5 * row.run)).nbytes == 3 * 5 * row.bytes + of_rows
 
 
-def drawn(row: Format) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def test_8_bits_are_the_nearest_of_255_even_steps() -> None:
+    x = torch.randn(50, 96, dtype=torch.float64).float()
+    x[3] = 0
+    step = x.abs().amax(1, keepdim=True).double() / 127
+    read = Q8_ROW.unpack(Q8_ROW.pack(x)).double()
+    assert ((read - x).abs() <= step / 2 * (1 + 1e-6)).all()
+    torch.testing.assert_close(read.abs().amax(1).float(), x.abs().amax(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, -5.0, 1000.0])
+def test_4_bits_are_the_nearest_of_16_steps_between_the_extremes(offset: float) -> None:
+    """Or of steps of a 2,048th of their size, for numbers that are nearly alike."""
+    x = torch.randn(50, 4 * 32) + offset
+    x[3], x[4, :32] = 0, 7.5
+    runs = x.double().unflatten(1, (-1, 32))
+    size, span = runs.abs().amax(-1), runs.amax(-1) - runs.amin(-1)
+    step = torch.maximum(span / 15, size / 2048)
+    error = (Q4_RUN.unpack(Q4_RUN.pack(x)).double() - x).abs().unflatten(1, (-1, 32)).amax(-1)
+    assert (error <= step / 2 + size * 2**-10 + span * 2**-10).all()
+
+
+def test_codes_of_4_bits_are_read_as_written() -> None:
+    codes = torch.randint(0, 16, (5, 96), dtype=torch.uint8)
+    scale, zero = torch.rand(5, 3).half(), torch.randint(0, 16, (5, 3)).half()
+    few = few_of_codes(codes, scale, zero)
+    assert torch.equal(codes_of(few), codes)
+    runs = codes.double().unflatten(1, (-1, 32)) - zero.double()[..., None]
+    assert torch.equal(Q4_RUN.unpack(few).double(), (runs * scale.double()[..., None]).flatten(1))
+    assert [int(few.codes[0, 0]) & 15, int(few.codes[0, 0]) >> 4] == codes[0, [0, 16]].tolist()
+
+
+def drawn(row: Format) -> tuple[Packed, Tensor, Tensor, Tensor]:
     """Packed rows, x, where sums start, and the sums in float64."""
     g = torch.Generator().manual_seed(1)
     w, x = torch.randn(70, 96, generator=g), torch.randn(4, 96, generator=g)
@@ -83,6 +128,10 @@ def test_the_kernels_table_is_the_same() -> None:
 )
 def test_a_kernel_reads_the_format_that_its_code_names(row: Format) -> None:
     packed, x, start, want = drawn(row)
+    if isinstance(packed, Few):
+        packed = laid_out(packed, row.name)
+    if row is Q4_RUN:
+        want = rounded(x).double() @ packed.numbers().double().T + start
     (got,) = products.gemv(x, (packed, start))
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 

@@ -32,6 +32,7 @@ FLAGS = {
     "--model": "hub_server.the_command_line_downloads_by_name",
     "--revision": "cli.flags_of_the_model_reach_the_engine",
     "--offline": "cli.flags_of_the_model_reach_the_engine",
+    "--weights": "few_bits.stats_name_formats_and_bytes",
     "--dtype": "cli.flags_of_the_model_reach_the_engine",
     "--device": "bad_options.no_cuda_says_why",
     "--threads": "cli.flags_of_the_model_reach_the_engine",

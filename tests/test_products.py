@@ -1,6 +1,7 @@
 """The native products of linear layers against float64, on every instruction set of the machine."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from engine.models.layers import Patches
 from engine.ops import native, products
 from engine.ops.attention import whole_attention
+from engine.ops.few_bits import laid_out, quantise, rounded, separate
+from engine.ops.formats import FORMATS
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
 ISAS = [pytest.param(isa, marks=needs_native) for isa in ("baseline", "avx2", "avx512")]
@@ -138,6 +141,102 @@ def test_gemm_of_16_bit_weights_is_float32s(isa, dtype, size):
     want = F.linear(x.double(), w.double()) + 1
     assert got.dtype == torch.float32
     assert ((got.double() - want).abs() <= 1e-6 * (1 + x.double().abs() @ w.double().abs().T)).all()
+
+
+FEW = [FORMATS["q8"], FORMATS["q4"]]
+
+
+def few_drawn(row, size_out, size_in):
+    g = torch.Generator().manual_seed(size_in + size_out)
+    return quantise(torch.randn(size_out, size_in, generator=g), row.name)
+
+
+def test_what_lies_interleaved_is_the_same():
+    for size_out, size_in in [(1, 32), (8, 64), (13, 96), (70, 256)]:
+        few = FORMATS["q4"].pack(torch.randn(size_out, size_in))
+        for part, again in zip(few, separate(laid_out(few, "q4")), strict=True):
+            assert torch.equal(part, again)
+        whole = laid_out(few, "q4")
+        assert whole.nbytes == -(-size_out // 8) * size_in // 32 * 160
+        assert torch.equal(whole.rows(8, size_out).numbers(), whole.numbers()[8:])
+
+
+@pytest.mark.parametrize("row", FEW, ids=lambda row: row.name)
+def test_a_matrix_is_rounded_by_blocks_as_at_once(row):
+    weight = torch.randn(70, 96)
+    whole, parts = quantise(weight, row.name), quantise(weight, row.name, block=96 * 8)
+    assert torch.equal(whole.numbers(), parts.numbers())
+    assert torch.equal(whole.numbers(), row.unpack(row.pack(weight)))
+
+
+@pytest.mark.parametrize("row", FEW, ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 18, 32])
+def test_products_of_few_rows_and_few_bits(isa, row, dtype, rows):
+    for size_out, size_in in [(1, 32), (13, 96), (70, 256), (24, 2080)]:
+        g = torch.Generator().manual_seed(size_in)
+        x = torch.randn(rows, 2 * size_in, generator=g).to(dtype)[:, :size_in]  # strided rows
+        few, bias = few_drawn(row, size_out, size_in), torch.randn(size_out, generator=g).to(dtype)
+        seen = rounded(x) if row.name == "q4" else x
+        want = F.linear(seen.double(), few.numbers().double(), bias.double())
+        terms = 1 + F.linear(x.double().abs(), few.numbers().double().abs())
+        rounding = torch.finfo(dtype).eps / 2 * want.abs() * 1.01
+        (got,) = products.gemv(x, (few, bias), isa=isa)
+        assert got.dtype == dtype
+        assert ((got.double() - want).abs() <= rounding + 1e-6 * terms).all()
+        twin = products.by_blocks_of_few(x, few, bias)
+        assert ((twin.double() - want).abs() <= rounding + 1e-6 * terms).all()
+
+
+@pytest.mark.parametrize("row", FEW, ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 32, 1), (33, 96, 300), (97, 544, 193), (800, 32, 17)])
+def test_products_of_many_rows_and_few_bits(isa, row, dtype, size, threads):
+    rows, size_in, size_out = size
+    x = torch.randn(rows, 2 * size_in).to(dtype)[:, :size_in]
+    few, bias = few_drawn(row, size_out, size_in), torch.randn(size_out).to(dtype)
+    want = F.linear(x.double(), few.numbers().double(), bias.double())
+    terms = 1 + F.linear(x.double().abs(), few.numbers().double().abs())
+    # Beside 16-bit inputs, numbers of q4 are 16-bit numbers.
+    weights = torch.finfo(dtype).eps / 2 if row.name == "q4" else 0
+    rounding = torch.finfo(dtype).eps / 2 * want.abs() * 1.01
+    (got,) = products.gemm(x, (few, bias), isa=isa)
+    assert got.dtype == dtype
+    assert ((got.double() - want).abs() <= rounding + (1e-6 + weights) * terms).all()
+
+
+@pytest.mark.parametrize("row", FEW, ids=lambda row: row.name)
+def test_few_bits_and_numbers_that_are_none(isa, row):
+    """A row that has one is lost where it meets weights, and no other is."""
+    few = few_drawn(row, 40, 64)
+    for product, rows in ((products.gemv, 4), (products.gemm, 40)):
+        x = torch.randn(rows, 64)
+        clean = product(x, (few, None), isa=isa)[0]
+        x[1, 5], x[2, 40] = torch.nan, torch.inf
+        got = product(x, (few, None), isa=isa)[0]
+        assert not got[1].isfinite().any()
+        assert not got[2].isfinite().all()
+        others = [r for r in range(rows) if r not in (1, 2)]
+        assert torch.equal(got[others], clean[others])
+
+
+@needs_native
+@pytest.mark.parametrize("row", FEW, ids=lambda row: row.name)
+def test_products_of_few_bits_refuse_what_does_not_fit(row):
+    few, x = few_drawn(row, 16, 64), torch.randn(2, 64)
+    other = few_drawn(FEW[row.name == "q8"], 16, 64)
+    for given, *layers in (
+        (x[:, :32], (few, None)),
+        (x.double(), (few, None)),
+        (x, (few, torch.randn(17))),
+        (x, (few, torch.randn(16).bfloat16())),
+        (x, (few, None), (other, None)),
+        (x, (few, None), (torch.randn(16, 64), None)),
+        (x, (replace(few, codes=few.codes.transpose(0, 1)), None)),
+    ):
+        for product in (products.gemv, products.gemm):
+            with pytest.raises(ValueError, match=r"x|weight|bias"):
+                product(given, *layers)
 
 
 @needs_native

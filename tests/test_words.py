@@ -113,7 +113,7 @@ def test_a_long_prompt_is_no_path() -> None:
 
 # -- modes ----------------------------------------------------------------------------------------
 
-VALUES = {"--dtype": "fp32", "--device": "cpu", "--style": "llava-v1"}
+VALUES = {"--dtype": "fp32", "--device": "cpu", "--style": "llava-v1", "--weights": "q4"}
 
 
 def arguments_of(flag: str) -> list[str]:

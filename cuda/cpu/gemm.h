@@ -9,6 +9,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "q4.h"
 #include "vec.h"
 
 namespace avl {
@@ -28,6 +29,9 @@ template <class X>
 using Cells = Lane<X, X>;
 template <class X>
 constexpr int PAIR = Cells<X>::width / W;  // numbers in a cell
+// What weights in T become beside x in Y: q4's are numbers of Y.
+template <class T, class Y>
+using CellOf = typename Lane<std::conditional_t<std::is_same_v<T, Q4Block>, Y, T>, Y>::X;
 
 // W cells of a row of which n numbers are left; zero beyond those.
 template <class X, class T>
@@ -35,6 +39,11 @@ static inline vf cells_of(const T* row, int64_t n) {
   vf cells = {};
   if (n <= 0) return cells;
   if constexpr (std::is_same_v<X, float>) return load(row, n < W ? n : W);
+  if constexpr (std::is_same_v<T, int8_t> && !std::is_same_v<X, float>) {
+    T some[Cells<X>::width] = {};
+    __builtin_memcpy(some, row, n < Cells<X>::width ? n : Cells<X>::width);
+    return (vf)Lane<T, X>::weight(some).value;
+  }
   if (n >= Cells<X>::width)
     __builtin_memcpy(&cells, row, sizeof cells);
   else
@@ -58,7 +67,9 @@ static inline void transpose(vf* rows, std::integer_sequence<int, I...>) {
 
 // One stretch of W, `numbers` long, for `outs` outputs: tiles of [DEPTH][TILE] cells.
 template <class X, class T>
-static void pack_weights(const T* weight, int64_t in, int64_t numbers, int outs, vf* to) {
+static void pack_weights(const T* weight, int64_t in, int64_t k0, int64_t numbers, int outs,
+                         vf* to) {
+  weight += k0;
   for (int first = 0; first < outs; first += W)
     for (int64_t k = 0; k < numbers; k += Cells<X>::width) {
       vf cells[W];
@@ -67,6 +78,18 @@ static void pack_weights(const T* weight, int64_t in, int64_t numbers, int outs,
       transpose(cells, std::make_integer_sequence<int, W>());
       vf* tile = to + (first / TILE * DEPTH + k / PAIR<X>)*2 + first / W % 2;
       for (int i = 0; i < W; ++i) tile[2 * i] = cells[i];
+    }
+}
+
+// The same of q4: eight outputs' numbers lie side by side as they are unpacked.
+template <class X>
+static void pack_weights(const Q4Block* weight, int64_t in, int64_t k0, int64_t numbers, int outs,
+                         vf* to) {
+  for (int first = 0; first < outs; first += 8)
+    for (int64_t k = 0; k < numbers; k += 32) {
+      vf* tile = to + (first / TILE * DEPTH + k / PAIR<X>)*2;
+      q4_cells<X, TILE>(weight[first / 8 * (in / 32) + (k0 + k) / 32],
+                        reinterpret_cast<X*>(tile) + first % TILE * PAIR<X>);
     }
 }
 
@@ -109,6 +132,7 @@ static void finish(const GemvPart& part, int64_t out, int outs, int64_t row, int
     for (int o = 0; o < outs; o += W) {
       const int n = outs - o < W ? outs - o : W;
       vf sum = load(sums + r * PANEL + o);
+      if (part.scale) sum *= load(part.scale + out + o, n);
       if (bias) sum += load(bias + out + o, n);
       store(y + o, sum, n);
     }
@@ -124,15 +148,16 @@ struct GemmSpace {
 template <class T, class Y>
 static void gemm_task(const GemvArgs& a, const GemvPart& part, int64_t out, int64_t row, int rows,
                       GemmSpace& s) {
-  using X = typename Lane<T, Y>::X;
+  using X = CellOf<T, Y>;
   const int outs = part.out - out < PANEL ? part.out - out : PANEL;
-  const T* weight = static_cast<const T*>(part.weight) + out * a.in;
+  constexpr int run = std::is_same_v<T, Q4Block> ? 8 * 32 : 1;  // numbers of a T
+  const T* weight = static_cast<const T*>(part.weight) + out * a.in / run;
   const Y* x = static_cast<const Y*>(a.x) + row * a.x_row;
   constexpr int stretch = DEPTH * PAIR<X>;
   for (int64_t k = 0; k < a.in; k += stretch) {
     const int64_t numbers = a.in - k < stretch ? a.in - k : stretch;
     const int cells = (numbers + PAIR<X> - 1) / PAIR<X>;
-    pack_weights<X>(weight + k, a.in, numbers, outs, s.weights);
+    pack_weights<X>(weight, a.in, k, numbers, outs, s.weights);
     for (int r = 0; r < rows; r += ROWS) {
       pack_rows<X>(x + r * a.x_row + k, a.x_row, numbers, rows - r, s.rows);
       for (int o = 0; o < outs; o += TILE)
@@ -153,7 +178,7 @@ static inline int chunk_rows(const GemvArgs& a, int64_t panels) {
 }
 
 // All parts in one parallel run: who is done with one goes on with the next.
-template <class T, class Y = T>
+template <class T, class Y>
 static int gemm(const GemvArgs& a) {
   GemmSpace* spaces = reinterpret_cast<GemmSpace*>(a.scratch);
   int threads = 0;

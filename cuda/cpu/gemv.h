@@ -3,10 +3,12 @@
 // run, and meet a few rows of x in registers, while the rows after them are fetched into the
 // second-level cache: the processor's own fetching stops at the end of a page, and a row is few
 // pages long. With several rows of x the runs are a stretch of W: so much of x stays in the
-// first-level cache. With AVX512-BF16 two products fit one instruction.
+// first-level cache. With AVX512-BF16 two products fit one instruction. Weights in q8 are whole
+// numbers, whose scale waits for the end of their row.
 #pragma once
 
 #include "kernels.h"
+#include "q4.h"
 #include "vec.h"
 
 namespace avl {
@@ -105,9 +107,11 @@ static void gemv_finish(const GemvPart& part, const vf* sums, int64_t first, int
   Y* y = static_cast<Y*>(part.y) + row * part.out;
   float totals[outs * R];
   all_sums(sums, outs * R, totals);
-  for (int64_t o = 0, at = first; o < outs && at < part.out; ++o, ++at)
+  for (int64_t o = 0, at = first; o < outs && at < part.out; ++o, ++at) {
+    const float scale = part.scale ? part.scale[at] : 1, start = bias ? to_float(bias[at]) : 0;
     for (int r = 0; r < R; ++r)
-      y[r * part.out + at] = from_float<Y>(totals[o * R + r] + (bias ? to_float(bias[at]) : 0));
+      y[r * part.out + at] = from_float<Y>(scale * totals[o * R + r] + start);
+  }
 }
 
 // A block of outputs from `first` for all rows of x.
@@ -161,12 +165,20 @@ static int gemv_rows(const GemvArgs& a) {
 }
 
 // As few passes as there can be, and as even.
-template <class T, class Y = T, int R = MOST_ROWS>
-static int gemv(const GemvArgs& a) {
+template <class T, class Y, int R = MOST_ROWS>
+static int gemv_passes(const GemvArgs& a) {
   const int passes = (a.rows + MOST_ROWS - 1) / MOST_ROWS;
   if constexpr (R > 1)
-    if ((a.rows + passes - 1) / passes < R) return gemv<T, Y, R - 1>(a);
+    if ((a.rows + passes - 1) / passes < R) return gemv_passes<T, Y, R - 1>(a);
   return gemv_rows<T, Y, R>(a);
+}
+
+template <class T, class Y>
+static int gemv(const GemvArgs& a) {
+  if constexpr (std::is_same_v<T, Q4Block>)
+    return q4_gemv<Y>(a);
+  else
+    return gemv_passes<T, Y>(a);
 }
 
 // Read memory and do next to nothing else: the peak that efficiency is quoted against. Eight runs

@@ -26,6 +26,7 @@ namespace AVL_ISA {
     case DType::f32: AVL_FOR_SIZE(op, float) \
     case DType::f16: AVL_FOR_SIZE(op, fp16)  \
     case DType::bf16: AVL_FOR_SIZE(op, bf16) \
+    default: return unsupported;             \
   }                                          \
   return unsupported;
 
@@ -35,34 +36,38 @@ static int run_attention(const AttentionArgs& a) {
 static int run_qk(const AttentionArgs& a) {
   AVL_FOR_TYPE(qk)
 }
-static int run_pv(const AttentionArgs& a) {
-  AVL_FOR_TYPE(pv)
-}
+static int run_pv(const AttentionArgs& a){AVL_FOR_TYPE(pv)}
+// Calls op<T, Y>(a) for a T of weights and the Y of x that the arguments name.
+#define AVL_FOR_X(op, T)                     \
+  switch (a.x_dtype) {                       \
+    case DType::f32: return op<T, float>(a); \
+    case DType::f16: return op<T, fp16>(a);  \
+    case DType::bf16: return op<T, bf16>(a); \
+    default: return unsupported;             \
+  }
+#define AVL_FOR_WEIGHTS(op)                                                     \
+  const bool wide = a.x_dtype == DType::f32;                                    \
+  if (a.dtype < DType::q8 && !wide && a.x_dtype != a.dtype) return unsupported; \
+  switch (a.dtype) {                                                            \
+    case DType::f32: return op<float, float>(a);                                \
+    case DType::f16: return wide ? op<fp16, float>(a) : op<fp16, fp16>(a);      \
+    case DType::bf16: return wide ? op<bf16, float>(a) : op<bf16, bf16>(a);     \
+    case DType::q8: AVL_FOR_X(op, int8_t)                                       \
+    case DType::q4: AVL_FOR_X(op, Q4Block)                                      \
+  }                                                                             \
+  return unsupported;
 
 static int run_gemv(const GemvArgs& a) {
-  switch (a.dtype) {
-    case DType::f32: return gemv<float>(a);
-    case DType::f16: return a.wide ? gemv<fp16, float>(a) : gemv<fp16>(a);
-    case DType::bf16: return a.wide ? gemv<bf16, float>(a) : gemv<bf16>(a);
-  }
-  return unsupported;
+  AVL_FOR_WEIGHTS(gemv)
 }
-
-static int run_gemm(const GemvArgs& a) {
-  switch (a.dtype) {
-    case DType::f32: return gemm<float>(a);
-    case DType::f16: return a.wide ? gemm<fp16, float>(a) : gemm<fp16>(a);
-    case DType::bf16: return a.wide ? gemm<bf16, float>(a) : gemm<bf16>(a);
-  }
-  return unsupported;
-}
-
+static int run_gemm(const GemvArgs& a){AVL_FOR_WEIGHTS(gemm)}
 // Calls op<T>(a) for the T that the arguments name.
 #define AVL_BY_TYPE(op)                   \
   switch (a.dtype) {                      \
     case DType::f32: return op<float>(a); \
     case DType::f16: return op<fp16>(a);  \
     case DType::bf16: return op<bf16>(a); \
+    default: return unsupported;          \
   }                                       \
   return unsupported;
 

@@ -55,6 +55,13 @@ static inline vf load(const fp16* p) {
 #endif
 }
 
+static inline vf load(const int8_t* p) {
+  typedef int8_t vb __attribute__((vector_size(W)));
+  vb bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+}
+
 static inline void store(float* p, vf x) {
   __builtin_memcpy(p, &x, sizeof x);
 }
@@ -153,6 +160,17 @@ static inline void all_sums(const vf* x, int n, float* to) {
   for (; i < n; ++i) to[i] = sum(x[i]);
 }
 
+// A product that is rounded: no addition behind it is fused with it.
+static inline vf rounded_product(vf a, vf b) {
+  vf product = a * b;
+#if defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#elif defined(__x86_64__)
+  __asm__("" : "+v"(product));
+#endif
+  return product;
+}
+
 // Where either is NaN: b.
 static inline vf larger(vf a, vf b) {
   return a > b ? a : b;
@@ -233,6 +251,15 @@ struct Lane<bf16, bf16> {
   }
   static vf multiply_add(vf acc, Lane w, Lane x) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, w.value, x.value);
+  }
+};
+
+// Codes of q8 are whole in bf16.
+template <>
+struct Lane<int8_t, bf16> : Lane<bf16, bf16> {
+  using Base = Lane<bf16, bf16>;
+  static Base weight(const int8_t* p, int = 0) {
+    return {_mm512_cvtne2ps_pbh((__m512)load(p + W), (__m512)load(p))};
   }
 };
 #endif

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ..errors import OptionError
-from ..options import DTYPES
+from ..options import DTYPES, WEIGHTS
 from ..pictures.image import MAX_PIXELS
 from ..policies.specs import DEFAULT_CACHE, POLICIES
 from ..prompts.templates import STYLES
@@ -216,6 +216,12 @@ def build_parser() -> Parser:
     )
     add("--revision", type=_name, metavar="SHA", help="branch, tag or commit of a hub model")
     add("--offline", action="store_true", help="never download")
+    add(
+        "--weights",
+        default="auto",
+        choices=WEIGHTS,
+        help="round the decoder's weights to 8 or 4 bits, +head: the language head too",
+    )
     add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
     add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
     add("--threads", type=_whole, metavar="N", help="threads (default: one for each core)")

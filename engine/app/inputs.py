@@ -161,6 +161,7 @@ def load_engine(flags: argparse.Namespace, noise: Noise) -> Engine:
         selection="sync" if flags.sync_selection else "branch",
         graphs=flags.graphs,
         threads=flags.threads,
+        weights=flags.weights,
     )
     noise.loaded(engine)
     return engine

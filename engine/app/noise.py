@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..options import WEIGHTS
+
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..pictures.image import LoadedImage
@@ -20,6 +22,7 @@ class Noise:
     def __init__(self, options: argparse.Namespace, pictures: Iterable[LoadedImage]) -> None:
         self.options = options
         self.wanted = not options.quiet and (sys.stderr.isatty() or options.verbose)
+        self.weights: dict[str, int] = {}  # bytes by format
         for picture in pictures:
             for note in picture.notes:
                 self.note(note)
@@ -38,13 +41,16 @@ class Noise:
             for flag, default in {"top_k": 0, "top_p": 1, "seed": 0}.items():
                 if getattr(self.options, flag) != default:
                     self.note(f"--{flag.replace('_', '-')} changes nothing without --temperature")
+        self.weights = engine.weights
         if not self.wanted:
             return
         from ..ops.native import backend
 
         dtype = str(engine.dtype).removeprefix("torch.")
+        few = [name for name in self.weights if name in WEIGHTS]
+        kinds = " and ".join([*few, dtype])
         print(
-            f"{engine.name} loaded in {engine.load_seconds:.1f} s: {dtype} on {engine.device}, "
+            f"{engine.name} loaded in {engine.load_seconds:.1f} s: {kinds} on {engine.device}, "
             f"{backend().name} kernels, cache {engine.policy.spec}",
             file=sys.stderr,
         )
@@ -93,12 +99,14 @@ class Noise:
 
         self.summary(result)
         times, cache = result.timings, result.cache
+        weights = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.weights.items())
         print(
             f"{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated, "
             f"ended by {result.finish_reason} | load {times.load:.2f} s, "
             f"picture {times.picture * 1e3:.0f} ms, prefill {times.prefill * 1e3:.0f} ms, "
             f"{times.per_token * 1e3:.1f} ms per token | stored {cache.stored_share:.1%}, "
             f"used {cache.used_share:.1%}, text {cache.text.mean:.0f} kept, "
-            f"{cache.bytes_allocated / 1e6:.2f} MB allocated | CPU kernels: {cpu_isa() or 'none'}",
+            f"{cache.bytes_allocated / 1e6:.2f} MB allocated | weights {weights} | "
+            f"CPU kernels: {cpu_isa() or 'none'}",
             file=sys.stderr,
         )

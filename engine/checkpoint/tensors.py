@@ -7,6 +7,7 @@ where it will live, so that beside the model itself never more than one tensor i
 import mmap
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -144,6 +145,15 @@ def anywhere(name: str, dtype: torch.dtype) -> None:
     """Every parameter has memory of its own."""
 
 
+# Takes a parameter by its name and a way to read it as it is stored; whether it did.
+Taker = Callable[[str, Callable[[], torch.Tensor]], bool]
+
+
+def nobody(name: str, read: Callable[[], torch.Tensor]) -> bool:
+    """Every parameter is filled as it is."""
+    return False
+
+
 def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -153,6 +163,7 @@ def load_weights(
     tied: Mapping[str, str] | None = None,
     mapped: bool = False,
     placement: Placement = anywhere,
+    taker: Taker = nobody,
 ) -> list[str]:
     """Fill the parameters of a module built on the meta device, one tensor at a time.
 
@@ -170,6 +181,7 @@ def load_weights(
         mapped: leave large tensors in the file's map where a CPU can use them as they lie.
         placement: name in ``module`` and dtype -> where on ``device`` to read it into, of the
             parameter's shape; None: memory of its own.
+        taker: is offered every parameter first; what it takes is left to it.
 
     Returns:
         The names on disk that ``rename`` said are unused.
@@ -180,10 +192,14 @@ def load_weights(
     fit = fit_weights(module, checkpoint, rename, tied)
     # In the order of the file: sequential reading is what a disk does best.
     for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
+        if taker(name, partial(checkpoint.read_at, info, "cpu", None, mapped=True)):
+            continue
         own = _dtype(module, name, dtype)
         tensor = checkpoint.read_at(info, device, own, mapped, placement(name, own))
         _assign(module, name, tensor)
     for name, other in fit.shared.items():
+        if taker(name, partial(module.get_parameter, other)):
+            continue
         owner, leaf = _owner(module, name)
         owner._parameters[leaf] = module.get_parameter(other)
     return fit.ignored

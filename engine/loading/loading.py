@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint.hub import resolve
 from ..checkpoint.names import target_names
-from ..checkpoint.tensors import Checkpoint, load_weights
+from ..checkpoint.tensors import Checkpoint, anywhere, load_weights
 from ..errors import OptionError
 from ..ops.formats import FORMATS
 from ..options import DTYPES
@@ -21,6 +21,7 @@ from .capacity import memory_for
 from .device import pick_device
 from .families import Family, recognise
 from .preparing import prepare, side_by_side
+from .quantising import bytes_of, check_weights, taker
 
 # With fewer bytes of weights all but CUDA runs in fp32: exact, and small models are fast anyway.
 FP32_LIMIT = 2_000_000_000
@@ -44,18 +45,20 @@ def load(
     revision: str | None,
     offline: bool,
     vision_tower: str | PathLike[str] | None = None,
+    weights: str = "auto",
 ) -> Loaded:
     """Load a model; see ``Engine.load``."""
     began = perf_counter()
     target = pick_device(device)
     wanted = pick_dtype(dtype)
+    check_weights(weights)
     if target.type == "mps" and wanted is torch.bfloat16:
         raise OptionError("bfloat16 is not offered on mps", hint="use fp16 or fp32")
     folder = resolve(None if name is None else Path(name), revision, offline)
     tower = None if vision_tower is None else str(vision_tower)
     family = recognise(folder, style, tower, offline)
     tokenizer = Tokenizer.from_folder(folder, family.new_tokens)
-    _fill(family, folder, target, wanted)
+    _fill(family, folder, target, wanted, weights)
     return Loaded(folder, _with_ends(family, tokenizer), tokenizer, perf_counter() - began)
 
 
@@ -75,24 +78,26 @@ def pick_dtype(name: str) -> torch.dtype | None:
     return FORMATS[name].dtype if name in FORMATS else getattr(torch, name, None)
 
 
-def _fill(family: Family, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+def _fill(
+    family: Family, folder: Path, device: torch.device, dtype: torch.dtype | None, weights: str
+) -> None:
     """Read the weights tensor by tensor into the model that was built on the meta device."""
     model = family.model
     with Checkpoint.open(folder) as checkpoint:
         dtype = dtype or _auto_dtype(checkpoint, device)
-        with memory_for("loading the weights", _bytes_of(model, dtype), device):
-            _load_all(family, checkpoint, device, dtype)
+        wanted = bytes_of(model, dtype.itemsize, weights)
+        with memory_for("loading the weights", wanted, device):
+            _load_all(family, checkpoint, device, dtype, weights)
     prepare(model.decoder, device)
     model.eval()
 
 
-def _bytes_of(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    """What the weights take, without having any memory yet."""
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-
-
 def _load_all(
-    family: Family, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    family: Family,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: str,
 ) -> None:
     """Fill the model, its vision tower from a checkpoint of its own where it has one."""
     model, rename = family.model, family.rename
@@ -103,8 +108,18 @@ def _load_all(
         with Checkpoint.open(tower) as tower_checkpoint:
             load_weights(model.vision, tower_checkpoint, names, device, dtype, mapped=True)
     shared = tied if model.decoder.config.tied_head else {}
-    placement = side_by_side(model, device)
-    load_weights(model, checkpoint, rename, device, dtype, shared, mapped=True, placement=placement)
+    placement = side_by_side(model, device) if weights == "auto" else anywhere
+    load_weights(
+        model,
+        checkpoint,
+        rename,
+        device,
+        dtype,
+        shared,
+        mapped=True,
+        placement=placement,
+        taker=taker(model, weights, device),
+    )
 
 
 def _auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -12,15 +12,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.products import GEMV_ROWS, Weights, few_rows, gemv, in_16_bits, many_rows
+from ..ops.few_bits import FewBits
+from ..ops.products import GEMV_ROWS, Weight, Weights, few_rows, gemv, in_16_bits, many_rows
 
 
 class Linear(nn.Linear):
-    """A linear layer: its parameters, and the ``matrix`` that multiplies."""
+    """A linear layer: its parameters, and the ``matrix`` that multiplies.
+
+    ``few_bits`` is its weight once that is quantised, and ``weight`` None then.
+    """
 
     def __init__(self, size_in: int, size_out: int, bias: bool = True) -> None:
         super().__init__(size_in, size_out, bias=bias)
         self.matrix = Matrix(self)
+        self.few_bits: FewBits | None = None
+
+    def quantised(self, weight: FewBits) -> None:
+        """Take a weight in few bits in place of the parameter."""
+        self.few_bits = weight
+        self.register_parameter("weight", None)
+
+    @property
+    def numbers(self) -> Weight:
+        """The weight, in whatever format."""
+        return self.weight if self.few_bits is None else self.few_bits
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
@@ -45,7 +60,8 @@ class Matrix:
     def product(self, x: Tensor) -> Sequence[Tensor]:
         """``x [..., in]`` by every layer's weight, plus its bias: each ``[..., out]``."""
         weights = self._weights(few=True)
-        if few_rows(x, weights[0][0]):
+        alike = len({type(weight) for weight, _ in weights}) == 1
+        if alike and few_rows(x, weights[0][0]):
             flat = gemv(x.reshape(-1, x.shape[-1]), *weights)
             results = [y.view(*x.shape[:-1], y.shape[1]) for y in flat]
         else:
@@ -58,10 +74,11 @@ class Matrix:
 
     def _weights(self, few: bool) -> list[Weights]:
         """What few rows or many are multiplied by: all layers as one, or each as it lies."""
+        whole: list[Weights]
         if self._joined:
             whole = [(self._joined["weight"], self._joined.get("bias"))]
         else:
-            whole = [(layer.weight, layer.bias) for layer in self.layers]
+            whole = [(layer.numbers, layer.bias) for layer in self.layers]
         return [(self._short, whole[0][1])] if few and self._short is not None else whole
 
     def place(
@@ -80,8 +97,8 @@ class Matrix:
         return self._joined[leaf].split(self._sizes)[self.layers.index(layer)]
 
     def join(self) -> None:
-        """Move the weights of several layers side by side, unless they lie so."""
-        if self._joined:
+        """Move the weights of several layers side by side, unless they lie so or are quantised."""
+        if self._joined or self.in_few_bits:
             return
         for layer in self.layers:
             for leaf, own in layer.named_parameters():
@@ -91,8 +108,14 @@ class Matrix:
 
     def shorten(self) -> None:
         """Keep weights that are one tensor in 16 bits too where few rows gain by it."""
-        ((weight, _),) = self._weights(few=False)
-        self._short = in_16_bits(weight.data)
+        (weight, _), *others = self._weights(few=False)
+        if isinstance(weight, Tensor) and not others:
+            self._short = in_16_bits(weight.data)
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether any of its weights is quantised."""
+        return any(layer.few_bits is not None for layer in self.layers)
 
 
 def matrices(module: nn.Module) -> list[Matrix]:

@@ -7,10 +7,34 @@ affair of theirs: weights and caches share the formats and not the layout.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Few(NamedTuple):
+    """Numbers in few bits, along the last dimension: scale * (code - zero).
+
+    Attributes:
+        codes: q8: int8 ``[..., n]``; q4: uint8 ``[..., n / 2]``, of each run of 32 the first 16 in
+            the lower halves of 16 bytes and the others in the upper ones.
+        scale: q8: float32 ``[...]``, of the whole last dimension; q4: float16 ``[..., n / 32]``.
+        zero: q4: the code that stands for 0, which need not be whole, as ``scale``; q8: None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        return sum(part.nbytes for part in self if part is not None)
+
+
+Packed = Tensor | Few
 
 
 @dataclass(frozen=True)
@@ -26,15 +50,16 @@ class Format:
     run: int
     bytes: int
 
-    def pack(self, numbers: Tensor) -> Tensor:
+    def pack(self, numbers: Tensor) -> Packed:
         """Write numbers, rounded to the nearest."""
         return numbers.to(self.dtype)
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def unpack(self, packed: Packed) -> Tensor:
         """Read them, in float32."""
+        assert isinstance(packed, Tensor)
         return packed.float()
 
-    def dot(self, packed: Tensor, x: Tensor, start: Tensor | None = None) -> Tensor:
+    def dot(self, packed: Packed, x: Tensor, start: Tensor | None = None) -> Tensor:
         """Each row of x ``[rows, n]`` times each of ``packed [out, n]``: float32 ``[rows, out]``.
 
         Sums are in float32 and begin at ``start [out]``.
@@ -42,10 +67,84 @@ class Format:
         return F.linear(x.float(), self.unpack(packed), None if start is None else start.float())
 
 
+class Q8(Format):
+    """Whole numbers from -127 to 127 and a scale, the largest number's size / 127.
+
+    A row of a matrix has one scale (in 4 bytes beside the codes): that loses next to nothing
+    (quantised Llamas' perplexity is within 0.2 %), and what is summed needs no scale before its
+    end.
+    """
+
+    def pack(self, numbers: Tensor) -> Few:
+        """See ``Format.pack``.
+
+        >>> Q8_ROW.pack(torch.tensor([1.0, -2.0])).codes.tolist()
+        [64, -127]
+        """
+        wide = numbers.float()
+        scale = wide.abs().amax(-1) / 127
+        codes = (wide / scale.clamp(min=_TINY)[..., None]).round().clamp(-127, 127)
+        return Few(codes.to(torch.int8), scale)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """See ``Format.unpack``."""
+        assert isinstance(packed, Few)
+        return packed.codes.float() * packed.scale[..., None]
+
+
+class Q4(Format):
+    """Codes from 0 to 15; of every 32 numbers the least becomes 0 and the largest 15.
+
+    Numbers that are alike beside their size get steps of a 2,048th of it, so that ``zero`` keeps
+    its meaning in 16 bits.
+    """
+
+    def pack(self, numbers: Tensor) -> Few:
+        """See ``Format.pack``.
+
+        >>> few = Q4_RUN.pack(torch.arange(32.0) / 31)
+        >>> few.codes[0, :3].tolist(), few.scale.item(), few.zero.item()
+        ([128, 128, 145], 0.06665..., 0.0)
+        """
+        runs = numbers.float().unflatten(-1, (-1, self.run))
+        low, high = runs.aminmax(dim=-1)
+        least = torch.maximum(low.abs(), high.abs()) / 2048
+        scale = torch.maximum((high - low) / 15, least).half()
+        wide = scale.float().clamp(min=_TINY)
+        zero = (-low / wide).half()
+        codes = (runs / wide[..., None] + zero.float()[..., None]).round().clamp(0, 15)
+        return few_of_codes(codes.to(torch.uint8).flatten(-2), scale, zero)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """See ``Format.unpack``."""
+        assert isinstance(packed, Few)
+        assert packed.zero is not None
+        runs = codes_of(packed).float().unflatten(-1, (-1, self.run))
+        scale, zero = packed.scale.float()[..., None], packed.zero.float()[..., None]
+        return (scale * (runs - zero)).flatten(-2)
+
+
+def few_of_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Few:
+    """q4 of codes ``[..., n]`` uint8 from 0 to 15, one in a byte."""
+    runs = codes.unflatten(-1, (-1, 2, 16))
+    return Few((runs[..., 0, :] | runs[..., 1, :] << 4).flatten(-2), scale, zero)
+
+
+def codes_of(few: Few) -> Tensor:
+    """The codes of q4 one in a byte: uint8 ``[..., n]``."""
+    both = few.codes.unflatten(-1, (-1, 16))
+    return torch.stack([both & 15, both >> 4], -2).flatten(-3)
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
 FP32 = Format("fp32", torch.float32, run=1, bytes=4)
 FP16 = Format("fp16", torch.float16, run=1, bytes=2)
 BF16 = Format("bf16", torch.bfloat16, run=1, bytes=2)
-FORMATS = {row.name: row for row in (FP32, FP16, BF16)}
+Q8_ROW = Q8("q8", torch.int8, run=1, bytes=1)
+Q4_RUN = Q4("q4", torch.uint8, run=32, bytes=20)
+FORMATS = {row.name: row for row in (FP32, FP16, BF16, Q8_ROW, Q4_RUN)}
+PLAIN = (FP32, FP16, BF16)  # a number is a number of torch's
 
 
 def format_of(dtype: torch.dtype) -> Format:
@@ -53,4 +152,4 @@ def format_of(dtype: torch.dtype) -> Format:
     return _BY_DTYPE[dtype]
 
 
-_BY_DTYPE = {row.dtype: row for row in FORMATS.values()}
+_BY_DTYPE = {row.dtype: row for row in PLAIN}

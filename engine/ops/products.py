@@ -13,33 +13,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import BF16, FP16, FP32, format_of
-from .native import address, codes, cpu_isa, describe, load
+from .few_bits import FewBits, rounded
+from .formats import BF16, FP16, FP32
+from .native import address, codes, cpu_isa, describe, load, loaded
 from .tape import alive
 
 GEMV_ROWS = 32  # rows that the native product takes
 _UNEVEN_ROWS = 256  # from here on up to three rows more cost nothing
 _BLOCK = 1 << 22  # weights converted to float32 at once: 16 MB
 _SHORT = (BF16.dtype, FP16.dtype)
+_SHORT_OR_WIDE = (*_SHORT, FP32.dtype)
 
 # The weight [out, in] and bias [out] of a linear layer.
-Weights = tuple[Tensor, Tensor | None]
+Weight = Tensor | FewBits
+Weights = tuple[Weight, Tensor | None]
 
 
-def few_rows(x: Tensor, weight: Tensor) -> bool:
+def few_rows(x: Tensor, weight: Weight) -> bool:
     """Whether ``gemv`` shall multiply x ``[..., in]`` by this weight: it is faster there.
 
-    That is: on a CPU, with weights in 16 bits, for at most 32 rows.
+    That is: on a CPU, with weights in 16 bits or fewer, for at most 32 rows.
     """
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if isinstance(weight, FewBits):
+        return x.device.type == "cpu" and 1 <= rows <= GEMV_ROWS and loaded()
     if weight.dtype not in _SHORT or weight.device.type != "cpu" or not 1 <= rows <= GEMV_ROWS:
         return False
     return not _training(x, weight) and _native_pays()
 
 
-def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def many_rows(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``, x ``[..., in]``, weight ``[out, in]``; who is fastest multiplies."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if isinstance(weight, FewBits):
+        flat = x.reshape(rows, -1)
+        on_cpu = x.device.type == "cpu" and rows > 0 and loaded()
+        y = gemm(flat, (weight, bias))[0] if on_cpu else by_blocks(flat, weight, bias)
+        return y.view(*x.shape[:-1], -1)
     if x.device.type != "cpu" or _training(x, weight) or rows <= GEMV_ROWS:
         return F.linear(x, weight, bias)
     flat = x.reshape(rows, -1)
@@ -48,7 +58,7 @@ def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     elif _native_pays():
         (y,) = gemm(flat, (weight.contiguous(), bias))
     else:
-        y = _by_blocks(flat, weight, bias)
+        y = by_blocks(flat, weight, bias)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -64,18 +74,32 @@ def _uneven(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(F.pad(x, (0, 0, 0, -rows % 4)), weight, bias)[:rows]
 
 
-def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def by_blocks(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """What ``gemm`` does, in torch: sums in float32, a block of outputs at a time; rounded once.
 
     The blocks bound the memory of converted weights: no second copy of a model ever exists.
     """
-    wide, out = x.float(), x.new_empty(len(x), len(weight))
-    dot = format_of(weight.dtype).dot
-    block = max(1, _BLOCK // max(1, x.shape[1]))
-    for start in range(0, len(weight), block):
-        outputs = slice(start, start + block)
-        out[:, outputs] = dot(weight[outputs], wide, None if bias is None else bias[outputs])
+    wide, count = x.float(), len(weight)
+    out = x.new_empty(len(x), count)
+    block = max(8, _BLOCK // max(1, x.shape[1]) // 8 * 8)
+    for start in range(0, count, block):
+        stop = min(count, start + block)
+        begin = None if bias is None else bias[start:stop].float()
+        out[:, start:stop] = F.linear(wide, _rows_of(weight, start, stop), begin)
     return out
+
+
+def by_blocks_of_few(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """What ``gemv`` does, in torch: as ``by_blocks``, but q4 rounds x to 8 bits in runs of 32."""
+    few = isinstance(weight, FewBits) and weight.format == "q4"
+    return by_blocks(rounded(x), weight, bias).to(x.dtype) if few else by_blocks(x, weight, bias)
+
+
+def _rows_of(weight: Weight, start: int, stop: int) -> Tensor:
+    """Some rows of a weight in float32."""
+    if isinstance(weight, FewBits):
+        return weight.rows(start, stop).numbers()
+    return weight[start:stop].float()
 
 
 def faster_in_float32(x: Tensor) -> bool:
@@ -118,8 +142,8 @@ def in_16_bits(weight: Tensor) -> Tensor | None:
     """
     if weight.dtype is not FP32.dtype or weight.device.type != "cpu" or not _native_pays():
         return None
-    short = BF16.pack(weight)
-    return short if torch.equal(BF16.unpack(short), weight) else None
+    short = weight.to(BF16.dtype)
+    return short if torch.equal(short.float(), weight) else None
 
 
 @functools.cache
@@ -136,8 +160,9 @@ def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
 
     x ``[rows, in]`` (rows may be strided), every layer's weight ``[out, in]`` contiguous and bias
     ``[out]`` or None; one dtype of float32, float16, bfloat16, or x and bias in float32 whatever
-    the weights are. Reads the weights once, at the speed of memory. Raises ValueError for other
-    arguments.
+    the weights are, or any of the three beside weights in few bits; q4 rounds x, see
+    ``by_blocks_of_few``. Reads the weights once, at the speed of memory. Raises ValueError for
+    other arguments.
     """
     if not 1 <= len(x) <= GEMV_ROWS:
         raise ValueError(f"x must have 1 to {GEMV_ROWS} rows, got {describe(x)}")
@@ -159,29 +184,39 @@ def _native(name: str, x: Tensor, layers: Sequence[Weights], isa: str) -> list[T
         raise RuntimeError(problem)
     if x.ndim != 2 or not len(x) or x.device.type != "cpu":
         raise ValueError(f"x must be [rows, in] on the CPU, got {describe(x)}")
-    dtype, rows = layers[0][0].dtype, len(x)
+    dtype, rows = _numbers(layers[0][0]).dtype, len(x)
     for weight, bias in layers:
         _check_layer(x, dtype, weight, bias)
     if x.stride(1) != 1:
         x = x.contiguous()
     out = [alive(x.new_empty(rows, len(weight))) for weight, _ in layers]
     calls = [
-        (len(weight), weight.data_ptr(), address(bias), y.data_ptr())
+        (y.shape[1], _numbers(weight).data_ptr(), address(bias), y.data_ptr(), _scale(weight))
         for (weight, bias), y in zip(layers, out, strict=True)
     ]
-    sizes = (codes()[dtype], x.dtype is torch.float32, rows, x.shape[1], x.data_ptr(), x.stride(0))
+    sizes = (codes()[dtype], codes()[x.dtype], rows, x.shape[1], x.data_ptr(), x.stride(0))
     getattr(module, name)(*sizes, calls, torch.get_num_threads(), isa)
     return out
 
 
-def _check_layer(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> None:
+def _numbers(weight: Weight) -> Tensor:
+    return weight.codes if isinstance(weight, FewBits) else weight
+
+
+def _scale(weight: Weight) -> int:
+    return address(weight.scale) if isinstance(weight, FewBits) else 0
+
+
+def _check_layer(x: Tensor, dtype: torch.dtype, weight: Weight, bias: Tensor | None) -> None:
     """Raise ValueError unless ``gemv`` can multiply x with this weight of this dtype."""
-    known = dtype in codes() and (x.dtype in (torch.float32, dtype))
-    if not known or weight.dtype != dtype or weight.device.type != "cpu":
-        raise ValueError(f"x is {describe(x)} but weight is {describe(weight)}")
-    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"x is {describe(x)}, which does not fit weight {describe(weight)}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(f"bias is {describe(bias)} but weight is {describe(weight)}")
-    if not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+    numbers, few = _numbers(weight), isinstance(weight, FewBits)
+    known = dtype in codes() and x.dtype in (_SHORT_OR_WIDE if few else (torch.float32, dtype))
+    if not known or numbers.dtype != dtype or numbers.device.type != "cpu":
+        raise ValueError(f"x is {describe(x)} but weight is {describe(numbers)}")
+    shape = (weight.out, weight.size_in) if isinstance(weight, FewBits) else tuple(weight.shape)
+    if len(shape) != 2 or shape[1] != x.shape[1]:
+        raise ValueError(f"x is {describe(x)}, which does not fit weight {describe(numbers)}")
+    if bias is not None and (tuple(bias.shape) != shape[:1] or bias.dtype != x.dtype):
+        raise ValueError(f"bias is {describe(bias)} but weight is {describe(numbers)}")
+    if not numbers.is_contiguous() or (bias is not None and not bias.is_contiguous()):
         raise ValueError("weight and bias must be contiguous")

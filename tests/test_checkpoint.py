@@ -69,10 +69,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "one offset": (pack({"a": entry(0, 8) | {"data_offsets": [0]}}, bytes(8)), "data_offsets that"),
     "no dtype": (pack({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)), "no proper dtype"),
     "tensor is a number": (pack({"a": 1}), "'a' has no proper dtype"),
-    "made-up dtype": (pack({"a": entry(0, 8, "Q4")}, bytes(8)), "'a' has dtype 'Q4': quantised"),
+    "made-up dtype": (pack({"a": entry(0, 8, "Q4")}, bytes(8)), "'a' has dtype 'Q4', which is"),
     "float8": (
         pack({"w": entry(0, 8, "F8_E4M3", [8])}, bytes(8)),
-        "tensor 'w' has dtype 'F8_E4M3': quantised checkpoints are not supported",
+        "tensor 'w' has dtype 'F8_E4M3', which is not read",
     ),
     "bad metadata": (pack({"__metadata__": {"a": 1}, "b": entry(0, 8)}, bytes(8)), "invalid"),
 }

@@ -19,6 +19,7 @@ from engine.models.matrix import Linear
 from engine.ops import native
 from engine.ops.formats import FORMATS
 from engine.options import WEIGHTS
+from engine.running.batch import job_of
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, write_llava
 
@@ -86,7 +87,7 @@ def test_answers_are_those_of_the_rounded_numbers(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_4_bits_stay_near_the_rounded_numbers(dtype: str, load: Callable[..., Engine]) -> None:
-    """Decoding rounds inputs to 8 bits as well: the first token has none of it, later ones a bit."""
+    """Decoding rounds inputs to 8 bits as well: the first token has none of it."""
     few = load("q4", dtype=dtype).generate("What is it?", [picture()], max_new_tokens=1)
     again = load("q4", dtype=dtype).generate("What is it?", [picture()], max_new_tokens=1)
     assert few.token_ids == again.token_ids
@@ -101,14 +102,13 @@ def test_4_bits_stay_near_the_rounded_numbers(dtype: str, load: Callable[..., En
 @needs_native
 @pytest.mark.parametrize("wanted", FEW)
 def test_steps_are_recorded(wanted: str, load: Callable[..., Engine]) -> None:
-    engine = load(wanted)
+    engine = load(wanted, dtype="bfloat16")
     scheduler = engine.scheduler()
-    from engine.running.batch import job_of
-
     scheduler.submit(job_of(engine, {"prompt": "What?", "max_new_tokens": 9, "ignore_eos": True}))
     for _ in range(6):
         scheduler.step()
     taped = scheduler._stepper._taped
+    assert taped is not None
     assert taped.eager_because is None
     assert any(taped._tapes.values())
 
@@ -123,23 +123,21 @@ def test_bytes_are_known_before_and_after(
     assert set(held) == {"fp32", wanted.partition("+")[0]}
     rows = sum(layer.out_features for layer in linears(engine).values())
     assert abs(sum(held.values()) - expected) <= 4 * rows * (wanted[:2] == "q8")
-    assert load("auto").fingerprint() != engine.fingerprint() != load("q8").fingerprint() or (
-        wanted[:2] == "q8"
-    )
 
 
-def test_unknown_weights_are_refused_by_name(
-    checkpoint: Callable[..., Path], ask: Ask
-) -> None:
+def test_answers_of_other_weights_are_not_taken_up(load: Callable[..., Engine]) -> None:
+    """What is resumed was answered by the same numbers."""
+    assert len({load(wanted).fingerprint() for wanted in WEIGHTS}) == len(WEIGHTS)
+
+
+def test_unknown_weights_are_refused_by_name(checkpoint: Callable[..., Path], ask: Ask) -> None:
     with pytest.raises(OptionError, match="unknown weights 'q5'") as caught:
         Engine.load(checkpoint(SHAPE), weights="q5")
     assert "q8, q4" in caught.value.hint
     refused(ask("-p", "x", "--weights", "q5"), 2, "invalid choice: 'q5'")
 
 
-def test_stats_name_formats_and_bytes(
-    checkpoint: Callable[..., Path], ask: Ask
-) -> None:
+def test_stats_name_formats_and_bytes(checkpoint: Callable[..., Path], ask: Ask) -> None:
     asked = ask(
         *("--model", str(checkpoint(SHAPE)), "--device", "cpu", "-p", "What?", "-n", "2"),
         *("--weights", "q4", "--stats"),
@@ -167,7 +165,7 @@ print(status("VmHWM") - base, sum(engine.weights.values()))
 def test_the_model_never_exists_in_16_bits(
     wanted: str, tmp_path: Path, checkpoint: Callable[..., Path]
 ) -> None:
-    """134 MB of layers in 16 bits, whose largest tensor has 8."""
+    """134 MB of layers in 16 bits, whose largest tensor has 8; 30 MB are left to the loader."""
     shape = Shape(hidden=1024, mlp=4096, heads=8, kv_heads=8, layers=4)
     folder = write_llava(tmp_path / "large", shape, dtype=torch.bfloat16)
     command = [sys.executable, "-c", PEAK, str(checkpoint(SHAPE)), str(folder), wanted]

@@ -25,6 +25,7 @@ from engine.options import DTYPES
 
 ALL = list(FORMATS.values())
 FLOATS = [FP32, FP16, BF16]  # the others are rounded by a rule of their own
+FLOATS = [FP32, FP16, BF16]  # the others are rounded by a rule of their own
 module = native.load()[0]
 needs_native = pytest.mark.skipif(module is None, reason="needs the native module")
 

@@ -192,7 +192,7 @@ class Examination:
 
     def _headers(self) -> str:
         self._checkpoint = Checkpoint.open(self.folder)
-        tensors = self._checkpoint.tensors
+        tensors = self._checkpoint.on_disk
         files = {info.file for info in tensors.values()}
         megabytes = self._checkpoint.total_bytes / 1e6
         return f"{len(files)} files, {len(tensors)} tensors, {megabytes:,.1f} MB"
@@ -207,7 +207,7 @@ class Examination:
         assert self._checkpoint, "there are headers"
         checkpoint, wrong = self._checkpoint, []
         with self._bar("values", checkpoint.total_bytes) as bar:
-            for info in checkpoint.tensors.values():
+            for info in checkpoint.on_disk.values():
                 if count := _not_finite(info, bar.update):
                     wrong.append(f"{info.name} ({count:,})")
         if wrong:
@@ -216,7 +216,7 @@ class Examination:
                 f"NaN or infinity in {', '.join(wrong[:5])}{more}",
                 hint="download the weights again",
             )
-        return f"{len(checkpoint.tensors)} tensors, all numbers finite"
+        return f"{len(checkpoint.on_disk)} tensors, all numbers finite"
 
     def _bar(self, what: str, total: int) -> tqdm[object]:
         hidden = True if self.quiet else None  # None: shown on a terminal only

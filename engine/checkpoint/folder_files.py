@@ -20,6 +20,7 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors; JSON files are held to it as well
 DOWNLOAD_AGAIN = "download the file again"
+UNQUANTISED = "use the bf16, fp16 or fp32 version of this model; weights q8 or q4 round it"
 
 # What else is found under a weight file's name: its first bytes, what it is, what to do.
 _FOREIGN = (

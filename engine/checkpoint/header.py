@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from .adapters import UNQUANTISED
 from .folder_files import (
     DOWNLOAD_AGAIN,
     MAX_HEADER_BYTES,
+    UNQUANTISED,
     open_file,
     parse_object,
     refuse_foreign,
@@ -122,7 +122,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
-            f"{where} has dtype {show(str(code))}: quantised checkpoints are not supported",
+            f"{where} has dtype {show(str(code))}, which is not read",
             hint=UNQUANTISED,
         )
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:

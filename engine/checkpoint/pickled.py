@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .adapters import UNQUANTISED
 from .folder_files import (
     BIN_INDEX,
     BIN_SINGLE,
     DOWNLOAD_AGAIN,
+    UNQUANTISED,
     first_five,
     open_file,
     read_json,

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from .adapters import is_quantised, quantised
 from .folder import read_folder
 from .folder_files import first_five, open_file, read_json, show
 from .header import TensorInfo
+from .layouts import Stored
 from .names import Rename, target_names
+from .packed import PackedInfo, grouped, settings_of
 
 __all__ = ["Checkpoint", "Fit", "TensorInfo", "fit_weights", "load_weights", "read_json"]
 
@@ -31,18 +32,35 @@ MAPPED_FROM = 1 << 16
 class Checkpoint:
     """The tensors of one folder, by the names they have on disk.
 
+    Attributes:
+        tensors: what a model is made of; a weight in few bits is one ``PackedInfo``.
+        on_disk: the tensors of the files, those of such a weight one by one.
+        settings: what config.json says about weights in few bits.
+
     >>> with Checkpoint.open(Path("weights/tiny")) as checkpoint:      # doctest: +SKIP
     ...     weight = checkpoint.read("lm_head.weight", "cpu", torch.float32)
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.folder = folder
-        self.tensors = tensors
+        self.on_disk = tensors
         self.total_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._files: dict[Path, tuple[BinaryIO, int]] = {}
         for path in sorted({tensor.file for tensor in tensors.values()}):
             file = open_file(path)
             self._files[path] = file, os.fstat(file.fileno()).st_size
+        config = folder / "config.json"
+        try:
+            self.settings = settings_of(folder, read_json(config) if config.exists() else {})
+            self.tensors = grouped(tensors, self._lazily)
+        except CheckpointError:
+            self.close()
+            raise
+
+    @property
+    def packed(self) -> bool:
+        """Whether any weight is in few bits."""
+        return any(isinstance(info, PackedInfo) for info in self.tensors.values())
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -86,6 +104,15 @@ class Checkpoint:
         del source  # nothing may point into the map when it is closed
         view.close()
         return target
+
+    def stored(self, info: TensorInfo) -> Stored:
+        """What ``info`` describes as it is stored, large tensors as maps of the file."""
+        if isinstance(info, PackedInfo):
+            return info.stored(self._lazily, self.settings)
+        return self._lazily(info)
+
+    def _lazily(self, info: TensorInfo) -> torch.Tensor:
+        return self.read_at(info, "cpu", None, mapped=True)
 
     def equal(self, one: str, other: str, chunk: int = 16 << 20) -> bool:
         """Tell whether two tensors hold the same dtype, shape and bytes; reads 16 MB at a time."""
@@ -145,11 +172,11 @@ def anywhere(name: str, dtype: torch.dtype) -> None:
     """Every parameter has memory of its own."""
 
 
-# Takes a parameter by its name and a way to read it as it is stored; whether it did.
-Taker = Callable[[str, Callable[[], torch.Tensor]], bool]
+# Takes a parameter by its name, given whether it is packed and a way to read it; whether it did.
+Taker = Callable[[str, bool, Callable[[], Stored]], bool]
 
 
-def nobody(name: str, read: Callable[[], torch.Tensor]) -> bool:
+def nobody(name: str, packed: bool, read: Callable[[], Stored]) -> bool:
     """Every parameter is filled as it is."""
     return False
 
@@ -192,13 +219,13 @@ def load_weights(
     fit = fit_weights(module, checkpoint, rename, tied)
     # In the order of the file: sequential reading is what a disk does best.
     for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
-        if taker(name, partial(checkpoint.read_at, info, "cpu", None, mapped=True)):
+        if taker(name, isinstance(info, PackedInfo), partial(checkpoint.stored, info)):
             continue
         own = _dtype(module, name, dtype)
         tensor = checkpoint.read_at(info, device, own, mapped, placement(name, own))
         _assign(module, name, tensor)
     for name, other in fit.shared.items():
-        if taker(name, partial(module.get_parameter, other)):
+        if taker(name, False, partial(module.get_parameter, other)):
             continue
         owner, leaf = _owner(module, name)
         owner._parameters[leaf] = module.get_parameter(other)
@@ -248,16 +275,15 @@ def _match_names(
 ) -> tuple[dict[str, TensorInfo], list[str], list[str]]:
     """Sort the tensors on disk into: by the name they fill, known to be unused, unexpected."""
     sources: dict[str, TensorInfo] = {}
-    ignored, unexpected = [], []
+    ignored: list[str] = []
+    unexpected: list[str] = []
     for info in checkpoint.tensors.values():
         names = target_names(rename(info.name))
         if not names:
             ignored.append(info.name)
             continue
         if any(name not in wanted for name in names):
-            if is_quantised(info.name):
-                raise quantised(checkpoint.folder, f"tensor {show(info.name)}")
-            unexpected.append(show(info.name))
+            (ignored if _is_idle_bias(checkpoint, info) else unexpected).append(show(info.name))
             continue
         for name, piece in zip(names, info.split(len(names)), strict=True):
             if name in sources:
@@ -265,6 +291,13 @@ def _match_names(
                 raise CheckpointError(f"{checkpoint.folder}: {both} are both {name}")
             sources[name] = piece
     return sources, ignored, unexpected
+
+
+def _is_idle_bias(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    """Whether this is the bias of zeros that GPTQ gives layers that have none."""
+    layer, _, leaf = info.name.rpartition(".")
+    packed = isinstance(checkpoint.tensors.get(f"{layer}.weight"), PackedInfo)
+    return leaf == "bias" and packed and not checkpoint.read(info.name).any()
 
 
 def _check_tied(checkpoint: Checkpoint, info: TensorInfo | None, other: TensorInfo | None) -> None:
@@ -296,7 +329,7 @@ def _misfit(info: TensorInfo, target: torch.Tensor) -> str | None:
     if info.shape != tuple(target.shape):
         return f"{info.name} is {list(info.shape)}, the model needs {list(target.shape)}"
     if target.is_floating_point() and not info.dtype.is_floating_point:
-        return f"{info.name} has {info.dtype}: quantised checkpoints are not supported"
+        return f"{info.name} has {info.dtype}: no weight, and none in a form that is read"
     return None
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.adapters import refuse_adapter, refuse_quantised
+from ..checkpoint.adapters import refuse_adapter
 from ..checkpoint.config import ConfigReader, shown
 from ..checkpoint.folder import read_folder
 from ..checkpoint.folder_files import read_file, read_json
 from ..checkpoint.hub import resolve
 from ..checkpoint.names import Rename, clip_names, llava_names
+from ..checkpoint.packed import settings_of
 from ..checkpoint.qwen_names import qwen_names
 from ..errors import CheckpointError, OptionError
 from ..models.llava import DECODERS, Llava, LlavaConfig, parse_hub, parse_original
@@ -109,7 +110,7 @@ def recognise(
             hint="give the folder with config.json and the weights, or a hub name",
         )
     config = read_json(path)
-    refuse_quantised(folder, config)
+    settings_of(folder, config)
     build = (
         _original if "mm_vision_tower" in config else FAMILIES.get(str(config.get("model_type")))
     )

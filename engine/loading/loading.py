@@ -85,8 +85,9 @@ def _fill(
     model = family.model
     with Checkpoint.open(folder) as checkpoint:
         dtype = dtype or _auto_dtype(checkpoint, device)
-        wanted = bytes_of(model, dtype.itemsize, weights)
-        with memory_for("loading the weights", wanted, device):
+        stays = weights == "auto" and checkpoint.packed
+        needed = checkpoint.total_bytes if stays else bytes_of(model, dtype.itemsize, weights)
+        with memory_for("loading the weights", needed, device):
             _load_all(family, checkpoint, device, dtype, weights)
     prepare(model.decoder, device)
     model.eval()
@@ -108,7 +109,8 @@ def _load_all(
         with Checkpoint.open(tower) as tower_checkpoint:
             load_weights(model.vision, tower_checkpoint, names, device, dtype, mapped=True)
     shared = tied if model.decoder.config.tied_head else {}
-    placement = side_by_side(model, device) if weights == "auto" else anywhere
+    plain = weights == "auto" and not checkpoint.packed
+    placement = side_by_side(model, device) if plain else anywhere
     load_weights(
         model,
         checkpoint,
@@ -118,7 +120,7 @@ def _load_all(
         shared,
         mapped=True,
         placement=placement,
-        taker=taker(model, weights, device),
+        taker=taker(model, weights, device, dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which weights are rounded to few bits as they are read, and what that is called.
+"""Weights in few bits: which are rounded as they are read, and what becomes of packed ones.
 
 The layers of the decoder are what every token reads. Embedding and language head stay as they are
 (in 8 bits per row the head alone costs more than all layers do; ``+head`` takes it along), and so
@@ -13,12 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.layouts import Blocks, Codes, Stored
 from ..checkpoint.tensors import Taker
 from ..errors import OptionError
 from ..models.matrix import Linear
 from ..naming import told
-from ..ops.few_bits import fits, quantise
-from ..ops.formats import FORMATS, format_of
+from ..ops.few_bits import RUN, FewBits, few_bits, fits, laid_out, quantise
+from ..ops.formats import FORMATS, Few, few_of_codes, format_of
 from ..options import WEIGHTS
 
 LAYERS, HEAD = "decoder.layers.", "decoder.head."
@@ -51,20 +52,63 @@ def rounding(model: nn.Module, wanted: str) -> Rounding:
     return rounded_to
 
 
-def taker(model: nn.Module, wanted: str, device: torch.device) -> Taker:
-    """Rounds what shall be to few bits, one tensor at a time: the others never exist twice."""
+def taker(model: nn.Module, wanted: str, device: torch.device, dtype: torch.dtype) -> Taker:
+    """Takes what is packed or shall be rounded, one tensor at a time: no other exists twice.
+
+    A packed weight stays as it is where a format of ours says the same numbers and no other is
+    wanted; else it is rounded to the wanted one, or written out in ``dtype``.
+    """
     rounded_to = rounding(model, wanted)
 
-    def take(parameter: str, read: Callable[[], Tensor]) -> bool:
+    def take(parameter: str, packed: bool, read: Callable[[], Stored]) -> bool:
         name = rounded_to(parameter)
-        if name is None:
+        if name is None and not packed:
             return False
-        layer = model.get_submodule(parameter.rpartition(".")[0])
-        assert isinstance(layer, Linear)
-        layer.quantised(quantise(read(), name, device))
+        path, _, leaf = parameter.rpartition(".")
+        layer, weight = model.get_submodule(path), held_as(read(), name)
+        if isinstance(weight, FewBits) and isinstance(layer, Linear):
+            layer.quantised(weight.to(device))
+        else:
+            numbers = weight.numbers() if isinstance(weight, FewBits) else weight
+            own = nn.Parameter(numbers.to(device, dtype), requires_grad=False)
+            layer.register_parameter(leaf, own)
         return True
 
     return take
+
+
+def held_as(stored: Stored, name: str | None) -> FewBits | Tensor:
+    """A weight as it shall be held, in the format ``name`` if one is named."""
+    weight: FewBits | Tensor
+    if isinstance(stored, Blocks):
+        weight = few_bits(*stored)
+    elif isinstance(stored, Codes):
+        same = same_numbers(stored)
+        weight = stored.numbers() if same is None else same
+    else:
+        weight = stored
+    if name is None or (isinstance(weight, FewBits) and weight.format == name):
+        return weight
+    return quantise(weight.numbers() if isinstance(weight, FewBits) else weight, name)
+
+
+def same_numbers(stored: Codes) -> FewBits | None:
+    """Whole numbers in a format of ours that says exactly the same; None where none does.
+
+    q8 has one scale per row and no zero, q4 a scale in fp16 for each 32 inputs: one for 64 or 128
+    is repeated.
+    """
+    codes, scale, zero, group_of = stored
+    size_in, groups = codes.shape[1], scale.shape[1]
+    if groups == 1 and bool((zero == (0 if codes.dtype == torch.int8 else 128)).all()):
+        signed = codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)
+        return laid_out(Few(signed, scale.float()[:, 0]), "q8")
+    group, short = size_in // groups, scale.half()
+    exact = bool((short.float() == scale.float()).all()) and bool((codes <= 15).all())
+    if group_of is not None or group % RUN or not exact:
+        return None
+    parts = (part.half().repeat_interleave(group // RUN, 1) for part in (short, zero))
+    return laid_out(few_of_codes(codes, *parts), "q4")
 
 
 def held(model: nn.Module) -> dict[str, int]:

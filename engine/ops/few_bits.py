@@ -66,13 +66,20 @@ class FewBits:
         return replace(self, codes=self.codes.to(device), scale=scale)
 
 
+def few_bits(name: str, codes: Tensor, scale: Tensor | None = None) -> FewBits:
+    """A matrix that lies as products read it; of q4 all rows of all blocks."""
+    if scale is not None:
+        return FewBits(name, codes.shape[0], codes.shape[1], codes, scale)
+    return FewBits(name, len(codes) * LANES, codes.shape[1] * RUN, codes)
+
+
 def fits(size_in: int, name: str) -> bool:
     """Whether rows of ``size_in`` numbers can be written in a format: they are whole runs."""
     return size_in % FORMATS[name].run == 0
 
 
 def quantise(
-    weight: Tensor, name: str, device: torch.device | str | None = None, block: int = 1 << 19
+    weight: Tensor, name: str, device: torch.device | str | None = None, block: int = 1 << 17
 ) -> FewBits:
     """Round ``weight [out, in]`` to q8 or q4, whose rows must be whole runs.
 

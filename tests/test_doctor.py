@@ -43,7 +43,16 @@ def test_a_whole_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     for word in ("Python ", f"torch {version('torch')}", "backend: ", "device: ", "peak memory"):
         assert word in said
-    for check in ("config", "tokenizer", "template", "hashes", "headers", "shapes", "values"):
+    for check in (
+        "config",
+        "tokenizer",
+        "template",
+        "hashes",
+        "headers",
+        "formats",
+        "shapes",
+        "values",
+    ):
         assert f"{check}: ok - " in said
     tensors = len(load_file(folder / WEIGHTS))
     assert f"{tensors} tensors, all numbers finite" in said
@@ -58,7 +67,7 @@ def test_json_is_one_object_with_every_check(
     assert len(lines) == 1
     found = json.loads(lines[0])
     assert found["model"] == str(folder)
-    names = ["config", "tokenizer", "template", "hashes", "headers", "shapes", "values"]
+    names = ["config", "tokenizer", "template", "hashes", "headers", "formats", "shapes", "values"]
     assert [check["name"] for check in found["checks"]] == names
     assert all(check["ok"] and check["text"] for check in found["checks"])
     assert found["failed"] == 0

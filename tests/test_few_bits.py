@@ -11,21 +11,25 @@ import torch
 from PIL import Image
 from torch import nn
 
+from engine.checkpoint.tensors import Checkpoint
 from engine.engine import Engine
 from engine.errors import OptionError
 from engine.loading.families import recognise
-from engine.loading.quantising import bytes_of
+from engine.loading.quantising import bytes_of, held_as
 from engine.models.matrix import Linear
 from engine.ops import native
+from engine.ops.few_bits import FewBits
 from engine.ops.formats import FORMATS
 from engine.options import WEIGHTS
 from engine.running.batch import job_of
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, write_llava
+from tests.test_packed import pack_layers
 
 FEW = [name for name in WEIGHTS if name != "auto"]
 SHAPE = Shape(hidden=64, mlp=96, kv_heads=2)
 GROUPED = Shape(family="qwen2", hidden=64, mlp=96, kv_heads=2)
+PACKABLE = Shape(hidden=64, mlp=128, kv_heads=2)
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
 
 
@@ -172,3 +176,50 @@ def test_the_model_never_exists_in_16_bits(
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, held = map(int, done.stdout.split())
     assert peak < held + 1.2 * 8.4e6 + 30e6
+
+
+@pytest.mark.parametrize("wanted", FEW)
+@pytest.mark.parametrize(
+    "write",
+    [llava, qwen],
+    ids=["llava", "qwen"],
+)
+def test_a_converted_model_is_the_one_that_is_rounded_while_loading(
+    write: Callable[[Path], Path], wanted: str, ask: Ask, tmp_path: Path
+) -> None:
+    source, target = write(tmp_path / "16 bits"), tmp_path / "few"
+    asked = ask("--model", source, "--convert", target, "--weights", wanted, "-q")
+    assert (asked.code, asked.err) == (0, "")
+    few, rounded = (
+        Engine.load(source, device="cpu", weights=wanted),
+        Engine.load(target, device="cpu"),
+    )
+    assert few.weights == rounded.weights
+    for path, layer in linears(few).items():
+        other = linears(rounded)[path]
+        if layer.few_bits is None:
+            assert torch.equal(layer.weight, other.weight)
+        else:
+            assert other.few_bits is not None
+            assert torch.equal(layer.few_bits.numbers(), other.few_bits.numbers())
+    listed = ask("--check", "--model", target, "-q").out
+    assert re.search(rf"formats: ok - .*layers [^;]*{wanted[:2]} [\d.]+ MB", listed)
+
+
+def test_published_weights_are_converted_as_they_are(ask: Ask, tmp_path: Path) -> None:
+    """GPTQ's whole numbers are q4's; a conversion rounds none of them again."""
+    source, target = write_llava(tmp_path / "gptq", PACKABLE), tmp_path / "few"
+    want = pack_layers(source, "gptq")
+    assert ask("--model", source, "--convert", target, "--weights", "q4", "-q").code == 0
+    with Checkpoint.open(target) as checkpoint:
+        for name, numbers in want.items():
+            found = held_as(checkpoint.stored(checkpoint.tensors[name]), None)
+            assert isinstance(found, FewBits)
+            torch.testing.assert_close(found.numbers().double(), numbers, rtol=1e-6, atol=1e-9)
+
+
+def test_a_folder_of_one_conversion_takes_no_other(ask: Ask, tmp_path: Path) -> None:
+    source, target = write_llava(tmp_path / "16", SHAPE), tmp_path / "few"
+    asked = ("--model", source, "--convert", target, "-q", "--weights")
+    assert ask(*asked, "q4").code == ask(*asked, "q4").code == 0
+    refused(ask(*asked, "q8"), 2, "holds another conversion already")

@@ -150,16 +150,22 @@ def _convert(flags: argparse.Namespace) -> int:
     if not flags.model:
         raise OptionError(
             "a conversion needs a source and a target",
-            hint="write --model SOURCE --convert TARGET [--vision-tower TOWER]",
+            hint="write --model SOURCE --convert TARGET [--vision-tower TOWER] [--weights q4]",
         )
     target = Path(flags.convert)
     check_folder(target, Path(flags.model))
     source = resolve(flags.model, flags.revision, flags.offline, pickled=True)
     import_engine()
-    from ..checkpoint.convert import convert, find_tower
+    from ..checkpoint.convert import Packer, as_it_is, convert, find_tower
 
-    tower = find_tower(source, flags.vision_tower, flags.offline)
-    convert(source, target, tower, None if flags.quiet else _show_progress)
+    tower = find_tower(source, flags.vision_tower, flags.offline, flags.weights)
+    pack: Packer = as_it_is
+    if flags.weights != "auto":
+        from ..loading.families import recognise
+        from ..loading.quantising import packer
+
+        pack = packer(recognise(source, None, flags.vision_tower, flags.offline), flags.weights)
+    convert(source, target, tower, None if flags.quiet else _show_progress, flags.weights, pack)
     say(f"{target}\n")
     return 0
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..checkpoint.hub import TINY, resolve
 from ..checkpoint.names import target_names
+from ..checkpoint.packed import format_name
 from ..checkpoint.tensors import Checkpoint, TensorInfo, fit_weights
 from ..errors import CheckpointError, EngineError
 from ..loading.families import Family, recognise
@@ -131,6 +132,7 @@ class Examination:
         if self._checkpoint:
             with self._checkpoint:
                 if self._family:
+                    yield self._try("formats", self._formats)
                     yield self._try("shapes", self._shapes)
                 yield self._try("values", self._values)
 
@@ -197,6 +199,21 @@ class Examination:
         megabytes = self._checkpoint.total_bytes / 1e6
         return f"{len(files)} files, {len(tensors)} tensors, {megabytes:,.1f} MB"
 
+    def _formats(self) -> str:
+        """Which format the tensors of each part of the model have, and their bytes."""
+        assert self._family, "there is a config"
+        assert self._checkpoint, "there are headers"
+        sizes: dict[str, dict[str, int]] = {}
+        for info in self._checkpoint.tensors.values():
+            ours = (*target_names(self._family.rename(info.name)), "unused")[0]
+            held = sizes.setdefault(_part(ours), {})
+            held[format_name(info)] = held.get(format_name(info), 0) + info.nbytes
+        parts = (
+            f"{part} {', '.join(f'{name} {size / 1e6:,.1f} MB' for name, size in held.items())}"
+            for part, held in sizes.items()
+        )
+        return "; ".join(parts)
+
     def _shapes(self) -> str:
         assert self._family, "there is a config"
         assert self._checkpoint, "there are headers"
@@ -234,6 +251,12 @@ def _check_ends(folder: Path, family: Family) -> None:
             f"{folder}: the end token {beyond[0]} is none of the model's {vocab} tokens",
             hint="compare eos_token_id of generation_config.json with the published one",
         )
+
+
+def _part(name: str) -> str:
+    """The part of a model that a tensor belongs to, by our name: the decoder's one by one."""
+    words = name.split(".")
+    return words[1] if words[0] == "decoder" else words[0]
 
 
 def blob_name(path: Path) -> str:

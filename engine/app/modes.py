@@ -20,7 +20,7 @@ _ANSWER = _ALWAYS | _LOADED | _ASKED | _DRAWN
 # The flag that asks for a mode, the first that is given decides; "" is one answer.
 MODES: dict[str, Set[str]] = {
     "check": _ALWAYS | _FOLDER | {"json"},
-    "convert": _ALWAYS | _FOLDER,
+    "convert": _ALWAYS | _FOLDER | {"weights"},
     "batch": _ANSWER | {"output", "rows", "raw", "logprobs"},
     "chat": _ANSWER | {"stats"},
     "compare": _ANSWER | {"raw", "json", "logprobs", "verbose"},

@@ -1,4 +1,4 @@
-"""Converts pickled weights (``pytorch_model*.bin``) to safetensors shards.
+"""Converts pickled weights (``pytorch_model*.bin``) to safetensors shards, or any to few bits.
 
 Each source file becomes one shard. All of them are looked through first, their data unread: what
 is damaged, and what was changed in the target since, is refused before anything is written. A
@@ -25,14 +25,16 @@ from torch import Tensor
 
 from ..errors import CheckpointError, OptionError
 from ..files import write_whole, written_whole
+from .folder import read_folder
 from .folder_files import INDEX, first_five, read_file, read_json
-from .header import DTYPES
+from .header import DTYPES, TensorInfo
 from .hub import resolve
 from .pickled import Piece, pickled_files, pickled_names, read_pickle
-from .target import check_folder, check_owner, claimed
+from .target import MadeFrom, check_folder, check_owner, claimed
 from .tensors import Checkpoint
 
 Progress = Callable[[str, int, int], None]
+Packer = Callable[[Piece], list[Piece]]  # what is written of a tensor
 
 TOWER = "vision_tower"  # the folder in the result that holds a joined tower's config.json
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -50,6 +52,7 @@ class Source:
     """A file to convert; of a vision tower's file only the tower is taken."""
 
     path: Path
+    packed: Packer
     is_tower: bool = False
 
 
@@ -63,10 +66,20 @@ class Shard:
     size: int
 
 
+def as_it_is(piece: Piece) -> list[Piece]:
+    """A tensor stays what it is."""
+    return [piece]
+
+
 def convert(
-    source: Path, target: Path, tower: Path | None = None, progress: Progress | None = None
+    source: Path,
+    target: Path,
+    tower: Path | None = None,
+    progress: Progress | None = None,
+    weights: str = "auto",
+    packer: Packer = as_it_is,
 ) -> Path:
-    """Convert a folder of pickled weights to a folder that the engine loads.
+    """Convert a folder of pickled weights, or of any in few bits, to one that the engine loads.
 
     At most one source file is mapped at a time, and one tensor copied.
 
@@ -75,6 +88,7 @@ def convert(
         target: a new or empty folder, or one that a conversion of ``source`` and ``tower`` left.
         tower: folder of the vision tower to join in, where the checkpoint has none of its own.
         progress: called with a source file's name, the bytes of it that are done, and all of them.
+        weights: what ``packer`` rounds weights to; "auto": nothing.
 
     Returns:
         ``target``.
@@ -85,10 +99,11 @@ def convert(
         OptionError: a target that cannot be written, or holds something else.
     """
     check_folder(target, source)
-    check_owner(target, source, tower)
-    shards, index = _laid_out(_sources(source, tower), target)
-    beside = _beside(source, target, tower) | {target / INDEX: index}
-    with claimed(target, source, tower):
+    made_from = MadeFrom(source, tower, weights)
+    check_owner(target, made_from)
+    shards, index = _laid_out(_sources(made_from, packer), target)
+    beside = _beside(made_from, target) | {target / INDEX: index}
+    with claimed(target, made_from):
         _refuse_changed(shards, beside, finished=(target / INDEX).exists())
         for shard in shards:
             _write_shard(shard, progress or (lambda *_: None))
@@ -102,17 +117,33 @@ def convert(
 # --- what to convert -----------------------------------------------------------------------------
 
 
-def _sources(source: Path, tower: Path | None) -> list[Source]:
-    sources = [Source(path) for path in pickled_files(source)]
+def _sources(made_from: MadeFrom, packer: Packer) -> list[Source]:
+    source, tower, weights = made_from
+    if _takes_pickled(source, weights):
+        files = pickled_files(source)
+    else:
+        files = sorted({info.file for info in read_folder(source).values()})
+    sources = [Source(path, packer) for path in files]
     if tower is None:
         return sources
-    if any("vision_tower." in name for name in pickled_names(source)):
+    if _has_tower(source, weights):
         raise CheckpointError(
             f"{source} has a vision tower of its own; another one would change the model",
             hint="leave out --vision-tower",
         )
     found = sorted(tower.glob("*.safetensors"))[:1] or pickled_files(tower)
-    return [*sources, *(Source(path, is_tower=True) for path in found)]
+    return [*sources, *(Source(path, as_it_is, is_tower=True) for path in found)]
+
+
+def _takes_pickled(source: Path, weights: str) -> bool:
+    """Whether the pickled weights are converted: there is nothing else to do with others."""
+    return weights == "auto" or not any(source.glob("*.safetensors"))
+
+
+def _has_tower(source: Path, weights: str) -> bool:
+    pickled = _takes_pickled(source, weights)
+    names = pickled_names(source) if pickled else read_folder(source)
+    return any("vision_tower." in name for name in names)
 
 
 def _laid_out(sources: list[Source], target: Path) -> tuple[list[Shard], bytes]:
@@ -132,10 +163,14 @@ def _laid_out(sources: list[Source], target: Path) -> tuple[list[Shard], bytes]:
     return shards, json.dumps(index, indent=2).encode()
 
 
-def _beside(source: Path, target: Path, tower: Path | None) -> dict[Path, bytes]:
+def _beside(made_from: MadeFrom, target: Path) -> dict[Path, bytes]:
     """Configuration and tokenizer; with a joined tower, its configuration as well."""
-    config = read_json(source / "config.json")
-    changed = config if tower is None else {**config, "mm_vision_tower": TOWER}
+    source, tower, weights = made_from
+    changed = read_json(source / "config.json")
+    if tower is not None:
+        changed["mm_vision_tower"] = TOWER
+    if weights != "auto":
+        changed["quantization_config"] = {"quant_method": "avl-engine", "weights": weights}
     files = {target / "config.json": json.dumps(changed, indent=2).encode()}
     for path in sorted(source.iterdir()):
         wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in BESIDE)
@@ -156,7 +191,8 @@ def _open(source: Source) -> Iterator[list[Piece]]:
     """The tensors of one file, under the names that they will have."""
     if source.path.suffix == ".safetensors":
         with Checkpoint.open(source.path.parent) as checkpoint:
-            yield _chosen([_stored(checkpoint, name) for name in checkpoint.tensors], source)
+            infos = [i for i in checkpoint.tensors.values() if i.file == source.path]
+            yield _chosen([_stored(checkpoint, info) for info in infos], source)
         return
     yield _chosen(read_pickle(source.path), source)
 
@@ -166,6 +202,7 @@ def _chosen(pieces: list[Piece], source: Source) -> list[Piece]:
 
     Wide elements come first, so that every tensor is aligned.
     """
+    pieces = [written for piece in pieces for written in source.packed(piece)]
     pieces = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
     if not source.is_tower:
         return pieces
@@ -175,9 +212,8 @@ def _chosen(pieces: list[Piece], source: Source) -> list[Piece]:
     return [Piece(TOWER_PREFIX + p.name, p.dtype, p.shape, p.read) for p in tower]
 
 
-def _stored(checkpoint: Checkpoint, name: str) -> Piece:
-    info = checkpoint.tensors[name]
-    return Piece(name, info.dtype, info.shape, lambda: checkpoint.read(name))
+def _stored(checkpoint: Checkpoint, info: TensorInfo) -> Piece:
+    return Piece(info.name, info.dtype, info.shape, lambda: checkpoint.stored(info))
 
 
 def _refuse_repeats(source: Source, pieces: list[Piece], seen: Mapping[str, str]) -> None:
@@ -253,7 +289,7 @@ def _write_shard(shard: Shard, progress: Progress) -> None:
         file.write(shard.header)
         progress(name, done, total)
         for piece in pieces:
-            _give(piece.read(), file.write, digest.update)
+            _give(piece.numbers(), file.write, digest.update)
             done += piece.nbytes
             progress(name, done, total)
         file.seek(0)
@@ -307,7 +343,9 @@ def _give(tensor: Tensor, *takers: Callable[[Any], object]) -> None:
 # --- by name -------------------------------------------------------------------------------------
 
 
-def find_tower(source: Path, given: str | None, offline: bool = False) -> Path | None:
+def find_tower(
+    source: Path, given: str | None, offline: bool = False, weights: str = "auto"
+) -> Path | None:
     """The vision tower to join into ``source``: the given one, or the one that its config names.
 
     None where the checkpoint needs none: it names none, or holds its own.
@@ -315,7 +353,7 @@ def find_tower(source: Path, given: str | None, offline: bool = False) -> Path |
     if given is not None:
         return resolve(given, offline=offline, pickled=True)
     named = read_json(source / "config.json").get("mm_vision_tower")
-    if not isinstance(named, str) or any("vision_tower." in name for name in pickled_names(source)):
+    if not isinstance(named, str) or _has_tower(source, weights):
         return None
     beside = source / named
     try:

@@ -94,6 +94,13 @@ class PackedInfo(TensorInfo):
         return numbers[start:stop] if isinstance(numbers, Tensor) else numbers.some(start, stop)
 
 
+def format_name(info: TensorInfo) -> str:
+    """What the format of a stored tensor is called: its layout's name, or its dtype's."""
+    if isinstance(info, PackedInfo):
+        return info.layout.name
+    return str(info.dtype).removeprefix("torch.")
+
+
 def grouped(tensors: Infos, read: Read) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint, those of each packed weight as one ``PackedInfo``.
 

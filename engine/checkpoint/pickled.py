@@ -27,6 +27,7 @@ from .folder_files import (
     show,
 )
 from .header import DTYPES
+from .layouts import Stored
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,13 @@ class Piece:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[[], Stored]
+
+    def numbers(self) -> Tensor:
+        """Read a tensor that is stored as it is written."""
+        found = self.read()
+        assert isinstance(found, Tensor), "a packer reads the others"
+        return found
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import OptionError
 from ..files import UNFINISHED, lock, probe, write_whole
@@ -16,6 +17,22 @@ from ..naming import display_name
 
 MARKER = ".avl-conversion"  # in the target: what is converted there
 NEW_FOLDER = "name a folder that does not exist"
+
+
+class MadeFrom(NamedTuple):
+    """What is converted: a folder, a vision tower to join in, and what its weights become."""
+
+    source: Path
+    tower: Path | None = None
+    weights: str = "auto"
+
+    def described(self) -> bytes:
+        """What the marker says."""
+        tower = str(self.tower.resolve()) if self.tower else None
+        found = {"source": str(self.source.resolve()), "tower": tower}
+        if self.weights != "auto":
+            found["weights"] = self.weights
+        return json.dumps(found, indent=2).encode()
 
 
 def check_folder(target: Path, source: Path) -> None:
@@ -41,7 +58,7 @@ def check_folder(target: Path, source: Path) -> None:
 
 
 @contextmanager
-def claimed(target: Path, source: Path, tower: Path | None) -> Iterator[None]:
+def claimed(target: Path, made_from: MadeFrom) -> Iterator[None]:
     """Make ``target`` the folder of this conversion, or find that it is; one process works in it.
 
     Where nothing was written, nothing is left.
@@ -50,10 +67,10 @@ def claimed(target: Path, source: Path, tower: Path | None) -> Iterator[None]:
     try:
         target.mkdir(parents=True, exist_ok=True)
         if _is_empty(target):
-            write_whole(marker, _description(source, tower))
+            write_whole(marker, made_from.described())
     except OSError as error:
         raise _unfit(target, error) from None
-    check_owner(target, source, tower)
+    check_owner(target, made_from)
     with marker.open("rb") as file:
         if not lock(file):
             raise OptionError(f"another process converts into {target}", hint="wait for it to end")
@@ -68,17 +85,11 @@ def claimed(target: Path, source: Path, tower: Path | None) -> Iterator[None]:
                     target.rmdir()
 
 
-def check_owner(target: Path, source: Path, tower: Path | None) -> None:
+def check_owner(target: Path, made_from: MadeFrom) -> None:
     """Refuse a folder with the marker of another conversion."""
     marker = target / MARKER
-    if marker.is_file() and marker.read_bytes() != _description(source, tower):
+    if marker.is_file() and marker.read_bytes() != made_from.described():
         raise OptionError(f"{target} holds another conversion already", hint=NEW_FOLDER)
-
-
-def _description(source: Path, tower: Path | None) -> bytes:
-    """What the marker says."""
-    tower_name = str(tower.resolve()) if tower else None
-    return json.dumps({"source": str(source.resolve()), "tower": tower_name}, indent=2).encode()
 
 
 def _is_empty(target: Path) -> bool:

@@ -9,18 +9,24 @@ five times what they do in the whole decoder (docs/quality.md).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.layouts import Blocks, Codes, Stored
+from ..checkpoint.convert import Packer
+from ..checkpoint.layouts import LAYOUTS, Blocks, Codes, Stored
+from ..checkpoint.names import target_names
+from ..checkpoint.pickled import Piece
 from ..checkpoint.tensors import Taker
 from ..errors import OptionError
 from ..models.matrix import Linear
 from ..naming import told
-from ..ops.few_bits import RUN, FewBits, few_bits, fits, laid_out, quantise
+from ..ops.few_bits import LANES, RUN, FewBits, empty, few_bits, fits, laid_out, quantise
 from ..ops.formats import FORMATS, Few, few_of_codes, format_of
 from ..options import WEIGHTS
+from .families import Family
 
 LAYERS, HEAD = "decoder.layers.", "decoder.head."
 
@@ -69,12 +75,49 @@ def taker(model: nn.Module, wanted: str, device: torch.device, dtype: torch.dtyp
         if isinstance(weight, FewBits) and isinstance(layer, Linear):
             layer.quantised(weight.to(device))
         else:
-            numbers = weight.numbers() if isinstance(weight, FewBits) else weight
-            own = nn.Parameter(numbers.to(device, dtype), requires_grad=False)
+            own = nn.Parameter(_plain(weight, dtype).to(device), requires_grad=False)
             layer.register_parameter(leaf, own)
         return True
 
     return take
+
+
+def packer(family: Family, wanted: str) -> Packer:
+    """Writes a checkpoint's tensors as products read them: what ``taker`` rounds, and packed ones.
+
+    Rows of q4 lie by eights: a matrix of other counts of rows stays as it is.
+    """
+    rounded_to, layouts = rounding(family.model, wanted), {each.name: each for each in LAYOUTS}
+
+    def packed(piece: Piece) -> list[Piece]:
+        names = target_names(family.rename(piece.name))
+        found = {rounded_to(name) for name in names} or {None}
+        format_ = found.pop()
+        if format_ is None or found or (format_ == "q4" and piece.shape[0] % (LANES * len(names))):
+            return [replace(piece, read=lambda: _plain(held_as(piece.read(), None), piece.dtype))]
+        few = empty(format_, piece.shape[0], piece.shape[1], "meta")
+        leaves = layouts[format_].needed
+        parts = [few.codes] if few.scale is None else [few.codes, few.scale]
+        prefix = piece.name.removesuffix("weight")
+        return [
+            Piece(prefix + leaf, part.dtype, tuple(part.shape), partial(_part, piece, format_, at))
+            for at, (leaf, part) in enumerate(zip(leaves, parts, strict=True))
+        ]
+
+    return packed
+
+
+def _part(piece: Piece, name: str, at: int) -> Tensor:
+    """Codes or scales (``at``) of a tensor in few bits."""
+    few = held_as(piece.read(), name)
+    assert isinstance(few, FewBits)
+    part = (few.codes, few.scale)[at]
+    assert part is not None
+    return part
+
+
+def _plain(weight: FewBits | Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.numbers().to(dtype) if isinstance(weight, FewBits) else weight.to(dtype)
 
 
 def held_as(stored: Stored, name: str | None) -> FewBits | Tensor:

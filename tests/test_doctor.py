@@ -17,6 +17,8 @@ from tests.checkpoints import Shape
 
 WEIGHTS = "model.safetensors"
 
+NAMES = ["config", "tokenizer", "template", "hashes", "headers", "formats", "shapes", "values"]
+
 
 @pytest.fixture
 def folder(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
@@ -67,8 +69,7 @@ def test_json_is_one_object_with_every_check(
     assert len(lines) == 1
     found = json.loads(lines[0])
     assert found["model"] == str(folder)
-    names = ["config", "tokenizer", "template", "hashes", "headers", "formats", "shapes", "values"]
-    assert [check["name"] for check in found["checks"]] == names
+    assert [check["name"] for check in found["checks"]] == NAMES
     assert all(check["ok"] and check["text"] for check in found["checks"])
     assert found["failed"] == 0
     assert found["packages"]["torch"] == version("torch")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bench.qwen_checkpoint import QwenShape, write_qwen
 from engine.checkpoint.tensors import Checkpoint
 from engine.engine import Engine
 from engine.errors import OptionError

@@ -79,8 +79,9 @@ struct GemvArgs {
   int64_t x_row;
   const GemvPart* parts;
   int32_t part_count;
-  float* scratch;  // gemv: gemv_scratch(rows, in); gemm: gemm_scratch bytes for each thread
-  int32_t threads;
+  float* scratch;   // gemv: gemv_scratch(rows, in); gemm: gemm_scratch bytes for each thread
+  int32_t threads;  // CPU
+  int32_t device;   // CUDA: which
 };
 
 }  // namespace avl

@@ -83,7 +83,7 @@ class AttentionPlan {
  private:
   void read_sizes(const py::dict& f) {
     constexpr int64_t most = INT32_MAX;
-    a_.dtype = dtype_of(number(f, "dtype"));
+    a_.dtype = plain_dtype_of(number(f, "dtype"));
     a_.rows = size(f, "rows", 0, most);
     a_.heads = size(f, "heads", 1, 1 << 16);
     a_.kv_heads = size(f, "kv_heads", 1, a_.heads);
@@ -186,34 +186,6 @@ class AttentionPlan {
   int32_t error_ = 0;
   std::vector<float> partials_;
 };
-
-// out, weight, bias, y and scale of one linear layer.
-using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
-
-// Numbers one by one, not in a dict: this is called for every linear layer of a step.
-GemvArgs product_args(int dtype, int x_dtype, int64_t rows, int64_t in, uintptr_t x, int64_t x_row,
-                      int threads) {
-  require(rows >= 1 && rows <= INT32_MAX, "product: wrong rows");
-  require(in >= 1 && x && x_row >= 0 && threads >= 1, "product: wrong sizes");
-  GemvArgs a{};
-  a.dtype = dtype_of(dtype), a.x_dtype = dtype_of(x_dtype);
-  require(a.dtype != DType::q4 || in % 32 == 0, "product: q4 takes runs of 32");
-  a.rows = static_cast<int32_t>(rows), a.in = in;
-  a.x = reinterpret_cast<void*>(x), a.x_row = x_row;
-  a.threads = threads;
-  return a;
-}
-
-std::vector<GemvPart> product_parts(DType dtype, const std::vector<Part>& given) {
-  std::vector<GemvPart> parts;
-  for (const auto& [out, weight, bias, y, scale] : given) {
-    require(out >= 1 && weight && y, "product: weight and y must not be null");
-    require((dtype == DType::q8) == (scale != 0), "product: q8 has scales, and no other format");
-    parts.push_back({out, reinterpret_cast<void*>(weight), reinterpret_cast<void*>(bias),
-                     reinterpret_cast<void*>(y), reinterpret_cast<float*>(scale)});
-  }
-  return parts;
-}
 
 // Scratch begins at a line of the cache: a vector that straddles two takes twice as long to load.
 struct alignas(64) Line {
@@ -373,6 +345,7 @@ PYBIND11_MODULE(_native, m) {
       .def("run", &avl::Tape::run)
       .def("__len__", &avl::Tape::size);
   avl::bind_fused(m);
+  avl::bind_gemv(m);
   m.def("cpu_fused", [](const std::string& isa) { return avl::kernels(isa).fused; });
   m.def("read", &avl::read, py::arg("data"), py::arg("count"), py::arg("threads"));
 }

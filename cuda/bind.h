@@ -6,6 +6,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,13 @@ inline DType dtype_of(int64_t number) {
   require(number >= 0 && number < FORMAT_COUNT,
           "no format has the dtype " + std::to_string(number));
   return static_cast<DType>(number);
+}
+
+// The same where numbers are numbers of torch's and not in few bits.
+inline DType plain_dtype_of(int64_t number) {
+  const DType dtype = dtype_of(number);
+  require(dtype <= DType::bf16, "no kernel for the dtype " + std::to_string(number));
+  return dtype;
 }
 
 // Turn a kernel's status into a Python exception that names the operator.
@@ -73,7 +81,17 @@ int call_and_record(const std::string& op, F call) {
   return call();
 }
 
+// out, weight, bias, y and scale of one linear layer.
+using Part = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+GemvArgs product_args(int dtype, int x_dtype, int64_t rows, int64_t in, uintptr_t x, int64_t x_row,
+                      int threads);
+std::vector<GemvPart> product_parts(DType dtype, const std::vector<Part>& given);
+
 // Adds the small kernels of fused.h to the module.
 void bind_fused(pybind11::module_& m);
+
+// Adds the product of few bits on a GPU.
+void bind_gemv(pybind11::module_& m);
 
 }  // namespace avl

@@ -42,7 +42,7 @@ void add_norm(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size
               int64_t hidden_row, uintptr_t delta, int64_t delta_row, uintptr_t weight,
               uintptr_t sum, uintptr_t normed, float eps, int device, uintptr_t stream) {
   AddNormArgs a{};
-  a.dtype = dtype_of(dtype);
+  a.dtype = plain_dtype_of(dtype);
   a.rows = within(rows, 1, INT32_MAX, "rows");
   a.size = within(size, 1, MOST, "size");
   a.hidden = given<void>(hidden, "hidden");
@@ -64,7 +64,7 @@ void rope_write(const FusedKernels& kernels, int dtype, bool wide, int64_t rows,
                 uintptr_t scale, uintptr_t out, uintptr_t k_pool, uintptr_t v_pool, int64_t places,
                 uintptr_t write, uintptr_t error, int device, uintptr_t stream) {
   RopeWriteArgs a{};
-  a.dtype = dtype_of(dtype);
+  a.dtype = plain_dtype_of(dtype);
   a.wide = wide;
   a.rows = within(rows, 1, INT32_MAX, "rows");
   a.heads = within(heads, 1, 1 << 12, "heads");
@@ -95,7 +95,7 @@ void silu_mul(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size
               int64_t gate_row, uintptr_t up, int64_t up_row, uintptr_t out, int device,
               uintptr_t stream) {
   SiluMulArgs a{};
-  a.dtype = dtype_of(dtype);
+  a.dtype = plain_dtype_of(dtype);
   a.rows = within(rows, 1, INT32_MAX, "rows");
   a.size = within(size, 1, MOST, "size");
   a.gate = given<void>(gate, "gate");
@@ -110,7 +110,7 @@ void silu_mul(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size
 void argmax(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size, uintptr_t x,
             int64_t x_row, uintptr_t out, int device, uintptr_t stream) {
   ArgmaxArgs a{};
-  a.dtype = dtype_of(dtype);
+  a.dtype = plain_dtype_of(dtype);
   a.rows = within(rows, 1, INT32_MAX, "rows");
   a.size = within(size, 1, MOST, "size");
   a.x = given<void>(x, "x");

@@ -69,6 +69,22 @@ __device__ __forceinline__ float number(const Eight<T>& x, int i) {
   return to_float(T{static_cast<uint16_t>(i % 2 ? pair >> 16 : pair & 0xffff)});
 }
 
+// Numbers that one thread moves at once: 16 bytes where the rows allow it, else a single number.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T x[N];
+};
+
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
 // Sum over LANES neighbouring lanes; every lane of the warp must call it.
 template <int LANES>
 __device__ __forceinline__ float lane_sum(float x) {

@@ -9,22 +9,6 @@
 
 namespace avl {
 
-// Numbers that one thread moves at once: 16 bytes where the rows allow it, else a single number.
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T x[N];
-};
-
-template <int N, class T>
-__device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
-  return *reinterpret_cast<const Pack<T, N>*>(p);
-}
-
-template <class T, int N>
-__device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& pack) {
-  *reinterpret_cast<Pack<T, N>*>(p) = pack;
-}
-
 // The sum over a block, in every thread.
 __device__ __forceinline__ float block_sum(float x) {
   __shared__ float warps[THREADS / 32];

@@ -19,6 +19,7 @@ from .native import address, codes, cpu_isa, describe, load, loaded
 from .tape import alive
 
 GEMV_ROWS = 32  # rows that the native product takes
+GPU_ROWS = 8  # and that of few bits on a GPU
 _UNEVEN_ROWS = 256  # from here on up to three rows more cost nothing
 _BLOCK = 1 << 22  # weights converted to float32 at once: 16 MB
 _SHORT = (BF16.dtype, FP16.dtype)
@@ -32,11 +33,12 @@ Weights = tuple[Weight, Tensor | None]
 def few_rows(x: Tensor, weight: Weight) -> bool:
     """Whether ``gemv`` shall multiply x ``[..., in]`` by this weight: it is faster there.
 
-    That is: on a CPU, with weights in 16 bits or fewer, for at most 32 rows.
+    That is: on a CPU, with weights in 16 bits or fewer, for at most 32 rows; on a GPU with weights
+    in few bits, for at most 8.
     """
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if isinstance(weight, FewBits):
-        return x.device.type == "cpu" and 1 <= rows <= GEMV_ROWS and loaded()
+        return 1 <= rows <= (GPU_ROWS if x.is_cuda else GEMV_ROWS) and loaded(x.device.type)
     if weight.dtype not in _SHORT or weight.device.type != "cpu" or not 1 <= rows <= GEMV_ROWS:
         return False
     return not _training(x, weight) and _native_pays()
@@ -161,11 +163,12 @@ def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
     x ``[rows, in]`` (rows may be strided), every layer's weight ``[out, in]`` contiguous and bias
     ``[out]`` or None; one dtype of float32, float16, bfloat16, or x and bias in float32 whatever
     the weights are, or any of the three beside weights in few bits; q4 rounds x, see
-    ``by_blocks_of_few``. Reads the weights once, at the speed of memory. Raises ValueError for
-    other arguments.
+    ``by_blocks_of_few``. On a GPU: 1 to 8 rows, weights in few bits, and x is not rounded. Reads
+    the weights once, at the speed of memory. Raises ValueError for other arguments.
     """
-    if not 1 <= len(x) <= GEMV_ROWS:
-        raise ValueError(f"x must have 1 to {GEMV_ROWS} rows, got {describe(x)}")
+    most = GPU_ROWS if x.is_cuda else GEMV_ROWS
+    if not 1 <= len(x) <= most:
+        raise ValueError(f"x must have 1 to {most} rows, got {describe(x)}")
     return _native("gemv", x, layers, isa)
 
 
@@ -182,21 +185,32 @@ def _native(name: str, x: Tensor, layers: Sequence[Weights], isa: str) -> list[T
     module, problem = load()
     if module is None:
         raise RuntimeError(problem)
-    if x.ndim != 2 or not len(x) or x.device.type != "cpu":
+    if x.ndim != 2 or not len(x) or (x.device.type, name) not in _PLACES:
         raise ValueError(f"x must be [rows, in] on the CPU, got {describe(x)}")
     dtype, rows = _numbers(layers[0][0]).dtype, len(x)
     for weight, bias in layers:
         _check_layer(x, dtype, weight, bias)
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    if x.stride(1) != 1 or (x.is_cuda and (x.data_ptr() % 16 or x.stride(0) % 8)):
+        x = x.clone(memory_format=torch.contiguous_format)
     out = [alive(x.new_empty(rows, len(weight))) for weight, _ in layers]
-    calls = [
+    sizes = (codes()[dtype], codes()[x.dtype], rows, x.shape[1], x.data_ptr(), x.stride(0))
+    if x.is_cuda:
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        module.cuda_gemv(*sizes, as_parts(layers, out), x.device.index, stream)
+    else:
+        getattr(module, name)(*sizes, as_parts(layers, out), torch.get_num_threads(), isa)
+    return out
+
+
+_PLACES = (("cpu", "gemv"), ("cpu", "gemm"), ("cuda", "gemv"))
+
+
+def as_parts(layers: Sequence[Weights], out: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """What the module is told of every layer, ``out`` being where its result belongs."""
+    return [
         (y.shape[1], _numbers(weight).data_ptr(), address(bias), y.data_ptr(), _scale(weight))
         for (weight, bias), y in zip(layers, out, strict=True)
     ]
-    sizes = (codes()[dtype], codes()[x.dtype], rows, x.shape[1], x.data_ptr(), x.stride(0))
-    getattr(module, name)(*sizes, calls, torch.get_num_threads(), isa)
-    return out
 
 
 def _numbers(weight: Weight) -> Tensor:
@@ -211,7 +225,8 @@ def _check_layer(x: Tensor, dtype: torch.dtype, weight: Weight, bias: Tensor | N
     """Raise ValueError unless ``gemv`` can multiply x with this weight of this dtype."""
     numbers, few = _numbers(weight), isinstance(weight, FewBits)
     known = dtype in codes() and x.dtype in (_SHORT_OR_WIDE if few else (torch.float32, dtype))
-    if not known or numbers.dtype != dtype or numbers.device.type != "cpu":
+    known = known and (few or not x.is_cuda)
+    if not known or numbers.dtype != dtype or numbers.device != x.device:
         raise ValueError(f"x is {describe(x)} but weight is {describe(numbers)}")
     shape = (weight.out, weight.size_in) if isinstance(weight, FewBits) else tuple(weight.shape)
     if len(shape) != 2 or shape[1] != x.shape[1]:

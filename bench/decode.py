@@ -4,17 +4,21 @@
     python -m bench.decode --preset 1b --dtype bfloat16     a seeded model of 1e9 parameters
     python -m bench.decode --preset 1.6-small --dtype bfloat16 --batches 1 4 8
                                                             several rows at once, see bench/batch.py
+    python -m bench.decode --preset 1b --dtype bfloat16 --alone --weights auto q8 q4
+                                                            weights in few bits beside 16
 
 Every block measures each policy and transformers once, in turn, on the same prompt, picture and
-forced length, greedy. Both sides are timed from outside in the same way: the first token's time
-counts the picture's preprocessing, vision tower and prefill; the rate counts everything after it,
-text included. Ratios are within blocks, their interval is bootstrapped.
+forced length, greedy; alone, ratios are to the first line. Both sides are timed from outside in the
+same way: the first token's time counts the picture's preprocessing, vision tower and prefill; the
+rate counts everything after it, text included. Ratios are within blocks, their interval is
+bootstrapped.
 """
 
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
@@ -54,6 +58,7 @@ def main() -> None:
     rows, remarks = (by_batch if options.batches else one_by_one)(folder, options, theirs)
     settings = subject.about(options) | {
         "dtype": options.dtype,
+        "weights": " ".join(options.weights),
         "threads": options.threads,
         "new_tokens": options.tokens,
         "blocks": options.blocks,
@@ -71,6 +76,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, help="throughput at these batch sizes")
     parser.add_argument("--cache", action="append", help="policies of ours (default: full, avl)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--weights", nargs="+", default=["auto"], help="of ours, see Engine.load")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -95,13 +101,14 @@ def report_name(options: argparse.Namespace) -> str:
 
 
 def our_runners(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], Sample]]:
-    """One runner per policy, all on one set of weights."""
+    """One runner per policy and kind of weights."""
     from engine.policies.specs import parse
 
-    engine = load(folder, options)
+    engines = {weights: load(folder, options, weights) for weights in options.weights}
     image = subject.picture(options)
 
-    def run(spec: str) -> Sample:
+    def run(spec: str, weights: str) -> Sample:
+        engine = engines[weights]
         engine.policy = parse(spec)
         engine.forget_pictures()
         began, cpu = perf_counter(), process_time()
@@ -116,16 +123,25 @@ def our_runners(folder: Path, options: argparse.Namespace) -> dict[str, Callable
             process_time() - cpu,
         )
 
-    return {spec: (lambda spec=spec: run(spec)) for spec in options.cache}
+    return {
+        f"{spec}, {weights}".removesuffix(", auto"): partial(run, spec, weights)
+        for weights in options.weights
+        for spec in options.cache
+    }
 
 
-def load(folder: Path, options: argparse.Namespace) -> "Engine":
+def load(folder: Path, options: argparse.Namespace, weights: str = "auto") -> "Engine":
     """Our side, with prompts as transformers gets them."""
     from engine.engine import Engine
 
     style = subject.style(folder)
     return Engine.load(
-        folder, device=options.device, dtype=options.dtype, style=style, offline=True
+        folder,
+        device=options.device,
+        dtype=options.dtype,
+        style=style,
+        offline=True,
+        weights=weights,
     )
 
 
@@ -237,7 +253,8 @@ def measure(
 
 def row(name: str, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """A line of the table; ratios above 1 mean that ours is faster."""
-    mine, theirs = samples[name], samples.get(THEIRS)
+    base = THEIRS if THEIRS in samples else next(iter(samples))
+    mine, theirs = samples[name], samples[base]
     values: dict[str, Any] = {"what": name}
     for label, pick, scale in (
         ("tokens/s", lambda s: 1 / s.per_token, 1),
@@ -246,7 +263,7 @@ def row(name: str, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
         spread = summary([scale * pick(sample) for sample in mine])
         values[label] = spread["median"]
         values[f"{label} p10-p90"] = f"{spread['p10']:.4g}-{spread['p90']:.4g}"
-    if theirs and name != THEIRS:
+    if name != base:
         for label, field in SPEED_UPS.items():
             pair = [[getattr(s, field) for s in side] for side in (theirs, mine)]
             ratio = paired_ratio(*pair)
@@ -257,7 +274,7 @@ def row(name: str, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
             values |= {f"{label} speed-up": "", f"{label} 95%": ""}
     values["KV used MB"] = mine[-1].kv_used / 1e6
     values["KV allocated MB"] = mine[-1].kv_allocated / 1e6
-    if theirs:
+    if len(samples) > 1:
         values["same ids"] = same_start(mine[-1].token_ids, theirs[-1].token_ids)
     return values
 
@@ -268,7 +285,8 @@ def same_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def notes(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
-    lines = ["Speed-ups are transformers' time / ours within a block, median over blocks."]
+    base = THEIRS if THEIRS in samples else next(iter(samples))
+    lines = [f"Speed-ups are the time of {base} / that of a line, in a block; median over blocks."]
     if THEIRS in samples:
         lines.append(
             '"same ids": answer tokens equal to transformers\' from the start. A compressed cache '

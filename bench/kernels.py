@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import common
 from engine.ops import native, products
 from engine.ops.attention import AttentionPlan, Tier
+from engine.ops.few_bits import quantise
 
 HEADS, HEAD_DIM = 32, 128  # LLaVA-1.5/1.6 7B
-CEILING = "ours, weights in the cache"
+CEILING = ", in the cache"
 SECONDARY, CORE, EVERY = 0.45, 0.30, 3  # A-VL's S, C and K
 
 
@@ -161,27 +162,43 @@ def measure(
 
 
 def measure_gemv(peak: float, quick: bool) -> list[Row]:
-    """The linear layers of a 7B decoder, bf16: our GEMV and torch's linear.
+    """The linear layers of a 7B decoder in every format: our GEMV, and torch's linear in bf16.
 
     The ceiling is what our loop does with weights that lie in the cache: no memory slows it down.
     """
     result = []
     for out, size in ((4096, 4096), (11008, 4096)):
-        copies = 2 if quick else 12
-        weights = [torch.randn(out, size).bfloat16() for _ in range(copies)]
-        few = weights[0][: 64 * torch.get_num_threads()].contiguous()
-        cached = [(few, None)] * (out // len(few))
+        plain = [torch.randn(out, size).bfloat16() for _ in range(2 if quick else 12)]
+        formats: dict[str, list[products.Weight]] = {"bf16": list(plain)}
+        for name, most in (("q8", 24), ("q4", 40)):  # copies beyond the reach of a cache
+            few = quantise(plain[0], name)
+            codes = (few.codes.clone() for _ in range(2 if quick else most))
+            formats[name] = [replace(few, codes=each) for each in codes]
         for rows in (1, 4, 8, 16):
             x = torch.randn(rows, size).bfloat16()
             calls: dict[str, Callable[[int], object]] = {
-                "torch linear": lambda t, x=x, w=weights: F.linear(x, w[t % len(w)]),
-                "ours": lambda t, x=x, w=weights: products.gemv(x, (w[t % len(w)], None)),
-                CEILING: lambda t, x=x, w=cached: products.gemv(x, *w),
+                "torch linear": lambda t, x=x, w=plain: F.linear(x, w[t % len(w)])
             }
+            read = {"torch linear": plain[0].nbytes}
+            for name, weights in formats.items():
+                few_rows = 64 * torch.get_num_threads() * (1 if name == "bf16" else 2)
+                part = some_rows(weights[0], few_rows)
+                cached = [(part, None)] * (out // few_rows)
+                for label, call in {
+                    name: lambda t, x=x, w=weights: products.gemv(x, (w[t % len(w)], None)),
+                    f"{name}{CEILING}": lambda t, x=x, w=cached: products.gemv(x, *w),
+                }.items():
+                    calls[label], read[label] = call, weights[0].nbytes
             seconds = interleaved(calls, 5 if quick else 31, "cpu")
-            case = f"linear {rows} x {size} -> {out} bfloat16"
-            result += product_rows(case, seconds, out * size * 2, peak)
+            result += product_rows(f"linear {rows} x {size} -> {out}", seconds, read, peak)
     return result
+
+
+def some_rows(weight: products.Weight, count: int) -> products.Weight:
+    """The first rows of a weight."""
+    if isinstance(weight, torch.Tensor):
+        return weight[:count].contiguous()
+    return weight.rows(0, count)
 
 
 def measure_gemm(quick: bool) -> list[Speed]:
@@ -206,15 +223,15 @@ def measure_gemm(quick: bool) -> list[Speed]:
 
 
 def product_rows(
-    case: str, seconds: dict[str, list[float]], touched: int, peak: float
+    case: str, seconds: dict[str, list[float]], read: dict[str, int], peak: float
 ) -> list[Row]:
-    """Lines of the table for a product that reads so many bytes of weights."""
+    """Lines of the table for a product; ``read`` has the bytes of its weights."""
     result = []
     for name, spent in seconds.items():
         pairs = zip(spent, seconds["torch linear"], strict=True)
         ratio, median = statistics.median(a / b for a, b in pairs), statistics.median(spent)
-        speed = touched / median / 1e9
-        result.append(Row(case, name, median * 1e3, ratio, touched, speed, speed / peak))
+        speed = read[name] / median / 1e9
+        result.append(Row(case, name, median * 1e3, ratio, read[name], speed, speed / peak))
     return result
 
 

@@ -1,9 +1,11 @@
 """Prefill and decoding beside llama.cpp, same weights and prompt: `python -m bench.llamacpp`.
 
-The decoder of the seeded 1e9-parameter checkpoint is written once more as a GGUF file in bf16, the
-format of llama.cpp. Both read the same prompt in turn, and then go on behind it greedily with the
-same number of threads, a few tokens each in turn, since the speed of this kind of machine's memory
-drifts within seconds.
+The decoder of the seeded 1e9-parameter checkpoint is written once more as a GGUF file, the format
+of llama.cpp: in bf16, or with --weights its layers in few bits, the head in bf16 on both sides. Q4_1
+has as many bits per number as our q4, Q4_0 half a bit less, Q8_0 half a bit more than q8; "MB" is
+what a token has to read of each. Both read the same prompt in turn, and then go on behind it
+greedily with the same number of threads, a few tokens each in turn, since the speed of this kind of
+machine's memory drifts within seconds.
 
 Needs what is no dependency of the project: `pip install llama-cpp-python gguf`, the former built
 from its source for this machine's instructions; for one held to AVX2 another build of it,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 PROMPT = subject.QUESTION + " Look again, and say more." * 24
 OURS, THEIRS = "ours, full", "llama.cpp"
+KINDS = {"auto": ("BF16",), "q8": ("Q8_0",), "q4": ("Q4_1", "Q4_0")}  # beside our weights
 NAMES = {  # in a layer: published name -> name in GGUF
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -62,16 +65,19 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     folder = subject.checkpoint(options)
-    engine = Engine.load(folder, dtype="bfloat16", device="cpu", cache="full", offline=True)
+    engine = Engine.load(
+        folder, dtype="bfloat16", device="cpu", cache="full", offline=True, weights=options.weights
+    )
     prompt_ids = engine.render(PROMPT).token_ids
-    path = write_gguf(folder, folder / "decoder.gguf")
+    path = write_gguf(folder, folder / f"decoder-{options.kind}.gguf", options.kind)
     tokens = options.tokens * (options.turns + 1)
     sides = {
         OURS: ours(engine, prompt_ids, tokens),
         THEIRS: theirs(path, prompt_ids, options, tokens),
     }
     reading = read_in_turn(sides, options.reads)
-    write(options, reading, *measure(sides, options), len(prompt_ids))
+    read = {OURS: bytes_of_ours(engine), THEIRS: bytes_of_theirs(path)}
+    write(options, reading, *measure(sides, options), len(prompt_ids), read)
 
 
 def read_options() -> argparse.Namespace:
@@ -82,7 +88,26 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=6, help="of a turn")
     parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--reads", type=int, default=5, help="times that the prompt is read")
-    return common.read_options(parser)
+    parser.add_argument("--weights", choices=KINDS, default="auto", help="of our layers")
+    kinds = [kind for some in KINDS.values() for kind in some]
+    parser.add_argument("--kind", choices=kinds, help="of theirs (default: the like of ours)")
+    options = common.read_options(parser)
+    options.kind = options.kind or KINDS[options.weights][0]
+    return options
+
+
+def bytes_of_ours(engine: Engine) -> int:
+    """What a token has to read of our weights."""
+    from engine.models.matrix import matrices
+
+    return sum(matrix.bytes_read(1) for matrix in matrices(engine.model.decoder))
+
+
+def bytes_of_theirs(path: Path) -> int:
+    """What a token has to read of a GGUF file: all matrices but the embedding."""
+    from gguf import GGUFReader
+
+    return sum(int(t.n_bytes) for t in GGUFReader(path).tensors if t.name != "token_embd.weight")
 
 
 def ours(engine: Engine, prompt_ids: list[int], tokens: int) -> Side:
@@ -170,6 +195,7 @@ def write(
     seconds: dict[str, list[float]],
     answers: dict[str, list[int]],
     prompt: int,
+    read: dict[str, int],
 ) -> None:
     """The report."""
     from importlib.metadata import version
@@ -182,6 +208,8 @@ def write(
         rows.append(
             {
                 "what": name,
+                "MB": read[name] / 1e6,
+                "GB/s": read[name] * spread["median"] / 1e9,
                 "tokens/s": spread["median"],
                 "tokens/s p10-p90": f"{spread['p10']:.4g}-{spread['p90']:.4g}",
                 "speed-up": ratio["ratio"],
@@ -193,6 +221,7 @@ def write(
         )
     settings = subject.about(options) | {
         "dtype": "bfloat16",
+        "weights": f"{options.weights} beside {options.kind}",
         "threads": options.threads,
         "prompt tokens": prompt,
         "tokens of a turn": options.tokens,
@@ -210,9 +239,13 @@ def write(
 # -- the GGUF file --------------------------------------------------------------------------------
 
 
-def write_gguf(folder: Path, path: Path) -> Path:
-    """Writes the decoder of a checkpoint of the LLaVA-1.5 family, unless it is there already."""
+def write_gguf(folder: Path, path: Path, kind: str) -> Path:
+    """Writes the decoder of a checkpoint of the LLaVA-1.5 family, unless it is there already.
+
+    Its layers' matrices are of ``kind``, embedding and head in bf16.
+    """
     import gguf
+    import gguf.quants
 
     if path.exists():
         return path
@@ -232,9 +265,13 @@ def write_gguf(folder: Path, path: Path) -> Path:
     for name, tensor in decoder_tensors(folder, config):
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor.float().numpy())
+        elif name.startswith("blk.") and kind != "BF16":
+            few = gguf.GGMLQuantizationType[kind]
+            packed = gguf.quants.quantize(tensor.float().numpy(), few)
+            writer.add_tensor(name, packed, raw_dtype=few)
         else:
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(name, as_bytes(tensor), raw_dtype=kind)
+            bf16 = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, as_bytes(tensor), raw_dtype=bf16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

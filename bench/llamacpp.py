@@ -1,11 +1,11 @@
 """Prefill and decoding beside llama.cpp, same weights and prompt: `python -m bench.llamacpp`.
 
 The decoder of the seeded 1e9-parameter checkpoint is written once more as a GGUF file, the format
-of llama.cpp: in bf16, or with --weights its layers in few bits, the head in bf16 on both sides. Q4_1
-has as many bits per number as our q4, Q4_0 half a bit less, Q8_0 half a bit more than q8; "MB" is
-what a token has to read of each. Both read the same prompt in turn, and then go on behind it
-greedily with the same number of threads, a few tokens each in turn, since the speed of this kind of
-machine's memory drifts within seconds.
+of llama.cpp: in bf16, or with --weights its layers in few bits, the head in bf16 on both sides.
+Q4_1 has as many bits per number as our q4, Q4_0 half a bit less, Q8_0 half a bit more than q8;
+"MB" is what a token has to read of each. Both read the same prompt in turn, and then go on behind
+it greedily with the same number of threads, a few tokens each in turn, since the speed of this kind
+of machine's memory drifts within seconds.
 
 Needs what is no dependency of the project: `pip install llama-cpp-python gguf`, the former built
 from its source for this machine's instructions; for one held to AVX2 another build of it,

@@ -96,10 +96,17 @@ def on_pages(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found = [engine.logits(text, [image], ids) for text, image, ids in asked]
         answers = [engine.generate(t, [i], max_new_tokens=96).token_ids for t, i, _ in asked]
         same = [ids == answer for (_, _, ids), answer in zip(asked, answers, strict=True)]
-        yield row("embedded", kind, want, found) | {"same answer": sum(same) / len(same)}
+        yield row("embedded", kind, want, found, same_answer=sum(same) / len(same))
 
 
-def row(model: str, kind: str, want: list[Tensor], found: list[Tensor]) -> dict[str, Any]:
+def row(
+    model: str,
+    kind: str,
+    want: list[Tensor],
+    found: list[Tensor],
+    same_answer: float | str = "",
+    lost: float | str = "",
+) -> dict[str, Any]:
     """A line of the table: how far distributions ``[tokens, vocab]`` are from each other."""
     moved, changed = [], []
     for mine, theirs in zip(found, want, strict=True):
@@ -113,6 +120,8 @@ def row(model: str, kind: str, want: list[Tensor], found: list[Tensor]) -> dict[
         "KL": float(kl.mean()),
         "KL median": float(kl.median()),
         "likeliest changed": float(torch.cat(changed).mean()),
+        "same answer": same_answer,
+        "perplexity": lost,
     }
 
 
@@ -127,18 +136,18 @@ def on_prose(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     exact = engine_of(folder, "auto")
     texts = [exact.tokenizer.encode(text)[: options.tokens] for text in prose(options.texts)]
     want = [scores(exact, ids) for ids in texts]
-    yield {"model": "SmolLM2", "weights": "bf16", "perplexity": perplexity(want, texts)}
+    yield row("SmolLM2", "bf16", want, want, lost=perplexity(want, texts))
     for kind in progress(("q8", "q8+head", *KINDS[2:]), "formats"):
         engine = engine_of(folder, kind)
         found = [scores(engine, ids) for ids in texts]
-        yield row("SmolLM2", kind, want, found) | {"perplexity": perplexity(found, texts)}
+        yield row("SmolLM2", kind, want, found, lost=perplexity(found, texts))
     few = texts[: max(1, options.texts // 4)]
     exactly = [scores(exact, ids) for ids in few]
     for kind in progress(("auto", "q8", "q4"), "formats"):
         engine = engine_of(folder, kind)
         found = [stepped(engine, ids) for ids in few]
-        line = row("SmolLM2, token by token", kind, exactly, found)
-        yield line | {"perplexity": perplexity(found, few)}
+        name = kind.replace("auto", "bf16")
+        yield row("SmolLM2, stepped", name, exactly, found, lost=perplexity(found, few))
 
 
 @torch.inference_mode()
@@ -174,8 +183,11 @@ def prose(count: int) -> list[str]:
         for path in place.glob(pattern)
         if path.is_file() and path.stat().st_size > 4000
     )
-    texts = {path.read_text("utf-8", "replace")[:20_000] for path in found}
-    return sorted(texts, key=len)[:count]
+    different: dict[str, str] = {}  # by what their letters begin with
+    for path in found:
+        text = path.read_text("utf-8", "replace")[:20_000]
+        different.setdefault("".join(filter(str.isalpha, text))[:60].lower(), text)
+    return sorted(different.values(), key=len)[:count]
 
 
 if __name__ == "__main__":

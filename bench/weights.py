@@ -38,6 +38,7 @@ def main() -> None:
     if not options.pages_only:
         rows += on_prose(options)
     settings = {"pages": options.pages, "texts": options.texts, "tokens": options.tokens}
+    settings |= {"dtype": "bfloat16", "seed": "of the pages", "threads": options.threads}
     notes = [
         "KL in nats of bf16's distribution from that of the weights, mean over tokens.",
         "SmolLM2's file has 4 bits in groups of 32 itself: on it q4 of 32 would say nothing.",

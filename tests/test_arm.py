@@ -72,7 +72,7 @@ def test_a_processor_without_bf16_takes_the_other_kernels(tmp_path: Path) -> Non
 def test_the_module_compiles(tmp_path: Path) -> None:
     pybind11 = pytest.importorskip("pybind11")
     headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    for source in ("bind.cpp", "bind_fused.cpp"):
+    for source in ("bind.cpp", "bind_fused.cpp", "bind_gemv.cpp"):
         target = tmp_path / f"{source}.o"
         flags = ["-DAVL_WITH_CUDA=0", "-fPIC", "-O1"]
         compiled(*flags, *headers, "-c", ROOT / "cuda" / source, "-o", target)

@@ -186,7 +186,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         tensors(drop_seven),
         ("7 missing", "and 2 more", "6 unexpected", "and 1 more"),
     ),
-    "row30-int8": (tensors(lambda t: t.update({HEAD: t[HEAD].to(torch.int8)})), ("int8", "quant")),
+    "row30-int8": (
+        tensors(lambda t: t.update({HEAD: t[HEAD].to(torch.int8)})),
+        ("int8", "none in a form that is read"),
+    ),
     "row31-pickles only": (pickled, ("pytorch_model.bin", "--convert")),
     "row32-invalid JSON": (replaced("config.json", b"{"), ("config.json", "invalid JSON")),
     "row32-duplicate key": (

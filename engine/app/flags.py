@@ -237,7 +237,7 @@ def build_parser() -> Parser:
         "--convert",
         type=_name,
         metavar="DIR",
-        help="write --model's pickled weights (.bin) to DIR as safetensors, and leave",
+        help="write --model's pickled weights to DIR as safetensors, or any as --weights says",
     )
     add = parser.add_argument_group("generation").add_argument
     add(

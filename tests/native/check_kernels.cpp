@@ -314,7 +314,7 @@ void check_products(const char* isa) {
                                 {out - first, w.bytes.get() + first * in * number, bias.bytes.get(),
                                  y.bytes.get() + rows * first * number}};
       (few ? cpu->gemv : cpu->gemm)(
-          {dtype, rows, in, x.bytes.get(), in, parts, 2, scratch[0].numbers, threads});
+          {dtype, dtype, rows, in, x.bytes.get(), in, parts, 2, scratch[0].numbers, threads});
       for (int r = 0; r < rows; ++r)
         for (int o = 0; o < out; ++o) {
           double want = 2;

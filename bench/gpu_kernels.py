@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
 from bench import kernels, predict
 from bench.gpu_cells import Contestant, Device, KernelCell
 from bench.gpu_timing import Call
 from bench.policy_calls import Stored, policy_calls
 from bench.predict import SEVEN, Shape
+from engine.ops.few_bits import quantise
+from engine.ops.products import Weight, few_rows, gemv, many_rows
 
 # Inputs are rotated over this many bytes, so that the L2 cache (60 MB on an H200) does not help.
 ROTATED = 1 << 30
@@ -64,3 +72,32 @@ def policy_cell(rows: int, image: int, text: int, shape: Shape, quick: bool = Fa
         return {name: (lambda turn, n=name: sets[turn][n]()) for name in contestants}
 
     return KernelCell(f"policy launch, {rows} rows", contestants, make, turns, 3 if quick else 21)
+
+
+def product_cell(rows: int, shape: Shape, quick: bool = False) -> KernelCell:
+    """An MLP's first product: torch's in 16 bits, ours of weights in few bits."""
+    size = shape.hidden * shape.mlp
+    read = {"torch, bf16": 2 * size, "ours, q8": size + 4 * shape.mlp, "ours, q4": size * 5 // 8}
+    turns = 2 if quick else rotation(read["ours, q4"])
+
+    def make(on: Device) -> dict[str, Call]:
+        x = torch.randn(rows, shape.hidden, device=on.device, dtype=on.dtype)
+        weight = torch.randn(shape.mlp, shape.hidden, device=on.device, dtype=on.dtype)
+        sets: dict[str, list[Weight]] = {"torch, bf16": [weight.clone() for _ in range(turns)]}
+        for name in ("q8", "q4"):
+            few = quantise(weight, name)
+            sets[f"ours, {name}"] = [replace(few, codes=few.codes.clone()) for _ in range(turns)]
+
+        def call(turn: int, weights: list[Weight]) -> Tensor:
+            if few_rows(x, weights[turn]):
+                return gemv(x, (weights[turn], None))[0]
+            return many_rows(x, weights[turn], None)
+
+        return {name: partial(call, weights=weights) for name, weights in sets.items()}
+
+    contestants = {
+        name: Contestant(predict.stream(bytes_), bytes_, goal=goal)
+        for (name, bytes_), goal in zip(read.items(), (None, 0.6, 0.45), strict=True)
+    }
+    key = f"product, {rows} x {shape.hidden} -> {shape.mlp}"
+    return KernelCell(key, contestants, make, turns, 3 if quick else 21)

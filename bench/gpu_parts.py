@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from bench import predict
 from bench.gpu_cells import Cell, MemoryCell, Rounds, StepCell
 from bench.gpu_fused import fused_cells
-from bench.gpu_kernels import attention_cell, policy_cell
+from bench.gpu_kernels import attention_cell, policy_cell, product_cell
 from bench.predict import SEVEN, THIRTEEN, TOY, Prompt, Shape, Way
 
 FULL, AVL = Way(policy="full"), Way(policy="avl")
@@ -57,11 +57,12 @@ DRY = Scale(
 
 
 def kernel_cells(scale: Scale) -> list[Cell]:
-    """Part 1: attention over LLaVA's shapes, the policy launch, small kernels."""
+    """Part 1: attention over LLaVA's shapes, products of few bits, policy launch, small kernels."""
     tokens = (48,) if scale.dry else (2880, 576, 2144)
     cells: list[Cell] = [
         attention_cell(rows, count, scale.dry) for count in tokens for rows in scale.batches
     ]
+    cells += [product_cell(rows, scale.small, scale.dry) for rows in (1, 4, 8)]
     image = scale.images[0]
     for rows in scale.batches:
         cells.append(policy_cell(rows, image, 2 * scale.text, scale.small, scale.dry))

@@ -67,6 +67,12 @@ static inline __attribute__((always_inline)) void gemv_tile(const T* const* w,
     for (int r = 0; r < R; ++r) acc[o][r] = fresh ? vf{} : sums[o * R + r];
   }
   auto part = [&](int64_t at, int64_t i, int number) __attribute__((always_inline)) {
+    if constexpr (R == 1) {  // one weight after the other: sums take the registers
+      const auto one = L::input(x + i + number * W);
+      for (int o = 0; o < outs; ++o)
+        acc[o][0] = L::multiply_add(acc[o][0], L::weight(from[o] + at, number), one);
+      return;
+    }
     decltype(L::weight(from[0], 0)) weight[outs];
     for (int o = 0; o < outs; ++o) weight[o] = L::weight(from[o] + at, number);
     for (int r = 0; r < R; ++r) {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from engine.models.layers import Patches
 from engine.ops import native, products
 from engine.ops.attention import whole_attention
-from engine.ops.few_bits import laid_out, quantise, rounded, separate
+from engine.ops.few_bits import laid_out, quantise, seen, separate
 from engine.ops.formats import FORMATS
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native module is not built")
@@ -177,8 +177,8 @@ def test_products_of_few_rows_and_few_bits(isa, row, dtype, rows):
         g = torch.Generator().manual_seed(size_in)
         x = torch.randn(rows, 2 * size_in, generator=g).to(dtype)[:, :size_in]  # strided rows
         few, bias = few_drawn(row, size_out, size_in), torch.randn(size_out, generator=g).to(dtype)
-        seen = rounded(x) if row.name == "q4" else x
-        want = F.linear(seen.double(), few.numbers().double(), bias.double())
+        inputs = seen(x, row.name)
+        want = F.linear(inputs.double(), few.numbers().double(), bias.double())
         terms = 1 + F.linear(x.double().abs(), few.numbers().double().abs())
         rounding = torch.finfo(dtype).eps / 2 * want.abs() * 1.01
         (got,) = products.gemv(x, (few, bias), isa=isa)

@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "q4.h"
+#include "q8.h"
 #include "vec.h"
 
 namespace avl {
@@ -183,6 +184,8 @@ template <class T, class Y>
 static int gemv(const GemvArgs& a) {
   if constexpr (std::is_same_v<T, Q4Block>)
     return q4_gemv<Y>(a);
+  else if constexpr (std::is_same_v<T, int8_t>)
+    return q8_gemv<Y>(a);
   else
     return gemv_passes<T, Y>(a);
 }

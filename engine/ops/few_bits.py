@@ -2,7 +2,8 @@
 
 A row of q8 lies as it is. Of q4 eight rows lie interleaved in blocks (``Q4Block`` of
 ``cuda/args.h``), so that one vector of the processor holds eight outputs and nothing is summed
-across; inputs are rounded there to 8 bits in runs of 32, as whole numbers multiply twice as fast.
+across. Products of few rows round their inputs too (``seen``): whole numbers multiply twice as
+fast.
 """
 
 from __future__ import annotations
@@ -143,10 +144,18 @@ def separate(matrix: FewBits) -> Few:
     return few_of_codes(codes[: matrix.out], *numbers)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Inputs ``x [rows, in]`` as q4's products of few rows see them, fp32: 8 bits in runs of 32."""
-    runs = x.float().unflatten(-1, (-1, RUN))
+def seen(x: Tensor, name: str) -> Tensor:
+    """Inputs ``x [rows, in]`` as products of few rows see them beside weights of a format: fp32.
+
+    That is in whole numbers of 16 bits in runs of 64 (q8), or of 8 bits in runs of 32 (q4).
+    """
+    run, largest = _INPUTS[name]
+    size_in = x.shape[-1]
+    runs = F.pad(x.float(), (0, -size_in % run)).unflatten(-1, (-1, run))
     most = runs.abs().amax(-1, keepdim=True)
-    inverse = torch.div(torch.tensor(127.0), most)  # a number / a tensor would be a product
+    inverse = torch.div(torch.tensor(largest), most)  # a number / a tensor would be a product
     codes = (runs * torch.where(most > 0, inverse, 0)).round()
-    return (codes * (most / 127)).flatten(-2)
+    return (codes * (most / largest)).flatten(-2)[..., :size_in]
+
+
+_INPUTS = {"q8": (64, 32767.0), "q4": (RUN, 127.0)}

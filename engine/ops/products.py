@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .few_bits import FewBits, rounded
+from .few_bits import FewBits, seen
 from .formats import BF16, FP16, FP32
 from .native import address, codes, cpu_isa, describe, load, loaded
 from .tape import alive
@@ -92,9 +92,10 @@ def by_blocks(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def by_blocks_of_few(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """What ``gemv`` does, in torch: as ``by_blocks``, but q4 rounds x to 8 bits in runs of 32."""
-    few = isinstance(weight, FewBits) and weight.format == "q4"
-    return by_blocks(rounded(x), weight, bias).to(x.dtype) if few else by_blocks(x, weight, bias)
+    """What ``gemv`` does, in torch: ``by_blocks`` of what weights in few bits see of x."""
+    if isinstance(weight, FewBits):
+        return by_blocks(seen(x, weight.format), weight, bias).to(x.dtype)
+    return by_blocks(x, weight, bias)
 
 
 def _rows_of(weight: Weight, start: int, stop: int) -> Tensor:
@@ -162,7 +163,7 @@ def gemv(x: Tensor, *layers: Weights, isa: str = "") -> list[Tensor]:
 
     x ``[rows, in]`` (rows may be strided), every layer's weight ``[out, in]`` contiguous and bias
     ``[out]`` or None; one dtype of float32, float16, bfloat16, or x and bias in float32 whatever
-    the weights are, or any of the three beside weights in few bits; q4 rounds x, see
+    the weights are, or any of the three beside weights in few bits, which round x, see
     ``by_blocks_of_few``. On a GPU: 1 to 8 rows, weights in few bits, and x is not rounded. Reads
     the weights once, at the speed of memory. Raises ValueError for other arguments.
     """

@@ -83,14 +83,17 @@ Matrix four_bits(int64_t out, int64_t in, std::mt19937& random) {
   return m;
 }
 
-// Inputs as few rows see them: of q4 in 8 bits, in runs of 32.
-std::vector<double> seen(const std::vector<float>& x, DType dtype) {
-  std::vector<double> as(x.begin(), x.end());
-  for (size_t at = 0; dtype == DType::q4 && at < x.size(); at += 32) {
+// Inputs of one row as few rows see them: of q4 in 8 bits, in runs of 32, of q8 in 16 bits, of 64.
+std::vector<double> seen(const float* x, int64_t in, DType dtype) {
+  std::vector<double> as(x, x + in);
+  const float largest = dtype == DType::q4 ? 127 : 32767;
+  const int run = dtype == DType::q4 ? 32 : dtype == DType::q8 ? 64 : 0;
+  for (int64_t at = 0; run && at < in; at += run) {
+    const int64_t end = at + run < in ? at + run : in;
     float most = 0;
-    for (int i = 0; i < 32; ++i) most = std::fmax(most, std::fabs(x[at + i]));
-    for (int i = 0; i < 32 && most > 0; ++i)
-      as[at + i] = std::nearbyint(x[at + i] * (127 / most)) * (most / 127);
+    for (int64_t i = at; i < end; ++i) most = std::fmax(most, std::fabs(x[i]));
+    for (int64_t i = at; i < end && most > 0; ++i)
+      as[i] = std::nearbyint(x[i] * (largest / most)) * (most / largest);
   }
   return as;
 }
@@ -105,18 +108,18 @@ void check(const CpuKernels& kernels, const Matrix& m, int rows) {
   std::vector<Y> y(rows * out, from_float<Y>(std::nanf("")));
   std::vector<float> scratch(gemv_scratch(rows, in)), wide_x;
   for (Y number : x) wide_x.push_back(to_float(number));
-  const std::vector<double> inputs = seen(wide_x, dtype);
   const float* scale = m.scale.empty() ? nullptr : m.scale.data();
   const GemvPart part = {out, m.bytes.data(), bias.data(), y.data(), scale};
   const int wide = int(DTYPE<Y>);
   const GemvArgs args = {dtype, DTYPE<Y>, rows, in, x.data(), in, &part, 1, scratch.data(), 2};
   const int status = kernels.gemv(args);
   const double rounding = sizeof(Y) == 4 ? 0 : DTYPE<Y> == DType::bf16 ? 1.0 / 256 : 1.0 / 2048;
-  for (int r = 0; r < rows; ++r)
+  for (int r = 0; r < rows; ++r) {
+    const std::vector<double> inputs = seen(wide_x.data() + r * in, in, dtype);
     for (int64_t o = 0; o < out; ++o) {
       double exact = to_float(bias[o]), size = std::fabs(exact);
       for (int64_t i = 0; i < in; ++i) {
-        const double term = m.numbers[o * in + i] * inputs[r * in + i];
+        const double term = m.numbers[o * in + i] * inputs[i];
         exact += term, size += std::fabs(term);
       }
       const double error = std::fabs(to_float(y[r * out + o]) - exact);
@@ -126,6 +129,7 @@ void check(const CpuKernels& kernels, const Matrix& m, int rows) {
       if (++mistakes == 20) std::exit(1);
       return;
     }
+  }
 }
 
 }  // namespace

@@ -177,21 +177,41 @@ def _shaped(leaf: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 DAMAGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
-    "no scales": ("gptq", _without("scales"), "'one.qweight' is there without 'one.scales'"),
-    "no zeros": ("awq", _without("qzeros"), "without 'one.qzeros' (GPTQ or AWQ)"),
+    "no scales": (
+        "gptq",
+        _without("scales"),
+        "'one.qweight' is quantised (GPTQ or AWQ) without 'one.scales'",
+    ),
+    "no zeros": ("awq", _without("qzeros"), "(GPTQ or AWQ) without 'one.qzeros'"),
     "no shape": ("w4a16", _without("weight_shape"), "without 'one.weight_shape'"),
     "no book": ("nf4", _without("weight.quant_map"), "without 'one.weight.quant_map'"),
     "no state": (
         "nf4",
         _without("weight.quant_state.bitsandbytes__nf4"),
-        "do not fit each other as bits",
+        "quantised (bitsandbytes, 4 bits), but its tensors do not fit",
     ),
-    "no nested": ("nf4-nested", _without("weight.nested_absmax"), "do not fit each other as bits"),
-    "no weight": ("int8", _without("weight"), "'one.SCB' is there without 'one.weight'"),
+    "no nested": (
+        "nf4-nested",
+        _without("weight.nested_absmax"),
+        "quantised (bitsandbytes, 4 bits), but its tensors do not fit",
+    ),
+    "no weight": (
+        "int8",
+        _without("weight"),
+        "'one.SCB' is quantised (bitsandbytes, 8 bits) without 'one.weight'",
+    ),
     "3 bits": ("gptq", _shaped("qweight", 6, 8), "4 and 8 bits are read"),
     "zeros": ("gptq", _shaped("qzeros", 2, 3), "qzeros [2, 3]"),
-    "groups": ("awq", _shaped("scales", 3, 8), "do not fit each other as GPTQ or AWQ"),
-    "scale": ("w4a16", _shaped("weight_scale", 8, 3), "fit each other as compressed-tensors"),
+    "groups": (
+        "awq",
+        _shaped("scales", 3, 8),
+        "quantised (GPTQ or AWQ), but its tensors do not fit",
+    ),
+    "scale": (
+        "w4a16",
+        _shaped("weight_scale", 8, 3),
+        "(compressed-tensors), but its tensors do not fit",
+    ),
     "points": ("w4a16-asym", _shaped("weight_zero_point", 2, 2), "weight_zero_point [2, 2]"),
     "largest": ("int8", _shaped("SCB", 7), "SCB [7]"),
     "twice": (

@@ -136,14 +136,16 @@ def _packed(layer: str, mark: str, tensors: Infos, read: Read) -> PackedInfo:
         }
         for leaf in layout.needed:
             if leaf not in parts:
-                message = f"{show(layer + mark)} is there without {show(layer + leaf)} ({names})"
+                message = (
+                    f"{show(layer + mark)} is quantised ({names}) without {show(layer + leaf)}"
+                )
                 raise CheckpointError(message, hint=DOWNLOAD_AGAIN)
         shape = layout.shape(parts, read)
         if shape is not None:
             return _as_one(f"{layer}weight", layout, parts, shape)
     shapes = ", ".join(f"{leaf} {list(info.shape)}" for leaf, info in parts.items())
     raise CheckpointError(
-        f"{show(layer + mark)}: its tensors do not fit each other as {names}: {shapes}",
+        f"{show(layer + mark)} is quantised ({names}), but its tensors do not fit: {shapes}",
         hint="4 and 8 bits are read; compare the files with the published ones",
     )
 

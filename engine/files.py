@@ -91,8 +91,9 @@ def check_target(
     if endings and not os.fspath(path).lower().endswith(endings):
         raise OptionError(f"{name}: the name of another kind of file", f"end it in {_or(endings)}")
     target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise OptionError(f"{name}: no folder {target.parent}", hint="name a folder that exists")
+    if not os.path.isdir(target.parent):  # Path.is_dir raises for what is too long
+        folder = display_name(str(target.parent))
+        raise OptionError(f"{name}: no folder {folder}", hint="name a folder that exists")
     for source in inputs:
         with suppress(OSError, ValueError):
             if target.samefile(source):

@@ -3,10 +3,10 @@
 LONGEST = 200
 
 
-def display_name(path: str) -> str:
+def display_name(path: str, longest: int = LONGEST) -> str:
     r"""Escape what a terminal must not receive: control, bidirectional and undecodable characters.
 
-    Of more than 200 characters the middle is left out: a file's name stands at the end.
+    Of more than ``longest`` characters the middle is left out: a file's name stands at the end.
 
     >>> display_name("car\n\u202e.jpg")
     'car\\n\\u202e.jpg'
@@ -14,8 +14,8 @@ def display_name(path: str) -> str:
     name = "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in path
     )
-    half = LONGEST // 2 - 2
-    return name if len(name) <= LONGEST else f"{name[:half]}...{name[-half:]}"
+    half = longest // 2 - 2
+    return name if len(name) <= longest else f"{name[:half]}...{name[-half:]}"
 
 
 def told(value: object) -> str:

@@ -255,7 +255,11 @@ def test_an_error_is_no_json(ask: Callable[..., int], capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("error", "code", "words"),
-    [(MemoryError(), 5, "out of memory"), (KeyError("a\nb"), 1, "unexpected KeyError: ")],
+    [
+        (MemoryError(), 5, "out of memory"),
+        (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), 5, "out of memory"),
+        (KeyError("a\nb"), 1, "unexpected KeyError: "),
+    ],
 )
 def test_what_nobody_expected_is_one_line_too(
     error: Exception,

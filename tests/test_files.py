@@ -167,6 +167,28 @@ def test_a_page_that_fails_leaves_the_old_one(
     assert {each.name for each in tmp_path.iterdir()} == {"page.html", "a.png"}
 
 
+def test_a_folder_that_is_moved_meanwhile_is_a_hint(
+    checkpoint: Callable[..., Path], ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    noise(30, 20).save(tmp_path / "a.png")
+    answer = Engine.stream
+
+    def moving(*given: Any, **options: Any) -> Any:
+        if here.exists():
+            here.rename(there)
+        return answer(*given, **options)
+
+    monkeypatch.setattr(Engine, "stream", moving)
+    monkeypatch.setattr("engine.app.cli.forget_stdout", lambda: None)  # it is pytest's
+    flags = ["--model", checkpoint(SHAPE), "--device", "cpu", "-n", "2", "--image"]
+    asked = ask(*flags, tmp_path / "a.png", "-p", "What?", "--attention", here / "page.html")
+    assert asked.code == 1
+    assert asked.errors == [f"error: No such file or directory: {here / 'page.html'}"]
+    assert asked.hints == ["hint: see whether it was moved or removed meanwhile"]
+
+
 @pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".webp"])
 def test_drawn_pictures_are_of_the_kind_of_their_name(suffix: str, tmp_path: Path) -> None:
     from engine.app.oneshot import _draw_boxes

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,9 +26,12 @@ ERROR = b"error: nothing.png does not exist\nhint: check the path; "
 
 
 def start(
-    command: list[str], closed: tuple[int, ...] = (), **changes: str | None
+    command: list[str],
+    closed: tuple[int, ...] = (),
+    given: bytes | None = None,
+    **changes: str | None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a command with some of the streams 0 to 2 closed and another environment."""
+    """Run a command with some of the streams 0 to 2 closed, a stdin and another environment."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
 
     def close() -> None:
@@ -38,6 +42,7 @@ def start(
         command,
         cwd=ROOT,
         env={name: value for name, value in environment.items() if value is not None},
+        input=given,
         capture_output=True,
         timeout=120,
         preexec_fn=close,
@@ -204,13 +209,21 @@ def test_an_answer_starts_without_what_it_does_not_need() -> None:
 
 
 LONG = "x" * 300
+DEEP = "/" + "y/" * 3000 + "y"
+LOCAL = ["--offline", "-p", "Hi"]
+CAR = ["examples/car.jpg", "Hi"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["--model", LONG, "-p", "Hi"], 4, "cannot be read: File name too long"),
-        (["--model", "/" + "y/" * 3000, "-p", "Hi"], 4, "cannot be read: File name too long"),
+        (["--model", DEEP, "-p", "Hi"], 4, "cannot be read: File name too long"),
+        (["--model", f"a/{'x' * 100}", *LOCAL], 4, "does not exist"),
+        (["--model", "a/b", "--revision", LONG, *LOCAL], 4, "is no revision"),
+        ([*CAR, "--attention", f"{DEEP}.html"], 2, "no folder /y/"),
+        ([*CAR, "--draw-boxes", f"{DEEP}.png"], 2, "no folder /y/"),
+        (["--batch", "pyproject.toml", "--output", DEEP], 2, "no folder /y/"),
         (["--model", "weights/tiny", "--convert", LONG], 2, "cannot be written: File name too"),
         (["--image", "", "-p", "Hi"], 2, "the name of --image is empty"),
         (["-"], 2, "-p - reads the question there"),
@@ -223,6 +236,12 @@ def test_names_that_none_can_have(
     asked = ask(*arguments)
     refused(asked, code, words)
     assert len(asked.err) < 600
+
+
+def test_no_message_fills_more_than_a_screen(ask: Ask) -> None:
+    asked = ask("--style", "x" * 5000, "-p", "Hi")
+    refused(asked, 2, "invalid choice", "choose from")
+    assert len(asked.err) < 2200
 
 
 def test_an_interrupt_waits_until_all_is_imported() -> None:
@@ -259,21 +278,21 @@ def test_an_interrupt_while_torch_is_imported_is_one(arguments: list[str]) -> No
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
-def limited() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
-
-
-def test_too_little_memory_for_torch_is_said() -> None:
+@pytest.mark.parametrize(("limit", "most"), [("RLIMIT_AS", 400 << 20), ("RLIMIT_DATA", 60 << 20)])
+def test_too_little_memory_for_torch_is_said(limit: str, most: int) -> None:
     command = [*PRODUCT, "-p", "Hi", "-n", "1"]
+    limited = partial(resource.setrlimit, getattr(resource, limit), (most, most))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, preexec_fn=limited, check=False)
     assert done.returncode == 5
     assert done.stderr.startswith(b"error: out of memory: torch does not fit")
 
 
-def test_a_working_directory_that_was_removed_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], [str(ROOT / CAR[0]), "--attention", "a.html"], ["--check"]])
+def test_a_working_directory_that_was_removed_is_said(more: list[str], tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    command = [sys.executable, str(ROOT / "main.py"), "-p", "Hi", "-n", "1"]
+    asked = [] if "--check" in more else ["-p", "Hi", "-n", "1"]
+    command = [sys.executable, str(ROOT / "main.py"), *asked, *more]
     done = subprocess.run(
         command, cwd=gone, capture_output=True, preexec_fn=gone.rmdir, check=False
     )
@@ -288,4 +307,6 @@ def test_the_checkout_is_found_without_the_scripts_folder_on_the_path() -> None:
 def test_words_are_utf_8_whatever_the_locale_is() -> None:
     changes = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = start([*PRODUCT, "-p", "Où?", "--system", "É", "-n", "1"], **changes)
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = start([*PRODUCT, "--chat", "-q", "-n", "1"], given="Où?\n".encode(), **changes)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -22,7 +22,7 @@ from ..policies.specs import parse
 from .flags import parse_flags
 from .inputs import load_engine, open_pictures, opener, read_options, read_prompt
 from .noise import Noise
-from .starting import import_engine
+from .starting import import_engine, need_folder
 from .terminal import (
     INTERRUPTED,
     UNREAD,
@@ -41,6 +41,7 @@ _HINTS = {
     errno.EFBIG: "raise the limit (ulimit -f), or write to another place",
     errno.EACCES: "check who may read and write there",
     errno.EROFS: "write to another place",
+    errno.ENOENT: "see whether it was moved or removed meanwhile",
     errno.EBADF: "leave it open, or send it to a file or /dev/null",
 }
 
@@ -71,7 +72,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, EngineError):
         complain(str(error), error.hint)
         return error.exit_code
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # Python's, or torch's
         complain("out of memory", CapacityError.usual_hint)
         return CapacityError.exit_code
     if isinstance(error, ModuleNotFoundError):
@@ -90,6 +91,7 @@ def _explain(error: Exception) -> int:
 def _run(arguments: list[str]) -> int:
     need_stdout()
     flags, mode = parse_flags(arguments)
+    need_folder()
     if flags.quiet:  # read when the hub's client is imported
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if flags.cache is not None:

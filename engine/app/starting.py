@@ -15,24 +15,25 @@ from contextlib import contextmanager
 
 from ..errors import CapacityError, OptionError
 
-_LEAST = 700 << 20  # bytes of addresses that torch takes; with less it may end the process
+# Limits of a process, and the bytes that torch takes of them; with less it may end the process.
+_LEAST = {"RLIMIT_AS": 700 << 20, "RLIMIT_DATA": 250 << 20}
 
 
-def import_engine() -> None:
-    """Import what takes torch, once.
-
-    Raises CapacityError if it does not fit into memory, OptionError without a working directory,
-    where a library of torch's would end the process.
-    """
-    if "torch" in sys.modules:
-        return
-    limit = _most_memory()
-    if limit is not None and limit < _LEAST:
-        raise _too_little(limit)
+def need_folder() -> None:
+    """Refuse to work without a working directory, where a library of torch's ends the process."""
     try:
         os.getcwd()
     except FileNotFoundError:
         raise OptionError("the working directory was removed", hint="go to another (cd)") from None
+
+
+def import_engine() -> None:
+    """Import what takes torch, once; raises CapacityError if it does not fit into memory."""
+    if "torch" in sys.modules:
+        return
+    limits = _limits()
+    if any(limits[name] < _LEAST[name] for name in limits):
+        raise _too_little(limits)
     gc.disable()  # all that torch makes while it is imported stays: searching it costs a tenth
     try:
         with interrupts_kept():
@@ -40,29 +41,29 @@ def import_engine() -> None:
     except ModuleNotFoundError:
         raise
     except (ImportError, MemoryError, OSError):  # which of them depends on the library
-        if limit is None:
+        if not limits:
             raise
-        raise _too_little(limit) from None
+        raise _too_little(limits) from None
     finally:
         gc.freeze()
         gc.enable()
 
 
-def _most_memory() -> int | None:
-    """Bytes of addresses that this process may have; None: any number."""
+def _limits() -> dict[str, int]:
+    """The bytes that this process may have, by the limit's name; none where it may have any."""
     try:
         import resource
     except ImportError:  # not a system with limits
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
+        return {}
+    found = {name: resource.getrlimit(getattr(resource, name))[0] for name in _LEAST}
+    return {name: most for name, most in found.items() if most != resource.RLIM_INFINITY}
 
 
-def _too_little(limit: int) -> CapacityError:
+def _too_little(limits: dict[str, int]) -> CapacityError:
+    most = min(limits.values()) / 1e6
     return CapacityError(
-        f"out of memory: torch does not fit into the {limit / 1e6:,.0f} MB that this process may "
-        "have",
-        hint="raise the limit (ulimit -v)",
+        f"out of memory: torch does not fit into the {most:,.0f} MB that this process may have",
+        hint="raise the limit (ulimit -v, ulimit -d)",
     )
 
 

@@ -12,9 +12,11 @@ from contextlib import suppress
 from typing import Any
 
 from ..files import named
+from ..naming import display_name
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 UNREAD = 141  # and of a pipe whose reader left: a shell's 128 + SIGPIPE
+_SCREEN = 2000  # characters
 
 
 class _Lossy(io.RawIOBase):
@@ -51,8 +53,8 @@ def prepare() -> None:
         encoding = sys.stderr.encoding if sys.stderr else None
         buffer = io.BufferedWriter(_Lossy())
         sys.stderr = io.TextIOWrapper(buffer, encoding, line_buffering=True)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # where bytes are no text, that is said
+    if isinstance(sys.stdin, io.TextIOWrapper):  # UTF-8 in any locale; other bytes are refused
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -114,12 +116,12 @@ def lacking(error: ModuleNotFoundError) -> tuple[str, str]:
 
 
 def escaped(text: str) -> str:
-    r"""``text`` on one line: a file's name may hold a newline, or worse.
+    r"""``text`` on one line of no more than a screen: a file's name may hold a newline, or worse.
 
     >>> escaped("a\nb")
     'a\\nb'
     """
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return display_name(text, _SCREEN)
 
 
 def forget_stdout() -> None:

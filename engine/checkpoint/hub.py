@@ -17,7 +17,9 @@ _SHIPPED = next(
 )
 TINY = _SHIPPED / "weights" / "tiny"
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The hub gives none of more than 96 characters; a revision is the name of a file in its cache.
+_HUB_NAME = re.compile(r"(?!.{97})[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REVISION = re.compile(r"(?!.{250})[\w./-]+")
 
 
 def resolve(
@@ -110,7 +112,7 @@ def find_cached(name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import constants
 
     revision = revision or "main"
-    if ".." in revision or not re.fullmatch(r"[\w./-]+", revision):
+    if ".." in revision or not _REVISION.fullmatch(revision):
         raise CheckpointError(f"{revision!r:.40} is no revision", hint="a branch, tag or commit")
     repo = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     ref = repo / "refs" / revision

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CapacityError
 
-HINT = "try --dtype bf16, fewer or smaller pictures, a shorter answer (-n), or --device cpu"
+HINT = "try dtype bf16, device cpu, fewer or smaller pictures, or a shorter answer"
 
 
 @contextmanager

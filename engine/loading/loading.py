@@ -89,7 +89,7 @@ def _fill(
         needed = checkpoint.total_bytes if stays else bytes_of(model, dtype.itemsize, weights)
         with memory_for("loading the weights", needed, device):
             _load_all(family, checkpoint, device, dtype, weights)
-    prepare(model.decoder, device)
+            prepare(model.decoder, device)
     model.eval()
 
 

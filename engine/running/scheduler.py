@@ -30,7 +30,7 @@ from ..result import FinishReason, Timings
 from .stepping import Stepper, Stepping
 from .turn import Read, Turn, make_pools, reading
 
-_FEWER = "try fewer --rows than {}, --dtype bf16, or smaller pictures; finished answers are kept"
+_FEWER = "try fewer rows than {}, dtype bf16, or smaller pictures; finished answers are kept"
 
 
 class Chooses(Protocol):

@@ -325,7 +325,7 @@ class Engine:
         """The ids of a continuation, each one of the vocabulary."""
         if isinstance(given, str):
             return self.tokenizer.encode(given)
-        if not is_iterable(given) or isinstance(given, bytes | Mapping):
+        if not is_iterable(given):
             raise OptionError(f"continuation is {told(given)}", hint="use a text, or token ids")
         ids, vocab = [], self.model.decoder.config.vocab
         for number, token in enumerate(given):

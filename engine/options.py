@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, TypedDict
@@ -66,12 +66,13 @@ def _set_numbers(options: object, **kinds: type) -> None:
 
 
 def is_iterable(value: object) -> bool:
-    """Whether a value can be gone through, which an array of no dimension only claims."""
+    """Whether a value is a list of others: an array of no dimension only claims to be one, and of
+    texts, bytes and mappings nobody means the letters, the numbers and the keys."""
     try:
         iter(value)  # type: ignore[call-overload]
     except TypeError:
         return False
-    return True
+    return not isinstance(value, str | bytes | Mapping)
 
 
 def as_number(name: str, value: Any, kind: type) -> Any:
@@ -175,8 +176,8 @@ def make_options(
     if unknown:
         known = f"known: {', '.join(OptionValues.__annotations__)}"
         raise OptionError(f"there is no option {', '.join(sorted(unknown))}", hint=known)
-    if not is_iterable(stop):
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not is_iterable(stops):
         raise OptionError(f"stop is {told(stop)}", hint="use texts")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
-    return Options(max_new_tokens, sampling, stops, ignore_eos, logprobs, cancel)
+    return Options(max_new_tokens, sampling, tuple(stops), ignore_eos, logprobs, cancel)

@@ -176,13 +176,14 @@ def test_row39_a_megabyte_of_prompt_is_refused_before_prefill(
 # -- 44 to 47: the machine ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["load", "prefill", "decode", "batch"])
+@pytest.mark.parametrize("where", ["load", "prepare", "prefill", "decode", "batch"])
 @pytest.mark.parametrize("fill", [lambda: torch.empty(1 << 52), lambda: bytearray(1 << 62)])
 def test_row44_out_of_memory_says_how_much_is_needed(
     where: str, fill: Any, ask: Ask, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     place = {
         "load": "engine.loading.loading.load_weights",
+        "prepare": "engine.loading.loading.prepare",
         "decode": "engine.running.stepping.Stepper.step",
     }
     name = place.get(where, "engine.models.decoder.Decoder.slices")
@@ -192,7 +193,7 @@ def test_row44_out_of_memory_says_how_much_is_needed(
         assert isinstance(failure.error, CapacityError)
         return
     asked = ask("--prompt", "Hi", "--model", model, "--no-stream", "-n", "3")
-    refused(asked, 5, "out of memory while", "GB are needed", "GB are free", "--dtype bf16")
+    refused(asked, 5, "out of memory while", "GB are needed", "GB are free", "dtype bf16")
     assert asked.hints[0].count(",") >= 2
 
 
@@ -365,7 +366,7 @@ def test_row44_a_batch_keeps_what_was_answered_before(
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "step", step)
         asked = ask(*job, answers)
-    refused(asked, 5, "out of memory while answering 3 requests together", "GB are free", "--rows")
+    refused(asked, 5, "out of memory while answering 3 requests together", "GB are free", "rows")
     kept = answers.read_text()
     assert 1 <= kept.count("\n") < 9
     assert whole.startswith(kept)
@@ -426,16 +427,24 @@ NONE = np.array(3)  # says that it can be gone through, and cannot
 CALLS: dict[str, tuple[Callable[[Engine], object], str]] = {
     "stop": (lambda e: e.generate("Hi", stop=NONE), "stop is array(3)"),
     "tensor": (lambda e: e.generate("Hi", stop=torch.tensor(3)), "stop is tensor(3)"),
+    "mapping": (lambda e: e.generate("Hi", stop={"a": 1}), "stop is {'a': 1}"),
     "truth": (lambda e: e.generate("Hi", temperature=np.True_), "temperature is"),
     "truth of torch": (lambda e: e.generate("Hi", top_k=torch.tensor(True)), "top_k is tensor"),
     "continuation": (lambda e: e.logits("Hi", continuation=NONE), "continuation is array(3)"),
     "bytes": (lambda e: e.logits("Hi", continuation=b"x"), "continuation is b'x'"),
+    "letters": (lambda e: list(e.generate_batch("ab")), "requests are 'ab'"),
     "requests": (lambda e: list(e.generate_batch(NONE)), "requests are array(3)"),
     "job": (lambda e: e.scheduler().submit(3), "job is 3"),
     "events": (lambda e: list(e.scheduler().events(None)), "job is None"),
     "message": (
         lambda e: e.generate([{"role": "user", "content": "Hi", "nam": "x"}]),
         "message 1 has the unknown key 'nam'",
+    ),
+    "entry": (
+        lambda e: e.generate(
+            [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]
+        ),
+        "an entry of message 1 has the unknown key 'x'",
     ),
 }
 

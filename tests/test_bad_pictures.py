@@ -17,6 +17,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -463,6 +464,7 @@ ARRAYS: dict[str, tuple[Any, str]] = {
     "a tensor of one number": (torch.ones(1, dtype=torch.uint8).expand(3, 100_000, 100_000), "pix"),
     "a closed picture": (None, "4x4 image is closed"),
     "many of none": ({}, "images are dict"),
+    "no values": (SimpleNamespace(shape=(4, 4), dtype="uint8", ndim=2), "images are SimpleN"),
     "without a dimension": (np.array(3), "array of int64 [] is no picture"),
 }
 

@@ -200,23 +200,26 @@ def test_a_terminal_gets_no_control_characters_of_a_file(
     assert "\x1b" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["", "[]", "\0\1", "{"])
+@pytest.mark.parametrize("content", ["", "[]", "\0\1", "{", "{}", '{"chat_template": 5}', None])
 def test_a_damaged_template_is_damage(
-    folder: Path, capsys: pytest.CaptureFixture[str], content: str
+    folder: Path, capsys: pytest.CaptureFixture[str], content: str | None
 ) -> None:
     for path in folder.glob("chat_template.*"):
         path.unlink()
-    (folder / "chat_template.json").write_text(content)
+    if content is None:
+        (folder / "chat_template.json").mkdir()
+    else:
+        (folder / "chat_template.json").write_text(content)
     assert "chat_template.json" in damaged(folder, capsys)["template"]
 
 
-def test_warnings_are_counted_where_a_folder_is_called_whole(
+def test_warnings_are_named_where_a_folder_is_called_whole(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("jinja2")
     (folder / "chat_template.jinja").write_text("{% for %}")
     assert main(["--check", "--model", str(folder), "--quiet"]) == 0
-    assert capsys.readouterr().out.endswith("the model folder is whole, with 1 warnings\n")
+    assert capsys.readouterr().out.endswith("whole, with a warning of its template\n")
 
 
 def test_end_tokens_that_no_answer_can_have_are_damage(

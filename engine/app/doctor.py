@@ -88,8 +88,9 @@ def check(
         say_json(machine | found | {"failed": damage, "peak_bytes": peak})
     elif folder:
         tell(f"peak memory of this check: {peak / 1e6:,.0f} MB")
-        warnings = sum(finding.warns for finding in findings)
-        whole = "the model folder is whole" + (f", with {warnings} warnings" if warnings else "")
+        warnings = [finding.name for finding in findings if finding.warns]
+        whole = "the model folder is whole"
+        whole += f", with a warning of its {' and '.join(warnings)}" if warnings else ""
         tell(f"{damage} of the checks failed" if damage else whole)
     if not damage:
         return 0

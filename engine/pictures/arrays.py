@@ -31,8 +31,9 @@ class Array(Protocol):
 
 
 def is_array(source: object) -> TypeGuard[Array]:
-    """Whether ``source`` is an array or a tensor."""
-    return hasattr(source, "shape") and hasattr(source, "dtype") and hasattr(source, "ndim")
+    """Whether ``source`` is an array or a tensor, whose values can be read."""
+    has_values = hasattr(source, "tobytes") or hasattr(source, "data_ptr")
+    return has_values and all(hasattr(source, name) for name in ("shape", "dtype", "ndim"))
 
 
 def from_array(array: Any, check_size: Callable[[tuple[int, int]], object]) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from threading import Lock
@@ -43,7 +43,7 @@ def listed(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
     single = isinstance(images, str | bytes | bytearray | memoryview | PathLike | Image.Image)
     if single or isinstance(images, EncodedImage) or hasattr(images, "read") or is_array(images):
         return [images]  # type: ignore[list-item]
-    if not is_iterable(images) or isinstance(images, Mapping):
+    if not is_iterable(images):
         raise OptionError(f"images are {type(images).__name__}", hint='write images=["a.jpg"]')
     return [*images]  # type: ignore[misc]  # what can be gone through
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder_files import read_file, read_json
+from ..errors import CheckpointError
 from .messages import parse_messages
 from .prompt import build_prompt
 from .tokenizer import Tokenizer
@@ -46,13 +47,16 @@ class ChatTemplate:
 def find_template(folder: Path, with_tokenizers: bool) -> ChatTemplate | None:
     """The template of a checkpoint, None if it has none; its tokenizer's only if asked for."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
+    if path.exists():
         return ChatTemplate(path.name, read_file(path).decode("utf-8", "replace"))
     files = [("chat_template.json", False), ("tokenizer_config.json", True)]
     for name, plain in files[: 1 + with_tokenizers]:
-        found = read_json(folder / name) if (folder / name).is_file() else {}
+        path = folder / name
+        found = read_json(path) if path.exists() else {}
         if text := _default(found.get("chat_template")):
             return ChatTemplate(name, text, plain)
+        if path.exists() and not plain:
+            raise CheckpointError(f"{path} holds no template")
     return None
 
 

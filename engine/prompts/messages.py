@@ -113,11 +113,7 @@ def _parse_message(item: object, number: int, numbers: Iterator[int]) -> Message
             f"message {number} is not an object with role and content",
             hint='write messages as {"role": "user", "content": "What is this?"}',
         )
-    if unknown := sorted(map(str, item.keys() - {"role", "content"})):
-        raise OptionError(
-            f"message {number} has the unknown key {unknown[0]!r:.40}",
-            hint="a message has a role and a content",
-        )
+    _refuse_unknown(f"message {number}", item, "role", "content")
     role, content = item["role"], item["content"]
     if role not in _ROLES:
         known = f"roles are {', '.join(_ROLES)}"
@@ -140,17 +136,27 @@ def _parse_message(item: object, number: int, numbers: Iterator[int]) -> Message
 
 
 def _parse_entry(entry: object, number: int, numbers: Iterator[int]) -> str | ImagePlace:
-    kind = entry.get("type") if isinstance(entry, Mapping) else None
-    if isinstance(entry, Mapping) and kind == "text" and isinstance(entry.get("text"), str):
-        return str(entry["text"])
-    if isinstance(entry, Mapping) and kind == "image":
-        if set(entry) & {"image", "url", "path", "base64"}:
+    values, name = entry if isinstance(entry, Mapping) else {}, f"an entry of message {number}"
+    if values.get("type") == "text" and isinstance(values.get("text"), str):
+        _refuse_unknown(name, values, "type", "text")
+        return str(values["text"])
+    if values.get("type") == "image":
+        if set(values) & {"image", "url", "path", "base64"}:
             raise OptionError(
                 f"message {number} names its picture inside the message",
                 hint='write {"type": "image"} there and pass the picture in images=[...]',
             )
+        _refuse_unknown(name, values, "type")
         return ImagePlace(next(numbers))
     raise OptionError(
         f"message {number} has an entry of an unknown kind",
         hint='entries are {"type": "text", "text": ...} and {"type": "image"}',
     )
+
+
+def _refuse_unknown(name: str, values: Mapping[str, Any], *known: str) -> None:
+    """Refuse a key that nobody would read; tables fill their gaps with keys of None."""
+    for key, value in values.items():
+        if key not in known and value is not None:
+            hint = f"it has {' and '.join(known)}"
+            raise OptionError(f"{name} has the unknown key {key!r:.40}", hint=hint)

@@ -79,7 +79,7 @@ def generate_batch(
     """
     if as_number("rows", rows, int) < 1:
         raise OptionError(f"rows is {rows}", hint="use 1 or more")
-    if not is_iterable(requests) or isinstance(requests, str | bytes | Mapping):
+    if not is_iterable(requests):
         raise OptionError(f"requests are {told(requests)}", hint='write [{"prompt": "..."}]')
     scheduler, numbers = engine.scheduler(rows), dict[Job, int]()
     for index, request in enumerate(requests):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -542,28 +543,32 @@ def test_answers_go_on_in_a_folder_that_was_renamed_meanwhile(
     while next(run) < 5:
         pass
     folder.rename(tmp_path / "there")
-    with pytest.raises(OptionError, match=r"folder of .* was renamed or removed"):
+    with pytest.raises(OptionError, match=r"folder of .* was renamed while") as caught:
         list(run)
+    assert "with its new name" in caught.value.hint
     moved = tmp_path / "there" / "answers.jsonl"
     assert whole.read_bytes().startswith(moved.read_bytes())
     list(BatchRun(engine, Job.read(requests), 3).into(moved))
     assert moved.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("what", ["removed", "replaced", "added to"])
+@pytest.mark.parametrize("what", ["removed", "folder removed", "replaced", "added to"])
 def test_answers_survive_what_becomes_of_their_file_meanwhile(
     engine_of: Callable[..., Engine], tmp_path: Path, what: str
 ) -> None:
     """It is an error, nobody's file is touched, and what there is of the answers goes on."""
     engine, requests = engine_of(SHAPE), tmp_path / "requests.jsonl"
     write_requests(requests, 12)
-    whole, answers = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    whole, answers = tmp_path / "whole.jsonl", tmp_path / "a" / "b" / "answers.jsonl"
+    answers.parent.mkdir(parents=True)
     list(BatchRun(engine, Job.read(requests), 4).into(whole))
     run = BatchRun(engine, Job.read(requests), 4).into(answers)
     while next(run) < 5:
         pass
     if what == "removed":
         answers.unlink()
+    elif what == "folder removed":
+        shutil.rmtree(tmp_path / "a")
     elif what == "replaced":
         (tmp_path / "mine").write_text("mine\n")
         (tmp_path / "mine").replace(answers)
@@ -577,7 +582,7 @@ def test_answers_survive_what_becomes_of_their_file_meanwhile(
         return
     if what == "replaced":
         assert answers.read_text() == "mine\n"
-        [answers] = tmp_path.glob("answers.*.jsonl")
+        [answers] = answers.parent.glob("answers.*.jsonl")
     assert str(answers) in caught.value.hint
     assert whole.read_bytes().startswith(answers.read_bytes())
     assert answers.read_bytes().count(b"\n") >= 6

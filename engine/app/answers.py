@@ -114,8 +114,8 @@ def reserved(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
 def refuse_moved(path: Path, file: IO[bytes], size: int) -> None:
     """Raise OptionError unless ``path`` still is the open ``file`` of ``size`` bytes.
 
-    Where it was removed or replaced, what was answered is written anew: to its name if that is
-    free, else beside it.
+    Where it was removed or replaced, its folder perhaps as well, what was answered is written anew:
+    to its name if that is free, else beside it.
     """
     with suppress(FileNotFoundError):
         now = os.stat(path)
@@ -125,15 +125,15 @@ def refuse_moved(path: Path, file: IO[bytes], size: int) -> None:
             raise OptionError(
                 f"another process writes to {path}", hint="wait for it, or give another --output"
             )
+    if not path.parent.exists() and os.fstat(file.fileno()).st_nlink:  # it is whole, in there
+        raise OptionError(
+            f"the folder of {path} was renamed while answers were written to it",
+            hint="what there is of them is in it: with its new name the same command goes on",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     there = free_name(path) if path.exists() else path
     file.seek(0)
-    try:
-        write_whole(there, file.read())
-    except FileNotFoundError:  # the folder is gone, with the file in it or without
-        raise OptionError(
-            f"the folder of {path} was renamed or removed while answers were written to it",
-            hint="where it is now, the same command goes on",
-        ) from None
+    write_whole(there, file.read())
     raise OptionError(
         f"{path} was removed or replaced while answers were written to it",
         hint=f"those that there were are in {there}: the same command with it goes on",

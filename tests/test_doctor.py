@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.app.cli import main
 from engine.app.doctor import Examination, blob_name, has_its_hash
-from tests.checkpoints import Shape
+from tests.checkpoints import Shape, edit_json
 
 WEIGHTS = "model.safetensors"
 
@@ -220,6 +220,18 @@ def test_warnings_are_named_where_a_folder_is_called_whole(
     (folder / "chat_template.jinja").write_text("{% for %}")
     assert main(["--check", "--model", str(folder), "--quiet"]) == 0
     assert capsys.readouterr().out.endswith("whole, with a warning of its template\n")
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_a_format_that_there_is_not_is_a_warning(
+    key: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for named, warned in (("float7", True), (5, True), ("float16", False), (None, False)):
+        edit_json(folder / "config.json", **{key: named})
+        assert main(["--check", "--model", str(folder), "--quiet"]) == 0
+        out = capsys.readouterr().out
+        assert (f"dtype: WARNING - {key} of config.json is {named!r}" in out) is warned
+        assert ("with a warning of its" in out) is warned
 
 
 def test_end_tokens_that_no_answer_can_have_are_damage(

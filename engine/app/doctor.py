@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..checkpoint.folder_files import read_json
 from ..checkpoint.hub import TINY, resolve
 from ..checkpoint.names import target_names
 from ..checkpoint.packed import format_name
@@ -125,6 +126,8 @@ class Examination:
     def run(self) -> Iterator[Finding]:
         """Run all checks; yields how each went as soon as it is known."""
         yield self._try("config", self._config)
+        if self._family:
+            yield from self._odd_format()
         yield self._try("tokenizer", self._read_tokenizer)
         if self._family and self._tokenizer:
             yield self._template(self._family, self._tokenizer)
@@ -151,6 +154,16 @@ class Examination:
         kind = f"{type(model).__name__}, {size / 1e6:,.1f} M parameters"
         limit = model.decoder.config.limit
         return f"{kind}, prompts as {self._family.style}, a {limit} tokens"
+
+    def _odd_format(self) -> Iterator[Finding]:
+        """A warning of a format of numbers that there is not: others read it from the file."""
+        values = read_json(self.folder / "config.json")
+        for key in ("torch_dtype", "dtype"):
+            named = values.get(key)
+            found = getattr(torch, str(named).removeprefix("torch."), None)
+            if named is not None and not isinstance(found, torch.dtype):
+                text = f"{key} of config.json is {named!r:.40}, no format; it is not needed here"
+                yield Finding("dtype", True, escaped(text), warns=True)
 
     def _read_tokenizer(self) -> str:
         new = self._family.new_tokens if self._family else ()

@@ -162,7 +162,7 @@ class Examination:
             named = values.get(key)
             found = getattr(torch, str(named).removeprefix("torch."), None)
             if named is not None and not isinstance(found, torch.dtype):
-                text = f"{key} of config.json is {named!r:.40}, no format; it is not needed here"
+                text = f"{key} of config.json is {named!r:.40}, which is no format of numbers"
                 yield Finding("dtype", True, escaped(text), warns=True)
 
     def _read_tokenizer(self) -> str:

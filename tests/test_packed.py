@@ -20,6 +20,7 @@ from engine.ops.few_bits import FewBits
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, edit_json, write_llava, write_original_with_tower
 from tests.next_checkpoints import write_next
+from tests.oracle import noise
 from tests.packing import LAYOUTS
 
 SHAPE = Shape(hidden=64, mlp=128, kv_heads=2)
@@ -68,6 +69,8 @@ def test_a_fused_weight_is_cut_by_rows(layout: str, tmp_path: Path) -> None:
         found = torch.cat([numbers(held_as(checkpoint.stored(piece), None)) for piece in pieces])
         torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-9)
 
+
+PAIRS = ("ab", "ac", "ad", "da")
 
 # The matrices of a decoder's layers, of LLaVA and of Qwen-VL.
 PACKED = re.compile(
@@ -125,6 +128,39 @@ def test_a_packed_qwen_shares_its_fused_weights_out(layout: str, tmp_path: Path)
 def test_packed_weights_are_rounded_to_what_is_asked_for(weights: str, tmp_path: Path) -> None:
     pack_layers(write_llava(tmp_path, SHAPE), "nf4")
     assert weights in Engine.load(tmp_path, device="cpu", weights=weights).weights
+
+
+def test_a_packed_tower_of_its_own_is_read_by_its_numbers(tmp_path: Path) -> None:
+    pack, settings, _ = LAYOUTS["int8"]
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    for folder in (packed, plain):
+        write_original_with_tower(folder, SHAPE)
+    tensors = load_file(packed / "tower" / "model.safetensors")
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    want, parts = pack(*tensors[name].shape)
+    save_file(tensors | {name: want.float()}, plain / "tower" / "model.safetensors")
+    del tensors[name]
+    prefix = name.removesuffix("weight")
+    tensors |= {prefix + leaf: part for leaf, part in parts.items()}
+    save_file(tensors, packed / "tower" / "model.safetensors")
+    edit_json(packed / "tower" / "config.json", quantization_config=settings)
+    few, exact = (Engine.load(folder, device="cpu", dtype="float32") for folder in (packed, plain))
+    got, known = (engine.logits("Hello", [noise(56, 56)]) for engine in (few, exact))
+    torch.testing.assert_close(got, known, rtol=0, atol=1e-3)
+
+
+def test_equal_means_the_same_layout_and_bytes(tmp_path: Path) -> None:
+    pack, settings, _ = LAYOUTS["gptq"]
+    want, parts = pack(64, 64, 32)
+    other = pack(64, 64, 32)[1]
+    same = {f"{name}.{leaf}": part.clone() for name in ("a", "b") for leaf, part in parts.items()}
+    more = {f"c.{leaf}": part for leaf, part in other.items()} | {"d.weight": want.half()}
+    (tmp_path / "config.json").write_text("{}")
+    edit_json(tmp_path / "config.json", quantization_config=settings)
+    save_file(same | more, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        pairs = {pair: checkpoint.equal(*(f"{name}.weight" for name in pair)) for pair in PAIRS}
+    assert pairs == {pair: pair == "ab" for pair in PAIRS}
 
 
 # --- refusals ------------------------------------------------------------------------------------

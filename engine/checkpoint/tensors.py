@@ -92,6 +92,7 @@ class Checkpoint:
         With ``mapped``, a large tensor that a CPU can use as it lies in the file is not copied: it
         stays a private map of the file for as long as it lives. With ``into``, it is copied there.
         """
+        assert not isinstance(info, PackedInfo), "its numbers are what ``stored`` says"
         dtype = dtype or info.dtype
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype, device=device)
@@ -117,6 +118,14 @@ class Checkpoint:
     def equal(self, one: str, other: str, chunk: int = 16 << 20) -> bool:
         """Tell whether two tensors hold the same dtype, shape and bytes; reads 16 MB at a time."""
         a, b = self.tensors[one], self.tensors[other]
+        if isinstance(a, PackedInfo) and isinstance(b, PackedInfo) and a.layout == b.layout:
+            return a.parts.keys() == b.parts.keys() and all(
+                self._same_bytes(a.parts[leaf], b.parts[leaf], chunk) for leaf in a.parts
+            )
+        packed = isinstance(a, PackedInfo) or isinstance(b, PackedInfo)
+        return not packed and self._same_bytes(a, b, chunk)
+
+    def _same_bytes(self, a: TensorInfo, b: TensorInfo, chunk: int) -> bool:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         fd_a, fd_b = (self._files[info.file][0].fileno() for info in (a, b))

@@ -107,7 +107,15 @@ def _load_all(
     if family.tower and not any(name.startswith("vision.") for name in held):
         tower, names = family.tower
         with Checkpoint.open(tower) as tower_checkpoint:
-            load_weights(model.vision, tower_checkpoint, names, device, dtype, mapped=True)
+            load_weights(
+                model.vision,
+                tower_checkpoint,
+                names,
+                device,
+                dtype,
+                mapped=True,
+                taker=taker(model.vision, "auto", device, dtype),
+            )
     shared = tied if model.decoder.config.tied_head else {}
     plain = weights == "auto" and not checkpoint.packed
     placement = side_by_side(model, device) if plain else anywhere

@@ -42,20 +42,29 @@ def check_weights(wanted: str) -> None:
         )
 
 
-def rounding(model: nn.Module, wanted: str) -> Rounding:
-    """What becomes of a model's parameters where its weights are ``wanted``."""
+def rounding(model: nn.Module, wanted: str, lanes: int = 1) -> Rounding:
+    """What becomes of a model's parameters where its weights are ``wanted``.
+
+    Matrices whose rows are no multiple of ``lanes``, or no whole runs of the format, stay as they
+    are. Raises OptionError if all do.
+    """
     name, _, more = wanted.partition("+")
+    if name == "auto":
+        return lambda parameter: None
     prefixes = (LAYERS, HEAD) if more else (LAYERS,)
-
-    def rounded_to(parameter: str) -> str | None:
-        path, _, leaf = parameter.rpartition(".")
-        if name == "auto" or leaf != "weight" or not parameter.startswith(prefixes):
-            return None
-        layer = model.get_submodule(path)
-        is_matrix = isinstance(layer, Linear) and fits(layer.in_features, name)
-        return name if is_matrix else None
-
-    return rounded_to
+    rounded = {
+        f"{path}.weight"
+        for path, layer in model.named_modules()
+        if isinstance(layer, Linear) and f"{path}.".startswith(prefixes)
+        if fits(layer.in_features, name) and layer.out_features % lanes == 0
+    }
+    if not rounded:
+        raise OptionError(
+            f"no layer of this model fits {name}: inputs in runs of {FORMATS[name].run}"
+            + (f", outputs in runs of {lanes}" if lanes > 1 else ""),
+            hint="leave out weights=",
+        )
+    return lambda parameter: name if parameter in rounded else None
 
 
 def taker(model: nn.Module, wanted: str, device: torch.device, dtype: torch.dtype) -> Taker:
@@ -87,13 +96,15 @@ def packer(family: Family, wanted: str) -> Packer:
 
     Rows of q4 lie by eights: a matrix of other counts of rows stays as it is.
     """
-    rounded_to, layouts = rounding(family.model, wanted), {each.name: each for each in LAYOUTS}
+    lanes = LANES if wanted.startswith("q4") else 1
+    rounded_to = rounding(family.model, wanted, lanes)
+    layouts = {each.name: each for each in LAYOUTS}
 
     def packed(piece: Piece) -> list[Piece]:
         names = target_names(family.rename(piece.name))
         found = {rounded_to(name) for name in names} or {None}
         format_ = found.pop()
-        if format_ is None or found or (format_ == "q4" and piece.shape[0] % (LANES * len(names))):
+        if format_ is None or found:
             return [replace(piece, read=lambda: _plain(held_as(piece.read(), None), piece.dtype))]
         few = empty(format_, piece.shape[0], piece.shape[1], "meta")
         leaves = layouts[format_].needed

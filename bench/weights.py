@@ -25,7 +25,7 @@ from bench.common import progress, write_report
 from engine import Engine
 from engine.loading.quantising import LAYERS
 from engine.models.matrix import Linear
-from engine.ops.formats import Q4
+from engine.ops.formats import Affine
 
 KINDS = ("q8", "q8+head", "q4", "q4+head", "q4 of 64", "q4 of 128")
 
@@ -69,7 +69,7 @@ def engine_of(folder: Path | None, kind: str) -> Engine:
 
 def regroup(engine: Engine, group: int) -> None:
     """Round the layers to 4 bits in groups of another size, and write them out again."""
-    row = Q4("q4", torch.uint8, run=group, bytes=4 + group // 2)
+    row = Affine("q4", torch.uint8, run=group, bytes=4 + group // 2)
     for name, layer in engine.model.named_modules():
         if name.startswith(LAYERS) and isinstance(layer, Linear):
             weight = layer.weight.detach()

@@ -56,7 +56,7 @@ def test_emulated_kernels_are_float64s(
             sizes = (rows, size_in, x.data_ptr(), x.stride(0))
             parts = products.as_parts([(few, bias)], [y])
             codes = native.codes()
-            emulated.cuda_gemv(codes[few.codes.dtype], codes[dtype], *sizes, parts, 0, 0)
+            emulated.cuda_gemv(codes[few.format], codes[dtype], *sizes, parts, 0, 0)
             assert_product(y, x, few, bias)
             assert torch.cat([whole[:GUARD], whole[-GUARD:]]).isnan().all()
 
@@ -65,7 +65,7 @@ def test_emulated_kernels_refuse_what_they_cannot_read(emulated: ModuleType) -> 
     few, y = quantise(torch.randn(8, 64), "q8"), torch.empty(1, 8)
     x, wide = torch.randn(9, 64), torch.randn(1, 72)
     codes, parts = native.codes(), products.as_parts([(few, None)], [y])
-    q8, fp32 = codes[torch.int8], codes[torch.float32]
+    q8, fp32 = codes["q8"], codes["fp32"]
     with pytest.raises(ValueError, match="no kernel"):
         emulated.cuda_gemv(q8, fp32, 9, 64, x.data_ptr(), 64, parts, 0, 0)
     with pytest.raises(ValueError, match="multiples of 16 bytes"):

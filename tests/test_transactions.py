@@ -61,7 +61,7 @@ def taken(pools: list[Pool]) -> list[list[tuple[int, int]]]:
     """What of each pool is in use: the stretches between its holes."""
     found = []
     for pool in pools:
-        edges = [0, *(edge for hole in sorted(pool._holes) for edge in hole), pool.slots]
+        edges = [0, *(edge for hole in pool.holes.free for edge in hole), pool.slots]
         pairs = zip(edges[::2], edges[1::2], strict=True)
         found.append([(start, end) for start, end in pairs if end > start])
     return found

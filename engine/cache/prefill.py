@@ -21,8 +21,8 @@ from ..policies.layout import Kept, Layout
 from ..policies.policy import Policy
 from ..policies.received import Received
 from .observe import Observer
-from .pool import Extent, Pool
-from .row import Row, Stored
+from .pool import Extent, PagedPool, Pool
+from .row import Part, Row, Stored
 from .showing import show_prefill
 
 # Tokens that pass a layer at once: what a layer needs beside its keys and values stays bounded, and
@@ -185,11 +185,7 @@ class Prefill:
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
-        past = None
-        if self.past.layers:
-            pool, stored = self.pools[layer], self.past.layers[layer]
-            used = slice(stored.start, stored.start + stored.layout.columns)
-            past = pool.k[used], pool.v[used]
+        past = held(self.pools[layer], self.past.layers[layer]) if self.past.layers else None
         return LayerView(self, layer, Whole(self._turn.columns, past))
 
     def chunks(self, tokens: int) -> list[slice]:
@@ -212,7 +208,7 @@ class Prefill:
         kept = self.policy.retain(layer, layout, received)
         self._onward = self.policy.narrow(layer, layout, received)
         self._refuse_unlike(layer, kept)
-        self.row.layers.append(self._store(self.pools[layer], k, v, layout, kept))
+        self.row.layers.append(self._store(layer, k, v, layout, kept))
         if self.row.observer is not None:
             show_prefill(self.row, layer, layout, received, self.row.layers[layer])
 
@@ -222,7 +218,8 @@ class Prefill:
 
         A policy that drops tokens may leave later layers less than another wants to keep.
         """
-        tiers = None if kept.core is None else (len(kept.shared), len(kept.core))
+        packed = tuple((name, len(columns)) for name, columns in kept.packed)
+        tiers = None if kept.core is None else (len(kept.shared), len(kept.core), packed)
         size = kept.text.shape[-1], tiers
         if self._size is not None and size != self._size:
             raise OptionError(
@@ -235,23 +232,94 @@ class Prefill:
     def _behind_past(self, layer: int) -> tuple[Layout, Tensor | None]:
         """The layout of stored columns and then the new ones, and what was received earlier."""
         stored = self.past.layers[layer]
-        layout = stored.layout.followed_by(self._turn)
+        layout = stored.whole_layout().followed_by(self._turn)
         if stored.text_scores is None:
             return layout, None
-        behind = layout.columns - stored.layout.columns
-        return layout, F.pad(stored.text_scores, (stored.layout.text_start, behind))
+        start = stored.whole_layout().text_start
+        behind = layout.columns - stored.tokens
+        return layout, F.pad(stored.text_scores, (start, behind))
 
-    def _store(self, pool: Pool, k: Tensor, v: Tensor, layout: Layout, kept: Kept) -> Stored:
-        """Gather the kept columns into a fresh extent of ``pool``."""
-        shared, text = len(kept.shared), kept.text.shape[-1]
-        extent = pool.take(extent_size(self.policy, layout, shared, text, self.new_tokens))
-        self._taken.append(extent)
+    def _store(self, layer: int, k: Tensor, v: Tensor, layout: Layout, kept: Kept) -> Stored:
+        """Gather the kept columns into fresh extents, but for what stays where it is."""
+        pool, core = self.pools[layer], kept.core
+        parts, there = self._old_parts(layer, layout, kept)
+        for name, columns in kept.packed:
+            fresh = columns[~there[columns]]
+            if len(fresh):
+                parts.append(self._packed(pool.of(name), k, v, layout, fresh, core))
+        columns = kept.shared[~there[kept.shared]]
+        shared, text = len(columns), kept.text.shape[-1]
+        extent = self._take(pool, extent_size(self.policy, layout, shared, text, self.new_tokens))
         start = extent.start
         for rows, source in ((pool.k, k), (pool.v, v)):
-            rows[start : start + shared] = source[kept.shared]
+            rows[start : start + shared] = source[columns]
             rows[start + shared : start + shared + text] = _per_head(source, kept.text)
-        core = None if kept.core is None else torch.searchsorted(kept.shared, kept.core)
-        return Stored(extent, _stored_layout(layout, kept), core, kept.text_scores)
+        mine = None if core is None else _where(columns, core)
+        stored = _stored_layout(layout, columns, kept.text)
+        return Stored(extent, stored, mine, kept.text_scores, tuple(parts))
+
+    def _take(self, pool: Pool | PagedPool, size: int) -> Extent:
+        extent = pool.take(size)
+        self._taken.append(extent)
+        return extent
+
+    def _packed(
+        self,
+        pool: PagedPool,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        columns: Tensor,
+        core: Tensor | None,
+    ) -> Part:
+        """Write new image tokens in a format."""
+        extent, values = self._take(pool, len(columns)), v[columns]
+        pool.write(extent, k[columns], values)
+        return Part(
+            pool.layout.name,
+            extent,
+            layout.image_of[columns],
+            layout.positions[:1, columns],
+            values.float().sum(0),
+            None if core is None else _where(columns, core),
+        )
+
+    def _old_parts(self, layer: int, layout: Layout, kept: Kept) -> tuple[list[Part], Tensor]:
+        """Parts of earlier turns that are kept whole, and which columns they are.
+
+        Of others what is kept becomes plain again.
+        """
+        there = torch.zeros(layout.columns, dtype=torch.bool, device=layout.image_of.device)
+        if not self.past.layers:
+            return [], there
+        stays, parts = torch.zeros_like(there), []
+        stays[torch.cat([kept.shared, *(columns for _, columns in kept.packed)])] = True
+        stored = self.past.layers[layer]
+        end = stored.layout.text_start
+        for part in stored.parts:
+            begin, end = end, end + part.tokens
+            if stays[begin:end].all():
+                there[begin:end] = True
+                mine = torch.arange(begin, end, device=there.device)
+                core = None if kept.core is None else _where(mine, kept.core)
+                parts.append(replace(part, extent=part.extent.share(), core=core))
+                self._taken.append(part.extent)
+        return parts, there
+
+
+def held(pool: Pool, stored: Stored) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[tokens, kv_heads, head_dim]`` of what a layer holds, parts before text."""
+    used = slice(stored.start, stored.start + stored.layout.columns)
+    k, v = pool.k[used], pool.v[used]
+    if not stored.parts:
+        return k, v
+    start = stored.layout.text_start
+    parts = [pool.of(part.format).read(part.extent, part.tokens) for part in stored.parts]
+    keys, values = (
+        torch.cat([plain[:start], *(part.to(plain.dtype) for part in numbers), plain[start:]])
+        for plain, numbers in zip((k, v), zip(*parts, strict=True), strict=True)
+    )
+    return keys, values
 
 
 def extent_size(policy: Policy, layout: Layout, shared: int, text: int, new_tokens: int) -> int:
@@ -264,7 +332,9 @@ def extent_size(policy: Policy, layout: Layout, shared: int, text: int, new_toke
 
 def most_slots(policy: Policy, turn: Layout, new_tokens: int, past: Row) -> int:
     """Slots that any layer needs at most for a turn on top of ``past``."""
-    layouts = [stored.layout.followed_by(turn) for stored in past.layers] or [turn]
+    goes_on = past.policy.spec == policy.spec  # so that what lies in formats stays there
+    before = [each.layout if goes_on else each.whole_layout() for each in past.layers]
+    layouts = [layout.followed_by(turn) for layout in before] or [turn]
     kept = [policy.most_kept(layout) for layout in layouts]
     both = zip(layouts, kept, strict=True)
     return max(extent_size(policy, layout, *most, new_tokens) for layout, most in both)
@@ -284,16 +354,25 @@ def _per_head(source: Tensor, columns: Tensor) -> Tensor:
     return source[columns.T, heads]
 
 
-def _stored_layout(layout: Layout, kept: Kept) -> Layout:
-    """The layout of an extent that holds ``kept``."""
-    text = kept.text if kept.text.dim() == 2 else kept.text[None]
+def _where(columns: Tensor, chosen: Tensor) -> Tensor:
+    """Ascending places in ``columns`` of those that are among the ``chosen``.
+
+    >>> _where(torch.tensor([2, 5, 7]), torch.tensor([1, 2, 7])).tolist()
+    [0, 2]
+    """
+    return torch.isin(columns, chosen).nonzero()[:, 0]
+
+
+def _stored_layout(layout: Layout, shared: Tensor, text: Tensor) -> Layout:
+    """The layout of an extent that holds these columns."""
+    text = text if text.dim() == 2 else text[None]
     heads = max(len(layout.positions), len(text))
     positions = layout.positions.expand(heads, -1)
     text_positions = positions.gather(1, text.expand(heads, -1))
     outside = torch.full((text.shape[-1],), -1, device=text.device)
     return replace(
         layout,
-        image_of=torch.cat([layout.image_of[kept.shared], outside]),
-        positions=torch.cat([positions[:, kept.shared], text_positions], 1),
-        text_start=len(kept.shared),
+        image_of=torch.cat([layout.image_of[shared], outside]),
+        positions=torch.cat([positions[:, shared], text_positions], 1),
+        text_start=len(shared),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,19 +13,51 @@ from .observe import Observer
 from .pool import Extent
 
 
+@dataclass(frozen=True)
+class Part:
+    """Image tokens of one turn that lie in a format of their own, and never move again.
+
+    Attributes:
+        format: its name, see ``ops.pages``.
+        extent: of the format's pool; the tokens are its first slots, in order.
+        image_of, positions: ``[tokens]`` int64, as in ``Layout``.
+        total: ``[kv_heads, head_dim]`` fp32, the sum of the values.
+        core: ascending, which of the tokens are core; None without a core tier.
+    """
+
+    format: str
+    extent: Extent
+    image_of: Tensor
+    positions: Tensor
+    total: Tensor
+    core: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.image_of)
+
+    def listed(self, core: bool) -> Tensor:
+        """Slots of all tokens, or of those of the core."""
+        which = self.core if core and self.core is not None else torch.arange(self.tokens)
+        return which.cpu() + self.extent.start
+
+
 @dataclass
 class Stored:
     """One layer's share of a sequence: an extent of the layer's pool and what lies in it.
 
     ``layout``'s columns are the extent's used slots, relative to its start: first the shared slots
     (fixed and image tokens), from ``layout.text_start`` on the text. ``core`` and ``text_scores``
-    are as in ``Kept``, with columns now meaning these slots.
+    are as in ``Kept``, with columns now meaning these slots. ``parts`` are what lies in formats of
+    its own.
     """
 
     extent: Extent
     layout: Layout
     core: Tensor | None
     text_scores: Tensor | None
+    parts: tuple[Part, ...] = ()
 
     @property
     def start(self) -> int:
@@ -36,6 +68,33 @@ class Stored:
     def text_slots(self) -> int:
         """Slots for text, used or not."""
         return self.extent.size - self.layout.text_start
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are held, for each head."""
+        return self.layout.columns + sum(part.tokens for part in self.parts)
+
+    def whole_layout(self) -> Layout:
+        """The layout of all that is held, parts before the text."""
+        if not self.parts:
+            return self.layout
+        layout, start = self.layout, self.layout.text_start
+        heads = len(layout.positions)
+        beside = [part.positions.expand(heads, -1) for part in self.parts]
+        positions = [layout.positions[:, :start], *beside, layout.positions[:, start:]]
+        images = [layout.image_of[:start], *(part.image_of for part in self.parts)]
+        return replace(
+            layout,
+            image_of=torch.cat([*images, layout.image_of[start:]]),
+            positions=torch.cat(positions, 1),
+            text_start=start + sum(part.tokens for part in self.parts),
+        )
+
+    def give(self) -> None:
+        """Give back all of it."""
+        self.extent.give()
+        for part in self.parts:
+            part.extent.give()
 
 
 def no_rotary() -> Tensor:
@@ -69,4 +128,4 @@ class Row:
     def give(self) -> None:
         """Give back all that the sequence holds of the pools."""
         for stored in self.layers:
-            stored.extent.give()
+            stored.give()

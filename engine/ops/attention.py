@@ -27,7 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .few_bits import seen
+from .formats import FORMATS, PLAIN
 from .native import AttentionPlan, AttentionResult, Tier
+from .pages import Side
 from .products import faster_in_float32
 
 __all__ = [
@@ -158,7 +161,10 @@ def tiered_attention_torch(
     lse = torch.cat(logits, -1).logsumexp(-1)
     shift = lse.masked_fill(lse == -math.inf, 0)  # nothing listed: exp(-inf - 0) = 0, not NaN
     weights = [(each - shift[..., None]).exp() for each in logits]
-    mixed = [_pv(p, *pair) for p, pair in zip(weights, pairs, strict=True)]
+    mixed = [
+        _pv(p, *pair) if pair[0].sifting is None else _sifted(each, p, *pair)
+        for each, p, pair in zip(logits, weights, pairs, strict=True)
+    ]
     out = functools.reduce(operator.add, mixed).to(q.dtype)
     if not want_logits:
         return AttentionResult(out)
@@ -186,6 +192,10 @@ def selective_pv_torch(
     if p.shape[-1] != used.width:
         raise ValueError(f"p has {p.shape[-1]} weights for each head, the lists {used.width}")
     return _pv(p[..., : used.longest], tier, used)
+
+
+# Thresholds of ``Sifting``: so many to a nat, and how many at most.
+STEPS, MOST_STEPS = 16, 255
 
 
 class _Selection(NamedTuple):
@@ -222,29 +232,106 @@ def _select(tier: Tier) -> _Selection:
         slots = slots.masked_fill(~valid, 0)
     if slots.numel():
         low, high = (int(x) for x in slots.aminmax())
-        if low < 0 or high >= pool.shape[0]:
-            raise ValueError(f"slots must be within 0..{pool.shape[0] - 1}, got {low}..{high}")
+        if low < 0 or high >= tier.pool_slots:
+            raise ValueError(f"slots must be within 0..{tier.pool_slots - 1}, got {low}..{high}")
     return _Selection(slots, valid, longest, width)
 
 
 def _qk(q: Tensor, tier: Tier, used: _Selection) -> Tensor:
-    k, (rows, heads, size) = tier.pool, q.shape
+    """Scores ``[rows, heads, longest]``; beside keys in few bits queries are rounded (``seen``)."""
+    rows, heads, size = q.shape
+    key = tier.pages.key if tier.pages else None
+    if key and key.by_channel:
+        scores = _gathered(_by_channel(q, key, tier.pool), used)
+        return scores if used.valid is None else scores.masked_fill(~_each(used, heads), -math.inf)
+    few = key is not None and FORMATS[key.format] not in PLAIN
+    q = seen(q, key.format) if key and few else q.float()
+    k = key.unpack(tier.pool) if key else tier.pool
     keys = _gather(k, used).float()  # [rows or 1, kv_heads, longest, head_dim]
-    scores = q.float().reshape(rows, k.shape[1], heads // k.shape[1], size) @ keys.mT
+    scores = q.reshape(rows, k.shape[1], heads // k.shape[1], size) @ keys.mT
     if used.valid is not None:
         scores = scores.masked_fill(~used.valid[:, :, None], -math.inf)
     return scores.reshape(rows, heads, used.longest)
 
 
+def _by_channel(q: Tensor, key: Side, packed: Tensor) -> Tensor:
+    """Scores ``[rows, heads, slots]`` with all keys of pages whose channels have scales.
+
+    A query is multiplied by a page's scales and then rounded.
+    """
+    rows, heads, size = q.shape
+    scale, zero = (part.float()[..., 0] for part in key.channels(packed))  # [pages, kv_heads, wide]
+    wide = F.pad(q.float(), (0, key.wide - size)).view(rows, key.heads, -1, 1, key.wide)
+    scaled = wide * scale.transpose(0, 1)[None, :, None]  # [rows, kv_heads, group, pages, wide]
+    codes = key.whole_codes(packed).float()  # [pages, kv_heads, 32, wide]
+    whole = torch.einsum("rhgpc,phtc->rhgpt", seen(scaled, key.format), codes)
+    base = torch.einsum("rhgpc,phc->rhgp", scaled, zero)
+    return (whole - base[..., None]).reshape(rows, heads, -1)
+
+
+def _gathered(scores: Tensor, used: _Selection) -> Tensor:
+    """Of scores ``[rows, heads, slots]`` those of the used slots."""
+    if used.slots is None:
+        return scores[..., : used.longest]
+    group = scores.shape[1] // used.slots.shape[1]
+    return scores.gather(2, used.slots.long().repeat_interleave(group, 1))
+
+
+def _each(used: _Selection, heads: int) -> Tensor:
+    """Which entries are used, for every query head."""
+    assert used.valid is not None
+    return used.valid.repeat_interleave(heads // used.valid.shape[1], 1)
+
+
 def _pv(p: Tensor, tier: Tier, used: _Selection) -> Tensor:
     v, (rows, heads, longest) = tier.v, p.shape
     assert v is not None
+    if tier.pages:
+        v = tier.pages.value.unpack(v)
     values = _gather(v, used).float()
     weights = p.float().reshape(rows, v.shape[1], heads // v.shape[1], longest)
     if used.valid is not None:  # a weight of zero does not hide a NaN: 0 * NaN is NaN
         values = values.masked_fill(~used.valid[..., None], 0)
         weights = weights.masked_fill(~used.valid[:, :, None], 0)
     return (weights @ values).reshape(rows, heads, v.shape[2])
+
+
+def _sifted(logits: Tensor, p: Tensor, tier: Tier, used: _Selection) -> Tensor:
+    """``_pv`` of what ``Sifting`` reads, and the mean for what it leaves out."""
+    sifting, (kv_heads, _) = tier.sifting, tier.heads
+    assert sifting is not None
+    read = _worth_reading(logits, sifting.most)
+    read = (
+        read.unflatten(1, (kv_heads, -1))
+        .any(2, keepdim=True)
+        .expand(-1, -1, p.shape[1] // kv_heads, -1)
+    )
+    read = read.flatten(1, 2)
+    left = (p * ~read).sum(-1)
+    here = (sifting.most > 0)[:, None, None]
+    count = (read & (logits > -math.inf)).sum(-1).float()
+    sifting.spent.add_(torch.stack([left, count], -1) * here)
+    mean = sifting.mean.repeat_interleave(p.shape[1] // kv_heads, 1)
+    return _pv(p * read, tier, used) + left[..., None] * mean
+
+
+def _worth_reading(logits: Tensor, most: Tensor) -> Tensor:
+    """Which of ``logits [rows, heads, n]`` each head needs: not below its threshold."""
+    top = (
+        logits.amax(-1, keepdim=True)
+        if logits.shape[-1]
+        else logits.new_zeros(*logits.shape[:2], 1)
+    )
+    relative = (logits - top).exp().nan_to_num(nan=0.0)
+    steps = ((top - logits) * STEPS).ceil().nan_to_num(nan=MOST_STEPS + 1).clamp(max=MOST_STEPS + 1)
+    mass = relative.new_zeros(*logits.shape[:2], MOST_STEPS + 2).scatter_add_(
+        2, steps.long(), relative
+    )
+    enough = mass.cumsum(-1) >= ((1 - most)[:, None] * relative.sum(-1))[..., None]
+    enough[..., -1] = True
+    first = enough.int().argmax(-1, keepdim=True)
+    everything = (first > MOST_STEPS) | (most[:, None, None] <= 0)
+    return (steps <= first) | everything
 
 
 def _gather(pool: Tensor, used: _Selection) -> Tensor:

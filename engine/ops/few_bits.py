@@ -147,7 +147,7 @@ def separate(matrix: FewBits) -> Few:
 def seen(x: Tensor, name: str) -> Tensor:
     """Inputs ``x [rows, in]`` as products of few rows see them beside weights of a format: fp32.
 
-    That is in whole numbers of 16 bits in runs of 64 (q8), or of 8 bits in runs of 32 (q4).
+    That is in whole numbers of 16 bits in runs of 64 (q8), or of 8 bits in runs of 32 (q4, q2).
     """
     run, largest = _INPUTS[name]
     size_in = x.shape[-1]
@@ -158,4 +158,4 @@ def seen(x: Tensor, name: str) -> Tensor:
     return (codes * (most / largest)).flatten(-2)[..., :size_in]
 
 
-_INPUTS = {"q8": (64, 32767.0), "q4": (RUN, 127.0)}
+_INPUTS = {"q8": (64, 32767.0), "q4": (RUN, 127.0), "q2": (RUN, 127.0)}

@@ -19,9 +19,10 @@ class Few(NamedTuple):
 
     Attributes:
         codes: q8: int8 ``[..., n]``; q4: uint8 ``[..., n / 2]``, of each run of 32 the first 16 in
-            the lower halves of 16 bytes and the others in the upper ones.
-        scale: q8: float32 ``[...]``, of the whole last dimension; q4: float16 ``[..., n / 32]``.
-        zero: q4: the code that stands for 0, which need not be whole, as ``scale``; q8: None.
+            the lower halves of 16 bytes and the others in the upper ones; q2 likewise ``[..., n /
+            4]``, four parts of 8 numbers in two bits each.
+        scale: q8: float32 ``[...]``, of the whole last dimension; else float16 ``[..., n / 32]``.
+        zero: the code that stands for 0, which need not be whole, as ``scale``; q8: None.
     """
 
     codes: Tensor
@@ -92,12 +93,17 @@ class Q8(Format):
         return packed.codes.float() * packed.scale[..., None]
 
 
-class Q4(Format):
-    """Codes from 0 to 15; of every 32 numbers the least becomes 0 and the largest 15.
+class Affine(Format):
+    """Codes from 0 on; of every 32 numbers the least becomes 0 and the largest the last code.
 
     Numbers that are alike beside their size get steps of a 2,048th of it, so that ``zero`` keeps
     its meaning in 16 bits.
     """
+
+    @property
+    def bits(self) -> int:
+        """Of a code: what a run's scale and zero leave."""
+        return (self.bytes - 4) * 8 // self.run
 
     def pack(self, numbers: Tensor) -> Few:
         """See ``Format.pack``.
@@ -106,34 +112,39 @@ class Q4(Format):
         >>> few.codes[0, :3].tolist(), few.scale.item(), few.zero.item()
         ([128, 128, 145], 0.06665..., 0.0)
         """
+        last = (1 << self.bits) - 1
         runs = numbers.float().unflatten(-1, (-1, self.run))
         low, high = runs.aminmax(dim=-1)
         least = torch.maximum(low.abs(), high.abs()) / 2048
-        scale = torch.maximum((high - low) / 15, least).half()
+        scale = torch.maximum((high - low) / last, least).half()
         wide = scale.float().clamp(min=_TINY)
         zero = (-low / wide).half()
-        codes = (runs / wide[..., None] + zero.float()[..., None]).round().clamp(0, 15)
-        return few_of_codes(codes.to(torch.uint8).flatten(-2), scale, zero)
+        codes = (runs / wide[..., None] + zero.float()[..., None]).round().clamp(0, last)
+        return few_of_codes(codes.to(torch.uint8).flatten(-2), scale, zero, self.bits)
 
     def unpack(self, packed: Packed) -> Tensor:
         """See ``Format.unpack``."""
         assert isinstance(packed, Few)
         assert packed.zero is not None
-        runs = codes_of(packed).float().unflatten(-1, (-1, self.run))
+        runs = codes_of(packed, self.bits).float().unflatten(-1, (-1, self.run))
         scale, zero = packed.scale.float()[..., None], packed.zero.float()[..., None]
         return (scale * (runs - zero)).flatten(-2)
 
 
-def few_of_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Few:
-    """q4 of codes ``[..., n]`` uint8 from 0 to 15, one in a byte."""
-    runs = codes.unflatten(-1, (-1, 2, 16))
-    return Few((runs[..., 0, :] | runs[..., 1, :] << 4).flatten(-2), scale, zero)
+def few_of_codes(codes: Tensor, scale: Tensor, zero: Tensor, bits: int = 4) -> Few:
+    """q4 or q2 of codes ``[..., n]`` uint8, one in a byte."""
+    parts = codes.unflatten(-1, (-1, 8 // bits, 4 * bits)).unbind(-2)
+    joined = parts[0].clone()
+    for at, part in enumerate(parts[1:], 1):
+        joined |= part << bits * at
+    return Few(joined.flatten(-2), scale, zero)
 
 
-def codes_of(few: Few) -> Tensor:
-    """The codes of q4 one in a byte: uint8 ``[..., n]``."""
-    both = few.codes.unflatten(-1, (-1, 16))
-    return torch.stack([both & 15, both >> 4], -2).flatten(-3)
+def codes_of(few: Few, bits: int = 4) -> Tensor:
+    """The codes of q4 or q2 one in a byte: uint8 ``[..., n]``."""
+    joined = few.codes.unflatten(-1, (-1, 4 * bits))
+    parts = [joined >> at & (1 << bits) - 1 for at in range(0, 8, bits)]
+    return torch.stack(parts, -2).flatten(-3)
 
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -142,8 +153,9 @@ FP32 = Format("fp32", torch.float32, run=1, bytes=4)
 FP16 = Format("fp16", torch.float16, run=1, bytes=2)
 BF16 = Format("bf16", torch.bfloat16, run=1, bytes=2)
 Q8_ROW = Q8("q8", torch.int8, run=1, bytes=1)
-Q4_RUN = Q4("q4", torch.uint8, run=32, bytes=20)
-FORMATS = {row.name: row for row in (FP32, FP16, BF16, Q8_ROW, Q4_RUN)}
+Q4_RUN = Affine("q4", torch.uint8, run=32, bytes=20)
+Q2_RUN = Affine("q2", torch.uint8, run=32, bytes=12)
+FORMATS = {row.name: row for row in (FP32, FP16, BF16, Q8_ROW, Q4_RUN, Q2_RUN)}
 PLAIN = (FP32, FP16, BF16)  # a number is a number of torch's
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .formats import FORMATS
+from .formats import FORMATS, PLAIN
+from .pages import PAGE, Pages
 
 # As cuda/cpu/dispatch.cpp names them.
 ISAS = ("baseline", "avx2", "avx512", "neon", "neon_bf16")
@@ -51,13 +52,39 @@ class Backend(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Sifting:
+    """Of a tier only the values that matter are read; what is left out is given to their mean.
+
+    A head leaves out the lightest of the tier's tokens, by its own weights: at most the share
+    ``most`` of what the tier gets. A threshold lies a whole number of sixteenths of a nat below the
+    heaviest's logit, the nearest that leaves out no more, and at most 255; who is not below it is
+    read. Heads that share a KV head read what any of them needs.
+
+    Attributes:
+        most: fp32 ``[rows]``; 0: everything is read.
+        mean: fp32 ``[rows, kv_heads, head_dim]``, the mean of a row's values in the tier.
+        spent: fp32 ``[rows, heads, 2]``, added to: the share of a head's whole attention that was
+            left out, and values that were read.
+    """
+
+    most: Tensor
+    mean: Tensor
+    spent: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Tier:
-    """A pool and the lists of its slots that rows attend to: shapes as in ``ops.attention``."""
+    """A pool and the lists of its slots that rows attend to: shapes as in ``ops.attention``.
+
+    With ``pages`` k and v are the two sides of ``[pages, bytes]`` uint8 that it describes.
+    """
 
     k: Tensor | None
     v: Tensor | None
     slots: Tensor | None = None
     count: Tensor | None = None
+    pages: Pages | None = None
+    sifting: Sifting | None = None
 
     @property
     def pool(self) -> Tensor:
@@ -67,9 +94,21 @@ class Tier:
         return pool
 
     @property
+    def pool_slots(self) -> int:
+        """Slots of the pool."""
+        return len(self.pool) * (PAGE if self.pages else 1)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """KV heads and numbers of each."""
+        if self.pages:
+            return self.pages.key.heads, self.pages.key.head_dim
+        return self.pool.shape[1], self.pool.shape[2]
+
+    @property
     def width(self) -> int:
         """Entries in each list."""
-        return len(self.pool) if self.slots is None else self.slots.shape[-1]
+        return self.pool_slots if self.slots is None else self.slots.shape[-1]
 
 
 class AttentionResult(NamedTuple):
@@ -138,11 +177,14 @@ def loaded(kind: str = "cpu") -> bool:
 
 
 @functools.cache
-def codes() -> dict[torch.dtype, int]:
-    """The numbers by which the module knows formats: rows of its table, by what they store."""
+def codes() -> dict[torch.dtype | str, int]:
+    """The numbers by which the module knows formats, rows of its table: by name, and plain ones by
+    their dtype too.
+    """
     module, _ = load()
     names = list(FORMATS) if module is None else [name for name, *_ in module.formats]
-    return {FORMATS[name].dtype: code for code, name in enumerate(names) if name in FORMATS}
+    known: dict[torch.dtype | str, int] = {name: code for code, name in enumerate(names)}
+    return known | {row.dtype: known[row.name] for row in PLAIN}
 
 
 @functools.cache
@@ -292,7 +334,7 @@ def check_tiers(lead: Tensor, q: Tensor | None, tiers: Sequence[Tier]) -> None:
     for number, tier in enumerate(tiers):
         with naming_tier(number, tiers):
             _check_tier(lead, q, tier)
-            if tier.pool.shape[1] != tiers[0].pool.shape[1]:
+            if tier.heads[0] != tiers[0].heads[0]:
                 raise ValueError(f"its pool is {describe(tier.pool)}: other kv heads than tier 0")
 
 
@@ -310,19 +352,42 @@ def naming_tier(number: int, tiers: Sequence[Tier]) -> Iterator[None]:
 def _check_tier(lead: Tensor, q: Tensor | None, tier: Tier) -> None:
     pool, name = tier.pool, "q" if q is not None else "p"
     k, v, slots, count = tier.k, tier.v, tier.slots, tier.count
-    if lead.ndim != 3 or pool.ndim != 3:
+    if lead.ndim != 3 or pool.ndim != (2 if tier.pages else 3):
         raise ValueError(f"{name}, k and v need 3 dimensions: {describe(lead)}, {describe(pool)}")
-    if not pool.shape[1] or lead.shape[1] % pool.shape[1]:
-        raise ValueError(f"{name} has {lead.shape[1]} heads, the pool {pool.shape[1]} kv heads")
-    if q is not None and (q.dtype != pool.dtype or q.shape[2] != pool.shape[2]):
+    kv_heads, head_dim = tier.heads
+    if not kv_heads or lead.shape[1] % kv_heads:
+        raise ValueError(f"{name} has {lead.shape[1]} heads, the pool {kv_heads} kv heads")
+    if q is not None and q.shape[2] != head_dim:
         raise ValueError(f"q is {describe(q)} but k is {describe(pool)}")
-    if k is not None and v is not None and (k.shape != v.shape or k.dtype != v.dtype):
+    if tier.pages:
+        _check_pages(tier.pages, k, v)
+    elif q is not None and q.dtype != pool.dtype:
+        raise ValueError(f"q is {describe(q)} but k is {describe(pool)}")
+    elif k is not None and v is not None and (k.shape != v.shape or k.dtype != v.dtype):
         raise ValueError(f"v is {describe(v)} but k is {describe(k)}")
     for label, t in ((name, lead), ("v", v), ("slots", slots), ("count", count)):
         if t is not None and t.device != pool.device:
             raise ValueError(f"{label} is on {t.device}, the pool on {pool.device}")
-    _check_lists("slots", slots, 3, lead.shape[0], pool.shape[1])
-    _check_lists("count", count, 2, lead.shape[0], pool.shape[1])
+    _check_lists("slots", slots, 3, lead.shape[0], kv_heads)
+    _check_lists("count", count, 2, lead.shape[0], kv_heads)
+    if tier.sifting:
+        _check_sifting(tier.sifting, lead, kv_heads, head_dim)
+
+
+def _check_pages(pages: Pages, k: Tensor | None, v: Tensor | None) -> None:
+    for label, side, t in (("k", pages.key, k), ("v", pages.value, v)):
+        if t is None or t.dtype != torch.uint8 or t.ndim != 2 or t.shape[1] != side.nbytes:
+            has = "missing" if t is None else describe(t)
+            raise ValueError(f"{label} must be uint8 [pages, {side.nbytes}] ({pages.name}): {has}")
+
+
+def _check_sifting(sifting: Sifting, lead: Tensor, kv_heads: int, head_dim: int) -> None:
+    rows, heads = lead.shape[:2]
+    shapes = {"most": (rows,), "mean": (rows, kv_heads, head_dim), "spent": (rows, heads, 2)}
+    for label, shape in shapes.items():
+        t: Tensor = getattr(sifting, label)
+        if t.dtype != torch.float32 or t.shape != shape or t.device != lead.device:
+            raise ValueError(f"{label} must be float32 {list(shape)}, got {describe(t)}")
 
 
 def _check_kernel(q: Tensor | None, tiers: Sequence[Tier]) -> None:

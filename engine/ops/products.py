@@ -188,13 +188,13 @@ def _native(name: str, x: Tensor, layers: Sequence[Weights], isa: str) -> list[T
         raise RuntimeError(problem)
     if x.ndim != 2 or not len(x) or (x.device.type, name) not in _PLACES:
         raise ValueError(f"x must be [rows, in] on the CPU, got {describe(x)}")
-    dtype, rows = _numbers(layers[0][0]).dtype, len(x)
+    format_, rows = _format(layers[0][0]), len(x)
     for weight, bias in layers:
-        _check_layer(x, dtype, weight, bias)
+        _check_layer(x, format_, weight, bias)
     if x.stride(1) != 1 or (x.is_cuda and (x.data_ptr() % 16 or x.stride(0) % 8)):
         x = x.clone(memory_format=torch.contiguous_format)
     out = [alive(x.new_empty(rows, len(weight))) for weight, _ in layers]
-    sizes = (codes()[dtype], codes()[x.dtype], rows, x.shape[1], x.data_ptr(), x.stride(0))
+    sizes = (codes()[format_], codes()[x.dtype], rows, x.shape[1], x.data_ptr(), x.stride(0))
     if x.is_cuda:
         stream = torch.cuda.current_stream(x.device).cuda_stream
         module.cuda_gemv(*sizes, as_parts(layers, out), x.device.index, stream)
@@ -222,12 +222,19 @@ def _scale(weight: Weight) -> int:
     return address(weight.scale) if isinstance(weight, FewBits) else 0
 
 
-def _check_layer(x: Tensor, dtype: torch.dtype, weight: Weight, bias: Tensor | None) -> None:
-    """Raise ValueError unless ``gemv`` can multiply x with this weight of this dtype."""
+def _format(weight: Weight) -> torch.dtype | str:
+    """As ``native.codes`` has it."""
+    return weight.format if isinstance(weight, FewBits) else weight.dtype
+
+
+def _check_layer(
+    x: Tensor, format_: torch.dtype | str, weight: Weight, bias: Tensor | None
+) -> None:
+    """Raise ValueError unless ``gemv`` can multiply x with this weight of this format."""
     numbers, few = _numbers(weight), isinstance(weight, FewBits)
-    known = dtype in codes() and x.dtype in (_SHORT_OR_WIDE if few else (torch.float32, dtype))
+    known = format_ in codes() and x.dtype in (_SHORT_OR_WIDE if few else (torch.float32, format_))
     known = known and (few or not x.is_cuda)
-    if not known or numbers.dtype != dtype or numbers.device != x.device:
+    if not known or _format(weight) != format_ or numbers.device != x.device:
         raise ValueError(f"x is {describe(x)} but weight is {describe(numbers)}")
     shape = (weight.out, weight.size_in) if isinstance(weight, FewBits) else tuple(weight.shape)
     if len(shape) != 2 or shape[1] != x.shape[1]:

@@ -55,6 +55,14 @@ class Composed(Policy):
         """See ``Policy.most_kept``."""
         return self._storing.most_kept(layout)
 
+    def most_packed(self, layout: Layout) -> dict[str, int]:
+        """See ``Policy.most_packed``."""
+        return self._storing.most_packed(layout)
+
+    def leaves_out(self) -> float:
+        """See ``Policy.leaves_out``."""
+        return self._storing.leaves_out()
+
     def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
         """What the first policy that drops anything lets through."""
         found = (policy.narrow(layer, layout, received) for policy in self.policies)

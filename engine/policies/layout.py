@@ -118,16 +118,20 @@ class Kept:
         shared: ``[n]`` ascending columns kept for all heads: fixed tokens and image tokens.
         text: ``[t]`` or ``[kv_heads, t]`` columns of the text, which may be evicted later;
             every head keeps equally many, not the same ones.
-        core: ascending image columns (a subset of ``shared``) that are attended at every step, or
+        core: ascending image columns (of those that are kept) that are attended at every step, or
             None where all image tokens are.
         text_scores: ``[kv_heads, t]`` fp32 attention received so far, where the policy evicts by
         it.
+        packed: formats of the cache (``ops.pages``) and ascending image columns, none of them in
+            ``shared``, that are written in them; tokens of the core may be among the first's. What
+            earlier turns have written so stays as it is, whatever is said of it here.
     """
 
     shared: Tensor
     text: Tensor
     core: Tensor | None = None
     text_scores: Tensor | None = None
+    packed: tuple[tuple[str, Tensor], ...] = ()
 
     @classmethod
     def everything(cls, layout: Layout) -> Kept:

@@ -64,6 +64,18 @@ class Policy:
         """
         return layout.text_start, layout.columns - layout.text_start
 
+    def most_packed(self, layout: Layout) -> dict[str, int]:
+        """How many columns ``retain`` has written in formats of the cache at most, by format; they
+        are not counted by ``most_kept``.
+        """
+        return {}
+
+    def leaves_out(self) -> float:
+        """Share of what a tier of formats gets of a head's attention whose values a decode step may
+        leave unread (``ops.native.Sifting``).
+        """
+        return 0.0
+
     def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
         """Ascending new tokens whose hidden states go on after ``layer``; None: all of them."""
         return None

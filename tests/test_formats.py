@@ -99,7 +99,7 @@ def test_few_bits_are_the_nearest_of_even_steps_between_the_extremes(
 def test_codes_are_read_as_written(row: Affine) -> None:
     codes = torch.randint(0, 1 << row.bits, (5, 96), dtype=torch.uint8)
     scale, zero = torch.rand(5, 3).half(), torch.randint(0, 1 << row.bits, (5, 3)).half()
-    few = few_of_codes(codes, scale, zero, row.bits)
+    few = few_of_codes(codes, scale, zero, bits=row.bits)
     assert torch.equal(codes_of(few, row.bits), codes)
     runs = codes.double().unflatten(1, (-1, 32)) - zero.double()[..., None]
     assert torch.equal(row.unpack(few).double(), (runs * scale.double()[..., None]).flatten(1))

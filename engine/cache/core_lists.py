@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ class CoreRuns:
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         size = (sizes.pictures, 4, sizes.rows)
+        self._starts = {name: part.start for name, part in sizes.tiers}
         self.runs = torch.zeros(size, dtype=torch.int32, device=device)
 
     def join(self, row: Row, r: int) -> None:
         """Write the runs of row ``r``."""
-        runs = [_run(row, number) for number in range(len(self.runs))]
+        runs = [_run(row, number, self._starts) for number in range(len(self.runs))]
         if runs:
             self.runs[..., r] = torch.tensor(runs, dtype=torch.int32)
 
@@ -53,16 +54,29 @@ class CoreRuns:
             yield ranking.plan_rank(logits, lse, *lists, first, last, keep, at, wanted, error=error)
 
 
-def _run(row: Row, number: int) -> tuple[int, int, int, int]:
-    """A picture's first slot, the one after its last, how long its core run is, where it begins."""
+def _run(row: Row, number: int, starts: Mapping[str, int]) -> tuple[int, int, int, int]:
+    """A picture's first slot, the one after its last, how long its core run is, where it begins.
+
+    All count from the beginning of a row's lists; ``starts`` says where a format's begin.
+    """
     stored = row.layers[0]
     layout = stored.layout
     if stored.core is None or number >= len(layout.image_sizes):
         return 0, 0, 0, 0
+    wanted = row.policy.core_size(layout.image_sizes[number])
     slots = layout.picture(number)
-    if not len(slots):
-        return 0, 0, 0, 0
-    first, last = int(slots[0]), int(slots[-1]) + 1
-    size = min(row.policy.core_size(layout.image_sizes[number]), len(slots))
-    before = int((layout.fixed() < first).sum()) + int((stored.core < first).sum())
-    return first, last, size, before
+    if len(slots):
+        first, last = int(slots[0]), int(slots[-1]) + 1
+        before = int((layout.fixed() < first).sum()) + int((stored.core < first).sum())
+        return first, last, min(wanted, len(slots)), before
+    at = {name: [start, start] for name, start in starts.items()}  # in the full list, in the core
+    for part in stored.parts:
+        mine, core = (part.image_of == number).nonzero()[:, 0], part.core
+        assert core is not None, "where there is a core, every part has one"
+        full_at, core_at = at[part.format]
+        if len(mine) and len(core):
+            first = int(mine[0])
+            before = core_at + int((core < first).sum())
+            return full_at + first, full_at + int(mine[-1]) + 1, min(wanted, len(mine)), before
+        at[part.format] = [full_at + part.tokens, core_at + len(core)]
+    return 0, 0, 0, 0

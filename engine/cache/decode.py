@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..ops.fused import Destination, rope_write
+from ..ops.native import Sifting
 from ..ops.rotary import Tables
 from .lengths import ATTENDS_CORE, POSITION, RERANKS
-from .listed import ListedAttention
+from .listed import Listed, ListedAttention
 from .pool import Pool
 from .row import Row
 from .showing import attended_positions, show_step
@@ -256,6 +257,7 @@ class Decoding:
         for r, (row, kind) in enumerate(zip(self.rows, lengths.kinds(), strict=True)):
             attended = lists.mean_shared[kind][r] + lengths.texts[r] + 1
             row.attended_share.append(attended / (lengths.seen[r] + 1))
+            row.lists[kind] += 1
         lengths.advance()
 
     def _prepare(self) -> None:
@@ -299,8 +301,22 @@ class Decoding:
     def _listed(self, kind: int, layer: int) -> ListedAttention:
         rows, lists = slice(len(self.rows)), self.state.lists
         slots, count = lists.slots[kind, layer, rows, None], lists.count[kind, layer, rows, None]
-        alone = partial(_begin, self.rows, layer) if kind == FULL and len(self.rows) == 1 else None
-        return ListedAttention(self.pools[layer], slots, count, alone)
+        pool, others = self.pools[layer], list(self._others(kind, layer))
+        lonely = kind == FULL and len(self.rows) == 1 and not others
+        alone = partial(_begin, self.rows, layer) if lonely else None
+        return ListedAttention(pool, slots[..., lists.plain], count, alone, others)
+
+    def _others(self, kind: int, layer: int) -> Iterator[Listed]:
+        """What rows attend of a layer's formats."""
+        rows, lists, state = slice(len(self.rows)), self.state.lists, self.state
+        for tier, (name, part) in enumerate(lists.tiers):
+            sifting = None
+            if len(state.means):
+                means, spent = state.means[tier, layer, rows], state.spent[tier, layer, rows]
+                sifting = Sifting(state.most[rows], means, spent)
+            slots = lists.slots[kind, layer, rows, None, part]
+            count = lists.counts[kind, tier, layer, rows, None]
+            yield Listed(self.pools[layer].of(name), slots, count, sifting)
 
     def _view(self, layer: int) -> DecodeView:
         part = layer // self.parts[0].stop
@@ -312,7 +328,7 @@ class Decoding:
         sizes, rows = self.state.sizes, slice(len(self.rows))
         if self.scores is None:
             size = len(self.pools), sizes.rows, heads
-            logits = torch.empty(*size, sizes.slots, device=self.state.device)
+            logits = torch.empty(*size, sizes.width, device=self.state.device)
             self.scores = Scores(logits, torch.empty(size, device=self.state.device))
         for logits, lse in zip(*self.scores, strict=True):
             yield Scores(logits[rows], lse[rows])

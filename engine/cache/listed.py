@@ -9,20 +9,26 @@ from torch import Tensor
 
 from ..ops import native, tape
 from ..ops.attention import AttentionPlan, AttentionResult, Tier, tiered_attention
-from .pool import Pool
+from ..ops.native import Sifting
+from .pool import PagedPool, Pool
 
 
 @dataclass(frozen=True, eq=False)
 class Listed:
     """A pool and what rows attend of it: ``slots [rows, 1, max]``, ``count [rows, 1]`` int32."""
 
-    pool: Pool
+    pool: Pool | PagedPool
     slots: Tensor
     count: Tensor
+    sifting: Sifting | None = None
 
     def tier(self) -> Tier:
         """The pool's tensors as they are now."""
-        return Tier(self.pool.k, self.pool.v, self.slots, self.count)
+        pool = self.pool
+        if isinstance(pool, Pool):
+            return Tier(pool.k, pool.v, self.slots, self.count)
+        k, v = pool.layout.sides(pool.data)
+        return Tier(k, v, self.slots, self.count, pool.layout, self.sifting)
 
 
 class ListedAttention:
@@ -48,6 +54,7 @@ class ListedAttention:
         list: then plain torch need not gather it.
         """
         self._lists, self._run = [Listed(pool, slots, count), *others], run
+        self._pool = pool
         self._plans: dict[bool, tuple[AttentionPlan, Tensor]] = {}
 
     def __call__(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -57,7 +64,7 @@ class ListedAttention:
         ``scores``, which must be the same tensors in every call.
         """
         wanted = scores is not None
-        if wanted not in self._plans and not native.usable(q, self._lists[0].pool.k):
+        if wanted not in self._plans and not self._native(q):
             return self._in_torch(q, scores)
         if tape.recording():  # a copy would not be recorded, but q stays where it is
             plan, _ = tape.alive(self._planned(q, scores))
@@ -69,6 +76,9 @@ class ListedAttention:
         plan.run()
         assert plan.out is not None
         return plan.out
+
+    def _native(self, q: Tensor) -> bool:
+        return all(native.serves(q, each.tier()) for each in self._lists)
 
     def _planned(
         self, queries: Tensor, scores: tuple[Tensor, Tensor] | None
@@ -87,7 +97,7 @@ class ListedAttention:
             return [each.tier() for each in self._lists]
         (only,), first = self._lists, self._run()
         run = slice(first, first + int(only.count))
-        return [Tier(only.pool.k[run], only.pool.v[run])]
+        return [Tier(self._pool.k[run], self._pool.v[run])]
 
 
 def _keep(result: AttentionResult, scores: tuple[Tensor, Tensor] | None) -> None:

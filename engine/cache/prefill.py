@@ -332,7 +332,8 @@ def extent_size(policy: Policy, layout: Layout, shared: int, text: int, new_toke
 
 def most_slots(policy: Policy, turn: Layout, new_tokens: int, past: Row) -> int:
     """Slots that any layer needs at most for a turn on top of ``past``."""
-    goes_on = past.policy.spec == policy.spec  # so that what lies in formats stays there
+    # Under another policy what lies in formats may become plain again.
+    goes_on = past.layers and past.policy.spec == policy.spec
     before = [each.layout if goes_on else each.whole_layout() for each in past.layers]
     layouts = [layout.followed_by(turn) for layout in before] or [turn]
     kept = [policy.most_kept(layout) for layout in layouts]

@@ -109,7 +109,9 @@ class Row:
     ``image_spans`` are the positions of every picture's tokens; ``rotary [words]`` int64 is what
     the model's rotation has made of the first prefill, see ``Step``; ``attended_share`` collects,
     for every decode step, the share of the tokens seen that were multiplied with (mean over
-    layers); ``observer`` is told of every layer of every pass.
+    layers); ``observer`` is told of every layer of every pass. ``lists`` counts decode steps over
+    the full lists and over the core lists; ``spent [layers, 2]`` is what those steps' ``Sifting``
+    have counted, heads summed up.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -119,6 +121,8 @@ class Row:
     step: int = 0
     attended_share: list[float] = field(default_factory=list)
     observer: Observer | None = None
+    lists: list[int] = field(default_factory=lambda: [0, 0])
+    spent: Tensor | None = None
 
     @property
     def seen(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .row import Row
@@ -20,6 +23,8 @@ class Sizes(NamedTuple):
         pictures: whose core is ranked again.
         evicting: 1 where some row evicts text, else 0: scores are kept.
         rotary: words of a row's rotary state.
+        sifting: 1 where some row leaves values unread, else 0.
+        formats: of the cache, with the slots of the longest list in each.
     """
 
     rows: int = 0
@@ -28,6 +33,8 @@ class Sizes(NamedTuple):
     pictures: int = 0
     evicting: int = 0
     rotary: int = 0
+    sifting: int = 0
+    formats: Mapping[str, int] = MappingProxyType({})
 
     @classmethod
     def of(cls, row: Row) -> Sizes:
@@ -40,16 +47,49 @@ class Sizes(NamedTuple):
             pictures=len(row.image_spans) if any(s.core is not None for s in row.layers) else 0,
             evicting=int(budget is not None),
             rotary=len(row.rotary),
+            sifting=int(row.policy.leaves_out() > 0),
+            formats=_formats(row),
         )
+
+    @property
+    def width(self) -> int:
+        """Slots of a row's lists in all tiers together."""
+        return self.slots + sum(self.formats.values())
+
+    @property
+    def tiers(self) -> list[tuple[str, slice]]:
+        """Formats and where their lists lie behind the plain one."""
+        ends = accumulate(self.formats.values(), initial=self.slots)
+        parts = zip(self.formats, pairwise(ends), strict=True)
+        return [(name, slice(*part)) for name, part in parts]
 
     def covers(self, other: Sizes) -> bool:
         """Whether nothing of ``other`` is larger."""
-        return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
+        numbers = zip(self[:-1], other[:-1], strict=True)
+        return all(mine >= theirs for mine, theirs in numbers) and all(
+            self.formats.get(name, 0) >= slots for name, slots in other.formats.items()
+        )
 
     def covering(self, other: Sizes) -> Sizes:
         """What covers both; where rows must be added, they are doubled."""
         rows = self.rows if self.rows >= other.rows else max(2 * self.rows, other.rows)
-        return Sizes(*map(max, self, other))._replace(rows=rows)
+        formats = dict(self.formats)
+        for name, slots in other.formats.items():
+            formats[name] = max(slots, formats.get(name, 0))
+        largest = map(max, self[:-1], other[:-1])
+        return Sizes._make([*largest, formats])._replace(rows=rows)
+
+
+def _formats(row: Row) -> dict[str, int]:
+    """Formats of a row's parts, and slots that a list in each takes."""
+    most: dict[str, int] = {}
+    for stored in row.layers:
+        mine: dict[str, int] = {}
+        for part in stored.parts:
+            mine[part.format] = mine.get(part.format, 0) + part.tokens
+        for name, tokens in mine.items():
+            most[name] = max(most.get(name, 0), _rounded(tokens))
+    return most
 
 
 def _rounded(count: int) -> int:

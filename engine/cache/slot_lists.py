@@ -17,32 +17,52 @@ FULL, CORE, MIXED, SPARE = 0, 1, 2, 3
 class SlotLists:
     """Lists of all kinds, their text tails written ahead to the end of the extents.
 
+    A row's lists of all tiers lie one after the other: of plain numbers first, then those of every
+    format.
+
     Attributes:
-        slots: ``[kinds, layers, rows, max]`` int32 pool slots.
-        first: ``[kinds, layers, rows]`` int32, how many of them come before the text.
-        count: the same shape, how many of them the step attends.
+        slots: ``[kinds, layers, rows, width]`` int32 pool slots.
+        first: ``[kinds, layers, rows]`` int32, how many of the plain ones come before the text.
+        count: the same shape, how many of the plain ones the step attends.
+        counts: ``[kinds, formats, layers, rows]`` int32, how many of every format's.
         shared: ``[full or core][row][layer]``, what ``first`` says, on the host.
-        mean_shared: ``[full or core][row]``, its mean over the layers.
+        mean_shared: ``[full or core][row]``, entries before the text and in formats, mean over the
+            layers.
     """
 
     def __init__(self, layers: int, sizes: Sizes, device: torch.device, *, spare: bool) -> None:
         """``spare``: with a second core list."""
         shape = (4 if spare else 3, layers, sizes.rows)
-        self.slots = torch.zeros(*shape, sizes.slots, dtype=torch.int32, device=device)
+        self.tiers = sizes.tiers
+        self.slots = torch.zeros(*shape, sizes.width, dtype=torch.int32, device=device)
         self.first = torch.zeros(shape, dtype=torch.int32, device=device)
         self.count = torch.zeros_like(self.first)
+        counts = (shape[0], len(self.tiers), *shape[1:])
+        self.counts = torch.zeros(counts, dtype=torch.int32, device=device)
+        self.plain = slice(sizes.slots)
         self.shared: list[list[list[int]]] = [[], []]
         self.mean_shared: list[list[float]] = [[], []]
+
+    def by_tier(self) -> list[Tensor]:
+        """The lists of each tier."""
+        return [self.slots[..., self.plain], *(self.slots[..., part] for _, part in self.tiers)]
 
     def join(self, row: Row, r: int) -> None:
         """Write the lists of one row more, with ``r`` before it."""
         for kind in (FULL, CORE):
             lists, first = _lists(row, kind)
+            beside = [_in_format(row, name, kind) for name, _ in self.tiers]
             for same in (kind, SPARE) if kind == CORE and len(self.slots) > SPARE else (kind,):
                 self.slots[same, :, r, : lists.shape[1]] = lists
                 self.first[same, :, r] = torch.tensor(first, dtype=torch.int32)
+                for tier, ((_, part), (slots, counts)) in enumerate(
+                    zip(self.tiers, beside, strict=True)
+                ):
+                    self.slots[same, :, r, part.start : part.start + slots.shape[1]] = slots
+                    self.counts[same, tier, :, r] = counts
+            listed = sum(first) + sum(int(counts.sum()) for _, counts in beside)
             self.shared[kind][r:] = [first]
-            self.mean_shared[kind][r:] = [sum(first) / len(first)]
+            self.mean_shared[kind][r:] = [listed / len(first)]
 
     def leave(self, r: int) -> None:
         """Forget row ``r`` on the host; the last one takes its place."""
@@ -60,11 +80,27 @@ class SlotLists:
         rows = words.shape[1]
         if kind == MIXED:
             attends_core = words[ATTENDS_CORE] > 0
-            for lists, which in ((self.slots, attends_core[:, None]), (self.first, attends_core)):
+            each = [(self.slots, attends_core[:, None]), (self.first, attends_core)]
+            each += [(counts, attends_core) for counts in self.counts.unbind(1)]
+            for lists, which in each:
                 mixed, full, chosen = (lists[k, layers, :rows] for k in (MIXED, FULL, core))
                 torch.where(which, chosen, full, out=mixed)
         first, count = self.first[kind, layers, :rows], self.count[kind, layers, :rows]
         torch.add(first, words[USED], out=count)
+
+
+def _in_format(row: Row, name: str, kind: int) -> tuple[Tensor, Tensor]:
+    """A row's lists in a format ``[layers, max]``, and how long each is."""
+    empty = torch.empty(0, dtype=torch.int64)
+    lists = []
+    for stored in row.layers:
+        mine = [part.listed(kind == CORE) for part in stored.parts if part.format == name]
+        lists.append(torch.cat([empty, *mine]))
+    counts = torch.tensor([len(list_) for list_ in lists], dtype=torch.int32)
+    joined = torch.zeros(len(lists), int(counts.max()), dtype=torch.int32)
+    for layer, list_ in enumerate(lists):
+        joined[layer, : len(list_)] = list_
+    return joined, counts
 
 
 def _lists(row: Row, kind: int) -> tuple[Tensor, list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from weakref import WeakSet
 
 import torch
@@ -32,6 +33,10 @@ class State:
         text: the evictable text.
         runs: what re-ranking rewrites.
         rotary: ``[rows, words]`` int64, see ``Step``.
+        most: ``[rows]`` fp32, what a row's policy may leave out, see ``Sifting``.
+        means: ``[formats, layers, rows, kv_heads, head_dim]`` fp32, of the values in each; of no
+            format where nobody leaves anything out.
+        spent: ``[formats, layers, rows, kv_heads, 2]`` fp32, what steps have counted.
         words: ``[2, WORDS, rows]`` int32, two steps' words in turns; zeros where there is no row.
         core: which lists serve as core, CORE or SPARE.
         sizes: how large the tensors are.
@@ -56,14 +61,31 @@ class State:
         self.text = TextSlots(layers, self.kv_heads, sizes, self.device)
         self.runs = CoreRuns(sizes, self.device)
         self.rotary = torch.zeros(sizes.rows, sizes.rotary, dtype=torch.int64, device=self.device)
+        self.most = torch.zeros(sizes.rows, device=self.device)
+        formats, head_dim = len(sizes.formats) if sizes.sifting else 0, self.pools[0].k.shape[2]
+        each = (formats, layers, sizes.rows, self.kv_heads)
+        self.means = torch.zeros(*each, head_dim, device=self.device)
+        self.spent = torch.zeros(*each, 2, device=self.device)
+        for pool in self.pools:
+            for name in sizes.formats:
+                pool.of(name).holders.add(self)
         self.words = torch.zeros(2, WORDS, sizes.rows, dtype=torch.int32, device=self.device)
 
-    def by_row(self) -> list[tuple[Tensor, int]]:
-        """All tensors, each with its dimension that counts rows."""
+    def by_row(self) -> list[list[tuple[Tensor, int]]]:
+        """All tensors, each with its dimension that counts rows; to each list larger states add at
+        the end.
+        """
         lists, text = self.lists, self.text
-        second = [lists.slots, lists.first, lists.count, self.runs.runs, self.words]
-        first = [text.start, text.write, text.scores, text.positions]
-        return [(t, 2) for t in second] + [(t, 1) for t in first] + [(self.rotary, 0)]
+        groups = [
+            ([lists.first, lists.count, self.runs.runs, self.words], 2),
+            ([text.start, text.write, text.scores, text.positions], 1),
+            ([self.rotary, self.most], 0),
+            (lists.by_tier(), 2),
+            (lists.counts.unbind(1), 2),
+            (self.means.unbind(), 1),
+            (self.spent.unbind(), 1),
+        ]
+        return [[(tensor, dim) for tensor in tensors] for tensors, dim in groups]
 
     # -- rows come and go -------------------------------------------------------------------------
 
@@ -78,12 +100,16 @@ class State:
         self.text.join(row, r, self.lengths.texts[r], self.lengths.evicts[r])
         self.runs.join(row, r)
         self.rotary[r, : len(row.rotary)] = row.rotary
+        self.most[r] = row.policy.leaves_out()
+        for tier in range(len(self.means)):
+            self.means[tier, :, r] = _means(row, self.lists.tiers[tier][0], self.means[tier, :, r])
+            self.spent[tier, :, r] = 0
         self.rows.append(row)
 
     def leave(self, r: int) -> Row:
         """Row ``r`` goes, see ``settle``; the last one is row ``r`` from now on."""
         row, last = self.settle(r), len(self.rows) - 1
-        for tensor, dim in self.by_row():
+        for tensor, dim in chain(*self.by_row()):
             if r != last:
                 tensor.select(dim, r).copy_(tensor.select(dim, last))
         self.words[:, :, last] = 0
@@ -100,11 +126,14 @@ class State:
 
     def _enlarge(self, sizes: Sizes) -> None:
         self.void()
-        old, (shared, means) = self.by_row(), (self.lists.shared, self.lists.mean_shared)
+        before, (shared, means) = self.by_row(), (self.lists.shared, self.lists.mean_shared)
         self._make(sizes)
         self.lists.shared, self.lists.mean_shared = shared, means
-        for (new, _), (before, _) in zip(self.by_row(), old, strict=True):
-            new[tuple(slice(size) for size in before.shape)] = before
+        for group, old in zip(self.by_row(), before, strict=True):
+            for (into, _), (held, _) in zip(group, old, strict=False):  # new formats come last
+                into[tuple(slice(size) for size in held.shape)] = held
+        for r, row in enumerate(self.rows):  # which counts from where lists begin
+            self.runs.join(row, r)
 
     # -- what lies where --------------------------------------------------------------------------
 
@@ -126,7 +155,9 @@ class State:
         stored = self.rows[r].layers[layer]
         if stored.core is None:
             return None
-        return stored.layout.positions[0, self._core_slots(r, layer)]
+        parts = zip(stored.parts, self._core_of_parts(r, layer), strict=True)
+        found = [part.positions[0, core] for part, core in parts]
+        return torch.cat([stored.layout.positions[0, self._core_slots(r, layer)], *found])
 
     def _core_slots(self, r: int, layer: int) -> Tensor:
         """Slots of the core image tokens, relative to the extent."""
@@ -134,6 +165,22 @@ class State:
         shared = self.lists.shared[CORE][r][layer]
         listed = self.lists.slots[self.core, layer, r, :shared].long() - stored.start
         return listed[stored.layout.image_of[listed] >= 0]
+
+    def _core_of_parts(self, r: int, layer: int) -> list[Tensor]:
+        """For each part of a layer which of its tokens are core."""
+        at = {name: part.start for name, part in self.lists.tiers}
+        found = []
+        for part in self.rows[r].layers[layer].parts:
+            assert part.core is not None, "where there is a core, every part has one"
+            start = at[part.format]
+            at[part.format] = end = start + len(part.core)
+            listed = self.lists.slots[self.core, layer, r, start:end].long()
+            found.append(listed - part.extent.start)
+        return found
+
+    def sifted(self, r: int) -> Tensor | None:
+        """What steps have left out and read of row ``r``'s values: fp32 ``[layers, 2]``."""
+        return self.spent[:, :, r].sum((0, 2)) if len(self.spent) else None
 
     # -- back to rows -----------------------------------------------------------------------------
 
@@ -147,6 +194,7 @@ class State:
             self._close_up(r)
         layers = [self._settled(r, layer, stored) for layer, stored in enumerate(row.layers)]
         row.layers, row.step = layers, self.lengths.steps[r]
+        row.spent = self.sifted(r)
         return row
 
     def _close_up(self, r: int) -> None:
@@ -180,5 +228,19 @@ class State:
             text_seen=old.text_seen + seen - old.seen,
             seen=seen,
         )
-        core = None if stored.core is None else self._core_slots(r, layer)
-        return Stored(stored.extent, layout, core, scores)
+        if stored.core is None:
+            return Stored(stored.extent, layout, None, scores, stored.parts)
+        both = zip(stored.parts, self._core_of_parts(r, layer), strict=True)
+        parts = tuple(replace(part, core=core) for part, core in both)
+        return Stored(stored.extent, layout, self._core_slots(r, layer), scores, parts)
+
+
+def _means(row: Row, name: str, like: Tensor) -> Tensor:
+    """Means ``[layers, kv_heads, head_dim]`` of a row's values in a format, zeros where none is."""
+    means = torch.zeros_like(like)
+    for layer, stored in enumerate(row.layers):
+        mine = [part for part in stored.parts if part.format == name]
+        if mine:
+            total = torch.stack([part.total for part in mine]).sum(0)
+            means[layer] = total / sum(part.tokens for part in mine)
+    return means

@@ -80,7 +80,7 @@ def tiered_attention(
     >>> tiered_attention(still, [Tier(pool, pool) for pool in pools]).out.round(decimals=3)
     tensor([[[5., 5.]]])
     """
-    if not tiers or not native.usable(q, tiers[0].pool):
+    if not tiers or not all(native.serves(q, tier) for tier in tiers):
         return tiered_attention_torch(q, tiers, scale=scale, want_logits=want_logits)
     plan = AttentionPlan(q, tiers, scale=scale, want_logits=want_logits)
     _run(plan, q)
@@ -300,18 +300,15 @@ def _sifted(logits: Tensor, p: Tensor, tier: Tier, used: _Selection) -> Tensor:
     """``_pv`` of what ``Sifting`` reads, and the mean for what it leaves out."""
     sifting, (kv_heads, _) = tier.sifting, tier.heads
     assert sifting is not None
-    read = _worth_reading(logits, sifting.most)
-    read = (
-        read.unflatten(1, (kv_heads, -1))
-        .any(2, keepdim=True)
-        .expand(-1, -1, p.shape[1] // kv_heads, -1)
-    )
-    read = read.flatten(1, 2)
+    group = p.shape[1] // kv_heads
+    needed = _worth_reading(logits, sifting.most).unflatten(1, (kv_heads, group)).any(2)
+    read = needed.repeat_interleave(group, 1)
     left = (p * ~read).sum(-1)
-    here = (sifting.most > 0)[:, None, None]
-    count = (read & (logits > -math.inf)).sum(-1).float()
-    sifting.spent.add_(torch.stack([left, count], -1) * here)
-    mean = sifting.mean.repeat_interleave(p.shape[1] // kv_heads, 1)
+    shares = left.unflatten(1, (kv_heads, group)).mean(2)
+    counts = (read & (logits > -math.inf))[:, ::group].sum(-1)
+    sifts = (sifting.most > 0)[:, None, None]
+    sifting.spent.add_(torch.stack([shares, counts.float()], -1) * sifts)
+    mean = sifting.mean.repeat_interleave(group, 1)
     return _pv(p * read, tier, used) + left[..., None] * mean
 
 

@@ -120,7 +120,7 @@ class Affine(Format):
         wide = scale.float().clamp(min=_TINY)
         zero = (-low / wide).half()
         codes = (runs / wide[..., None] + zero.float()[..., None]).round().clamp(0, last)
-        return few_of_codes(codes.to(torch.uint8).flatten(-2), scale, zero, self.bits)
+        return few_of_codes(codes.to(torch.uint8).flatten(-2), scale, zero, bits=self.bits)
 
     def unpack(self, packed: Packed) -> Tensor:
         """See ``Format.unpack``."""
@@ -131,7 +131,7 @@ class Affine(Format):
         return (scale * (runs - zero)).flatten(-2)
 
 
-def few_of_codes(codes: Tensor, scale: Tensor, zero: Tensor, bits: int = 4) -> Few:
+def few_of_codes(codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int = 4) -> Few:
     """q4 or q2 of codes ``[..., n]`` uint8, one in a byte."""
     parts = codes.unflatten(-1, (-1, 8 // bits, 4 * bits)).unbind(-2)
     joined = parts[0].clone()

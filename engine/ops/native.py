@@ -63,8 +63,8 @@ class Sifting:
     Attributes:
         most: fp32 ``[rows]``; 0: everything is read.
         mean: fp32 ``[rows, kv_heads, head_dim]``, the mean of a row's values in the tier.
-        spent: fp32 ``[rows, heads, 2]``, added to: the share of a head's whole attention that was
-            left out, and values that were read.
+        spent: fp32 ``[rows, kv_heads, 2]``, added to: the share of a head's whole attention that
+            was left out, mean of those that share the KV head, and values that were read.
     """
 
     most: Tensor
@@ -202,6 +202,11 @@ def usable(q: Tensor, pool: Tensor) -> bool:
         return False
     group = q.shape[1] // max(1, pool.shape[1])
     return pool.dtype in codes() and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
+
+
+def serves(q: Tensor, tier: Tier) -> bool:
+    """Whether a native attention kernel exists for a tier."""
+    return tier.pages is None and usable(q, tier.pool)
 
 
 class AttentionPlan:
@@ -382,8 +387,8 @@ def _check_pages(pages: Pages, k: Tensor | None, v: Tensor | None) -> None:
 
 
 def _check_sifting(sifting: Sifting, lead: Tensor, kv_heads: int, head_dim: int) -> None:
-    rows, heads = lead.shape[:2]
-    shapes = {"most": (rows,), "mean": (rows, kv_heads, head_dim), "spent": (rows, heads, 2)}
+    rows = len(lead)
+    shapes = {"most": (rows,), "mean": (rows, kv_heads, head_dim), "spent": (rows, kv_heads, 2)}
     for label, shape in shapes.items():
         t: Tensor = getattr(sifting, label)
         if t.dtype != torch.float32 or t.shape != shape or t.device != lead.device:

@@ -95,7 +95,7 @@ class Side:
         """Write ``[pages * 32, heads, head_dim]``: uint8 ``[pages, nbytes]``."""
         row = FORMATS[self.format]
         if row in PLAIN:
-            parts, behind = [_as_bytes(numbers.to(row.dtype))], []
+            parts, behind = [_as_bytes(numbers.to(row.dtype))], list[Tensor]()
         else:
             last = numbers[..., -1:].expand(-1, -1, self.wide - self.head_dim)
             parts, behind = self._in_few_bits(torch.cat([numbers, last], -1).float())
@@ -110,7 +110,9 @@ class Side:
         if row in PLAIN:
             return codes.view(row.dtype).float()
         if self.by_channel:
-            few = few_of_codes(self.whole_codes(packed).mT.contiguous(), *self.channels(packed), 2)
+            few = few_of_codes(
+                self.whole_codes(packed).mT.contiguous(), *self.channels(packed), bits=2
+            )
             numbers = Q2_RUN.unpack(few).mT  # [pages, heads, 32, wide]
             return numbers.transpose(1, 2).flatten(0, 1)[..., : self.head_dim]
         scales = self._scales(packed)
@@ -146,7 +148,7 @@ class Side:
         few = row.pack(wide.unflatten(0, (-1, PAGE)).permute(0, 2, 3, 1))
         assert few.zero is not None
         codes = codes_of(few, row.bits).permute(0, 3, 1, 2).flatten(0, 1)
-        again = few_of_codes(codes.contiguous(), few.scale, few.zero, row.bits)
+        again = few_of_codes(codes.contiguous(), few.scale, few.zero, bits=row.bits)
         ranges = torch.stack([few.scale, few.zero], 2)  # [pages, heads, 2, wide, 1]
         return [again.codes], [_as_bytes(ranges.flatten(1))]
 

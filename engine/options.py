@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
@@ -181,3 +182,23 @@ def make_options(
         raise OptionError(f"stop is {told(stop)}", hint="use texts")
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
     return Options(max_new_tokens, sampling, tuple(stops), ignore_eos, logprobs, cancel)
+
+
+# Bits of keys and of values that a format of the cache may have; 16: as the model computes.
+CACHE_BITS = (16, 8, 4, 2)
+
+
+def parse_bits(name: str) -> tuple[int, int]:
+    """Bits of keys and of values.
+
+    >>> parse_bits("k8v4")
+    (8, 4)
+    """
+    found = re.fullmatch(r"k(\d+)v(\d+)", name) if isinstance(name, str) else None
+    bits = tuple(map(int, found.groups())) if found else ()
+    if len(bits) != 2 or not set(bits) <= set(CACHE_BITS):
+        raise OptionError(
+            f"unknown format of the cache {told(name)}",
+            hint="use k and v with 16, 8, 4 or 2 bits each, such as k4v4",
+        )
+    return bits[0], bits[1]

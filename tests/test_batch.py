@@ -147,14 +147,14 @@ def test_a_pool_that_cannot_grow_is_what_it_was(monkeypatch: pytest.MonkeyPatch)
     pool = Pool(2, 4, torch.float32, torch.device("cpu"))
     first = pool.take(6)
     pool.take(3).give()
-    real, calls = pool_file._extended, itertools.count()
+    real, calls = pool_file.extended, itertools.count()
 
     def extended(*arguments: Any) -> torch.Tensor:
         if next(calls) == 1:
             raise MemoryError
         return real(*arguments)
 
-    monkeypatch.setattr(pool_file, "_extended", extended)
+    monkeypatch.setattr(pool_file, "extended", extended)
     with pytest.raises(MemoryError):
         pool.take(10)
     assert len(pool.k) == len(pool.v) == pool.slots == 9

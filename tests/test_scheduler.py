@@ -222,7 +222,7 @@ def test_requests_wait_until_there_is_room(engine_of: Callable[..., Engine]) -> 
 
 def job_slots(engine: Engine, number: int) -> int:
     job = job_of(engine, request(number, 12))
-    return job.turn.slots(job.policy, job.new_tokens, Row())
+    return job.turn.slots(job.policy, job.new_tokens, Row())[0]
 
 
 def test_a_request_that_can_never_fit_is_refused_before_it_is_read(

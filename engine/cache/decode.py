@@ -24,7 +24,7 @@ from .lengths import ATTENDS_CORE, POSITION, RERANKS
 from .listed import Listed, ListedAttention
 from .pool import Pool
 from .row import Row
-from .showing import attended_positions, show_step
+from .showing import Attended, attended, show_step
 from .slot_lists import CORE, FULL, MIXED, SPARE
 from .state import State
 from .streams import InOrder, Side
@@ -86,7 +86,7 @@ class Decoding:
         self._error = torch.zeros(1, dtype=torch.int32, device=self.state.device)
         self._buffer, self.evicts = 0, False
         self._wired: Wiring | None = None
-        self._watched: dict[int, list[Tensor]] = {}
+        self._watched: dict[int, list[Attended]] = {}
         self._use(self._asked)
         self.state.holders.add(self)
         for row in rows:
@@ -214,7 +214,7 @@ class Decoding:
         if not self.evicts:
             self.state.text.grow(self.parts[part])
         for r in self._observed:
-            self._watched[r] = attended_positions(self.state, self.kinds[r], r)
+            self._watched[r] = attended(self.state, self.kinds[r], r)
         self.side.start(part)
 
     def _select(self, part: int, course: Course) -> None:
@@ -255,8 +255,8 @@ class Decoding:
         """Count a step that has been done."""
         lengths, lists = self.state.lengths, self.state.lists
         for r, (row, kind) in enumerate(zip(self.rows, lengths.kinds(), strict=True)):
-            attended = lists.mean_shared[kind][r] + lengths.texts[r] + 1
-            row.attended_share.append(attended / (lengths.seen[r] + 1))
+            listed = lists.mean_shared[kind][r] + lengths.texts[r] + 1
+            row.attended_share.append(listed / (lengths.seen[r] + 1))
             row.lists[kind] += 1
         lengths.advance()
 

@@ -341,6 +341,16 @@ def most_slots(policy: Policy, turn: Layout, new_tokens: int, past: Row) -> int:
     return max(extent_size(policy, layout, *most, new_tokens) for layout, most in both)
 
 
+def most_packed(policy: Policy, turn: Layout, past: Row) -> dict[str, int]:
+    """Tokens that any layer writes at most in formats of the cache, by format."""
+    layouts = [stored.layout.followed_by(turn) for stored in past.layers] or [turn]
+    most: dict[str, int] = {}
+    for layout in layouts:
+        for name, tokens in policy.most_packed(layout).items():
+            most[name] = max(most.get(name, 0), tokens)
+    return most
+
+
 def _spans(turn: Layout, offset: int) -> list[tuple[int, int]]:
     """Positions (start, end) of the pictures of a fresh turn."""
     starts = [int(turn.picture(index)[0]) + offset for index in range(len(turn.image_sizes))]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .pool import Pool
+from .reading import reading
 from .row import Row, Stored
 
 
@@ -39,6 +40,14 @@ class CacheReport:
         bytes_used: bytes of the tokens kept.
         bytes_allocated: bytes of the tensors that hold them, free slots included.
         bytes_full: what the full cache would use at this length.
+        formats: bytes of image tokens by format, the model's own dtype among them.
+        image_stored_share: bytes of image tokens / what all of them take in the full cache.
+        image_read_share: bytes of image tokens read / what a step over the full cache reads, mean
+            over decode steps (without one: what is stored).
+        left_out: share of a head's attention that was given to mean values, mean over steps,
+            layers and heads.
+        values_read: of the values in formats those that were read, by steps that may leave some
+            out; 1 where none may.
     """
 
     policy: str
@@ -52,6 +61,11 @@ class CacheReport:
     bytes_used: int
     bytes_allocated: int
     bytes_full: int
+    formats: dict[str, int] = field(default_factory=dict)
+    image_stored_share: float = 0.0
+    image_read_share: float = 0.0
+    left_out: float = 0.0
+    values_read: float = 1.0
 
 
 def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
@@ -63,13 +77,14 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
     images = [_image_tokens(stored, row.image_spans) for stored in row.layers]
     total = sum(end - start for start, end in row.image_spans)
     core = [
-        images[layer] if stored.core is None else float(len(stored.core))
+        images[layer] if stored.core is None else float(_core_tokens(stored))
         for layer, stored in enumerate(row.layers)
     ]
-    columns = [stored.layout.columns for stored in row.layers]
-    token_bytes = 2 * pools[0].k[:1].numel() * pools[0].k.element_size() if pools else 0
-    seen = row.seen
-    steps = row.attended_share
+    tokens = [stored.tokens for stored in row.layers]
+    plain = sum(stored.layout.columns for stored in row.layers)
+    seen, steps, token_bytes = row.seen, row.attended_share, pools[0].slot_bytes
+    read = reading(row, pools)
+    packed = sum(count for name, count in read.stored.items() if name in pools[0].paged)
     return CacheReport(
         policy=row.policy.spec,
         image_tokens=total,
@@ -77,17 +92,27 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
         core=Spread.of(core),
         minor=Spread.of([total - stored for stored in images]),
         text=Spread.of([_text_tokens(stored, row.image_spans) for stored in row.layers]),
-        stored_share=sum(columns) / (len(columns) * seen),
-        used_share=sum(steps) / len(steps) if steps else sum(columns) / (len(columns) * seen),
-        bytes_used=sum(columns) * token_bytes,
+        stored_share=sum(tokens) / (len(tokens) * seen),
+        used_share=sum(steps) / len(steps) if steps else sum(tokens) / (len(tokens) * seen),
+        bytes_used=plain * token_bytes + packed,
         bytes_allocated=allocated_bytes(pools),
-        bytes_full=len(columns) * seen * token_bytes,
+        bytes_full=len(tokens) * seen * token_bytes,
+        formats=read.stored,
+        image_stored_share=read.share(sum(read.stored.values()), total),
+        image_read_share=read.share(read.step_bytes, total),
+        left_out=read.left_out,
+        values_read=read.values_read,
     )
 
 
+def _core_tokens(stored: Stored) -> int:
+    cores = [stored.core, *(part.core for part in stored.parts)]
+    return sum(len(core) for core in cores if core is not None)
+
+
 def _image_tokens(stored: Stored, spans: list[tuple[int, int]]) -> float:
-    """Image tokens in an extent, by the positions it holds, averaged over its heads."""
-    positions = stored.layout.positions
+    """Image tokens in a layer, by the positions it holds, averaged over its heads."""
+    positions = stored.whole_layout().positions
     inside = torch.zeros_like(positions, dtype=torch.bool)
     for start, end in spans:
         inside |= (positions >= start) & (positions < end)
@@ -107,6 +132,6 @@ def allocated_bytes(pools: Sequence[Pool]) -> int:
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for pool in pools
-        for tensor in (pool.k, pool.v)
+        for tensor in (pool.k, pool.v, *(paged.data for paged in pool.paged.values()))
     }
     return sum(storages.values())

@@ -74,6 +74,13 @@ class Stored:
         """Tokens that are held, for each head."""
         return self.layout.columns + sum(part.tokens for part in self.parts)
 
+    def core_positions(self) -> Tensor | None:
+        """Positions of the core image tokens; None without a core tier."""
+        if self.core is None:
+            return None
+        cores = [part.positions[0, part.core] for part in self.parts if part.core is not None]
+        return torch.cat([self.layout.positions[0, self.core], *cores])
+
     def whole_layout(self) -> Layout:
         """The layout of all that is held, parts before the text."""
         if not self.parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from .state import State
 def show_prefill(row: Row, layer: int, layout: Layout, received: Received, stored: Stored) -> None:
     """Tell the row's observer of a prefill's layer: the last query's weights over all columns."""
     assert row.observer is not None
-    kept = stored.layout
-    core = None if stored.core is None else kept.positions[0, stored.core]
+    kept = stored.whole_layout()
+    core = stored.core_positions()
     row.observer.observe(
         Observed(
             layer=layer,
@@ -35,9 +36,20 @@ def show_prefill(row: Row, layer: int, layout: Layout, received: Received, store
     )
 
 
-def attended_positions(state: State, kind: int, r: int) -> list[Tensor]:
-    """For each layer the positions ``[1 or kv_heads, n]`` that row ``r``'s step over its full or
-    core list (``kind``) has attended.
+class Attended(NamedTuple):
+    """What a row has attended of a layer.
+
+    Attributes:
+        positions: ``[1 or kv_heads, n]``.
+        entries: ``[n]``, where they are among the logits.
+    """
+
+    positions: Tensor
+    entries: Tensor
+
+
+def attended(state: State, kind: int, r: int) -> list[Attended]:
+    """For each layer what row ``r``'s step over its full or core list (``kind``) has attended.
 
     To be asked before the step is closed: afterwards the slots hold other tokens.
     """
@@ -47,13 +59,16 @@ def attended_positions(state: State, kind: int, r: int) -> list[Tensor]:
         listed = state.core if kind == CORE else kind
         slots = state.lists.slots[listed, layer, r, :size].long() - stored.start
         text = state.text_of(r, layer, state.lengths.texts[r] + 1)
-        found.append(_beside(stored.layout.positions[:, slots], text))
+        positions = _beside(stored.layout.positions[:, slots], text)
+        entries = [torch.arange(positions.shape[1], device=state.device)]
+        for start, mine in state.listed_parts(r, layer, core=kind == CORE):
+            positions = _beside(positions, mine[None])
+            entries.append(torch.arange(start, start + len(mine), device=state.device))
+        found.append(Attended(positions, torch.cat(entries)))
     return found
 
 
-def show_step(
-    state: State, r: int, logits: Tensor, lse: Tensor, attended: Sequence[Tensor]
-) -> None:
+def show_step(state: State, r: int, logits: Tensor, lse: Tensor, seen: Sequence[Attended]) -> None:
     """Tell row ``r``'s observer of a closed decode step, which has left ``logits [layers, rows,
     heads, max]`` and ``lse [layers, rows, heads]``.
     """
@@ -62,15 +77,16 @@ def show_step(
     for layer, stored in enumerate(row.layers):
         weights = (logits[layer, r] - lse[layer, r][:, None]).exp()
         text = state.text_of(r, layer, state.lengths.texts[r])
-        shared = stored.layout.positions[:, : stored.layout.text_start]
+        layout = stored.whole_layout()
+        shared = layout.positions[:, : layout.text_start]
         core = state.core_positions(r, layer)
         row.observer.observe(
             Observed(
                 layer=layer,
                 step=state.lengths.steps[r],
                 query=state.lengths.seen[r] - 1,
-                weights=weights[:, : attended[layer].shape[1]],
-                positions=attended[layer],
+                weights=weights[:, seen[layer].entries],
+                positions=seen[layer].positions,
                 tiers=tiers_of(row.image_spans, _beside(shared, text), core),
                 image_spans=tuple(row.image_spans),
                 text=text,

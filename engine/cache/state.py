@@ -6,9 +6,8 @@ place; the others are not touched. Only a row that is larger than all before mak
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from weakref import WeakSet
 
 import torch
@@ -71,10 +70,12 @@ class State:
                 pool.of(name).holders.add(self)
         self.words = torch.zeros(2, WORDS, sizes.rows, dtype=torch.int32, device=self.device)
 
-    def by_row(self) -> list[list[tuple[Tensor, int]]]:
-        """All tensors, each with its dimension that counts rows; to each list larger states add at
-        the end.
-        """
+    def by_row(self) -> list[tuple[Tensor, int]]:
+        """All tensors, each with its dimension that counts rows."""
+        return [pair for group in self._groups() for pair in group]
+
+    def _groups(self) -> list[list[tuple[Tensor, int]]]:
+        """The same in lists, to the end of which larger states add."""
         lists, text = self.lists, self.text
         groups = [
             ([lists.first, lists.count, self.runs.runs, self.words], 2),
@@ -109,7 +110,7 @@ class State:
     def leave(self, r: int) -> Row:
         """Row ``r`` goes, see ``settle``; the last one is row ``r`` from now on."""
         row, last = self.settle(r), len(self.rows) - 1
-        for tensor, dim in chain(*self.by_row()):
+        for tensor, dim in self.by_row():
             if r != last:
                 tensor.select(dim, r).copy_(tensor.select(dim, last))
         self.words[:, :, last] = 0
@@ -126,10 +127,10 @@ class State:
 
     def _enlarge(self, sizes: Sizes) -> None:
         self.void()
-        before, (shared, means) = self.by_row(), (self.lists.shared, self.lists.mean_shared)
+        before, (shared, means) = self._groups(), (self.lists.shared, self.lists.mean_shared)
         self._make(sizes)
         self.lists.shared, self.lists.mean_shared = shared, means
-        for group, old in zip(self.by_row(), before, strict=True):
+        for group, old in zip(self._groups(), before, strict=True):
             for (into, _), (held, _) in zip(group, old, strict=False):  # new formats come last
                 into[tuple(slice(size) for size in held.shape)] = held
         for r, row in enumerate(self.rows):  # which counts from where lists begin
@@ -177,6 +178,17 @@ class State:
             listed = self.lists.slots[self.core, layer, r, start:end].long()
             found.append(listed - part.extent.start)
         return found
+
+    def listed_parts(self, r: int, layer: int, *, core: bool) -> Iterator[tuple[int, Tensor]]:
+        """For each part of a layer where its tokens begin in a list, and their positions."""
+        at = {name: part.start for name, part in self.lists.tiers}
+        parts = self.rows[r].layers[layer].parts
+        cored = core and all(part.core is not None for part in parts)
+        chosen = self._core_of_parts(r, layer) if cored else []
+        for number, part in enumerate(parts):
+            positions = part.positions[0, chosen[number]] if cored else part.positions[0]
+            yield at[part.format], positions
+            at[part.format] += len(positions)
 
     def sifted(self, r: int) -> Tensor | None:
         """What steps have left out and read of row ``r``'s values: fp32 ``[layers, 2]``."""

@@ -13,36 +13,18 @@ and a zero for every 32 numbers of q4 and q2.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..options import parse_bits
 from .formats import FORMATS, PLAIN, Q2_RUN, Q8_ROW, Affine, Few, codes_of, few_of_codes, format_of
 
 PAGE = 32  # tokens
-BITS = (16, 8, 4, 2)
 _RUN = 32  # numbers of a head that share a scale; heads are filled up to whole runs
 _BOUNDARY = 16  # bytes that blocks are multiples of
 _LEAST = torch.finfo(torch.float16).tiny
-
-
-def parse_bits(name: str) -> tuple[int, int]:
-    """Bits of keys and of values.
-
-    >>> parse_bits("k8v4")
-    (8, 4)
-    """
-    found = re.fullmatch(r"k(\d+)v(\d+)", name)
-    bits = tuple(map(int, found.groups())) if found else ()
-    if len(bits) != 2 or not set(bits) <= set(BITS):
-        raise OptionError(
-            f"unknown format of the cache {name!r:.40}",
-            hint="use k and v with 16, 8, 4 or 2 bits each, such as k4v4",
-        )
-    return bits[0], bits[1]
 
 
 @dataclass(frozen=True)
@@ -85,6 +67,11 @@ class Side:
     def block(self) -> int:
         """Bytes of a token."""
         return -(-self.heads * (self.codes + self.scales) // _BOUNDARY) * _BOUNDARY
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token with its share of what belongs to the page."""
+        return self.nbytes // PAGE
 
     @property
     def nbytes(self) -> int:

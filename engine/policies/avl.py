@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .cut import best, most_of_pictures, without_the_least
-from .policy import Budget, Policy, check_count, check_layer, check_share
+from .policy import Budget, Policy, check_bits, check_count, check_layer, check_share
 from .select import heavy_and_recent
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from .layout import Kept, Layout
     from .received import Received
+
+
+PLAIN, FREED = "plain", "freed"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Avl(Policy):
         text: T, share of the text after the last picture that a head keeps; 1: all.
         heavy: share of the text budget that goes to heavy hitters, the rest to the most recent.
         floor: text tokens that are always kept.
+        format: of the secondary tokens, the core among them (``ops.pages``); plain: as text.
+        minor: what becomes of the others: freed, as the paper has it, or a format that they are
+            kept in. They are read whenever all secondary tokens are, and never become core.
+        skip: share of a head's attention to what lies in a format whose values may stay unread.
     """
 
     name: ClassVar[str] = "avl"
@@ -54,8 +61,14 @@ class Avl(Policy):
     text: float = 0.70
     heavy: float = 0.70
     floor: int = 20
+    format: str = PLAIN
+    minor: str = FREED
+    skip: float = 0.0
 
     def __post_init__(self) -> None:
+        check_bits(self, "format", PLAIN)
+        check_bits(self, "minor", FREED)
+        check_share(self, "skip")
         for key in ("secondary", "prefill", "text", "heavy"):
             check_share(self, key)
         if self.core is not None:
@@ -76,27 +89,51 @@ class Avl(Policy):
 
         from .layout import Kept
 
-        shared, core = [layout.fixed()], []
+        nothing = torch.empty(0, dtype=torch.int64, device=layout.image_of.device)
+        secondary, minor, core = [nothing], [nothing], []
         for index, size in enumerate(layout.image_sizes):
             columns = layout.picture(index)
             if index >= layout.settled and self.secondary < 1:
-                columns = best(columns, received, int(self.secondary * size))
-            shared.append(columns)
+                chosen = best(columns, received, int(self.secondary * size))
+                minor.append(columns[~torch.isin(columns, chosen)])
+                columns = chosen
+            secondary.append(columns)
             if self.core is not None:
                 core.append(best(columns, received, self.core_size(size)))
         text, scores = self._keep_text(layout, received)
+        shared, packed = [layout.fixed()], []
+        if self.format == PLAIN:
+            shared += secondary
+        else:
+            packed.append((self.format, torch.cat(secondary).sort().values))
+        if self.minor != FREED:
+            packed.append((self.minor, torch.cat(minor).sort().values))
         return Kept(
             shared=torch.cat(shared).sort().values,
             text=text,
             core=torch.cat(core).sort().values if core else None,
             text_scores=scores,
+            packed=tuple(packed),
         )
 
     def most_kept(self, layout: Layout) -> tuple[int, int]:
         """See ``Policy.most_kept``."""
-        shared = most_of_pictures(layout, lambda size: int(self.secondary * size))
+        share = self.secondary if self.format == PLAIN else 0
+        shared = most_of_pictures(layout, lambda size: int(share * size))
         budget, text = self.text_budget(*layout.lengths()), layout.columns - layout.text_start
         return shared, text if budget is None else min(budget.total, text)
+
+    def most_packed(self, layout: Layout) -> dict[str, int]:
+        """See ``Policy.most_packed``."""
+        sizes = [layout.image_sizes[i] for i in range(layout.settled, len(layout.image_sizes))]
+        kept = sum(int(self.secondary * size) for size in sizes)
+        tokens = {self.minor: sum(sizes) - kept}
+        tokens[self.format] = tokens.get(self.format, 0) + kept
+        return {name: count for name, count in tokens.items() if name not in (PLAIN, FREED)}
+
+    def leaves_out(self) -> float:
+        """See ``Policy.leaves_out``."""
+        return self.skip
 
     def _keep_text(self, layout: Layout, received: Received) -> tuple[Tensor, Tensor | None]:
         """The text columns each head keeps, and the attention they have received."""

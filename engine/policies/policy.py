@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import OptionError
-from ..options import as_number
+from ..naming import told
+from ..options import as_number, parse_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,6 +140,20 @@ def _plain(policy: Policy, key: str, kind: type) -> Any:
     value = as_number(f"cache policy {policy.name}: {key}", getattr(policy, key), kind)
     object.__setattr__(policy, key, value)
     return value
+
+
+def check_bits(policy: Policy, key: str, *others: str) -> None:
+    """Refuse what names no format of the cache and is none of ``others``."""
+    value = getattr(policy, key)
+    if value in others:
+        return
+    try:
+        parse_bits(value)
+    except OptionError as error:
+        raise OptionError(
+            f"cache policy {policy.name}: {key} is {told(value)}",
+            hint=" or ".join([str(error.hint), *others]),
+        ) from None
 
 
 def check_layer(policy: Policy, layer: int, layers: int) -> None:

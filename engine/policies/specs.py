@@ -15,6 +15,7 @@ from .full import Full
 from .h2o import H2o
 from .policy import Policy
 from .random import Random
+from .sift import Sift
 from .snapkv import SnapKv
 from .streaming import Streaming
 
@@ -24,7 +25,7 @@ DEFAULT_CACHE = "avl:secondary=0.9,core=0.6,prefill=1,text=1"
 
 # A new policy is one file in this folder and one row here.
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, Avl, H2o, FastV, Streaming, SnapKv, Random)
+    policy.name: policy for policy in (Full, Avl, Sift, H2o, FastV, Streaming, SnapKv, Random)
 }
 
 
@@ -75,6 +76,8 @@ def _parse_one(spec: str) -> Policy:
 
 def _value(name: str, key: str, text: str, default: Any) -> Any:
     """``text`` as the type of ``default``."""
+    if isinstance(default, str):
+        return text
     try:
         return int(text) if isinstance(default, int) else float(text)
     except ValueError:

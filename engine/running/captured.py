@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from threading import Lock
 
 import torch
@@ -159,7 +158,7 @@ class CapturedStep:
 
     def _rewound(self) -> Callable[[], None]:
         """A call that makes the rows what they are now: every trial run takes the same step."""
-        now = [(tensor, tensor.clone()) for tensor, _ in chain(*self.decoding.state.by_row())]
+        now = [(tensor, tensor.clone()) for tensor, _ in self.decoding.state.by_row()]
 
         def rewind() -> None:
             for tensor, was in now:

@@ -188,12 +188,12 @@ class Scheduler:
         if not self.waiting or len(self.running) == self.rows:
             return False
         job = self.waiting[0]
-        return bool(self._reading) or all(pool.has(self._slots(job)) for pool in self.pools)
+        return bool(self._reading) or all(pool.has(*self._slots(job)) for pool in self.pools)
 
-    def _slots(self, job: Job) -> int:
+    def _slots(self, job: Job) -> tuple[int, dict[str, int]]:
         """Slots that a job needs in a layer at most; none to speak of where pools grow."""
         if self.pools[0].limit is None:
-            return 0
+            return 0, {}
         return job.turn.slots(job.policy, job.new_tokens, job.past)
 
     def _read(self, job: Job) -> list[Event]:
@@ -226,11 +226,12 @@ class Scheduler:
 
     def _opened(self, job: Job) -> Slices[Read]:
         """A job's prefill, not begun; refuses what can never fit."""
-        slots, pool = self._slots(job), self.pools[0]
-        if not pool.has(slots):  # with nothing running that could give slots back
+        (slots, packed), pool = self._slots(job), self.pools[0]
+        if not pool.has(slots, packed):  # with nothing running that could give slots back
+            more = "".join(f" and {tokens:,} in {name}" for name, tokens in packed.items())
             raise CapacityError(
-                f"the request needs {slots:,} slots of cache in a layer ({job.past.seen:,} tokens "
-                f"so far, {len(job.turn.token_ids):,} of the prompt, {job.new_tokens:,} to come, "
+                f"the request needs {slots:,} slots of cache in a layer{more} "
+                f"({job.past.seen:,} tokens so far, {len(job.turn.token_ids):,} of the prompt, {job.new_tokens:,} to come, "
                 f"under {job.policy.spec}); there are {pool.limit:,}, some of them perhaps in use",
                 hint="give fewer pictures, ask for fewer tokens, or give a larger cache budget",
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache.observe import Observer
 from ..cache.pool import Pool
-from ..cache.prefill import Prefill, most_slots
+from ..cache.prefill import Prefill, most_packed, most_slots
 from ..cache.row import Row
 from ..errors import ContextError
 from ..models.decoder import DecoderConfig, Slices, finished
@@ -40,11 +40,13 @@ class Turn:
         """Image tokens among the ids."""
         return sum(end - start for start, end in self.spans)
 
-    def slots(self, policy: Policy, new_tokens: int, past: Row) -> int:
-        """Slots of cache that a layer needs at most for it, and ``new_tokens``, behind ``past``."""
+    def slots(self, policy: Policy, new_tokens: int, past: Row) -> tuple[int, dict[str, int]]:
+        """Slots of cache that a layer needs at most for it, and ``new_tokens``, behind ``past``:
+        plain ones, and those of formats.
+        """
         device = past.layers[0].layout.positions.device if past.layers else torch.device("cpu")
         layout = Layout.of_tokens(len(self.token_ids), self.spans, device)
-        return most_slots(policy, layout, new_tokens, past)
+        return most_slots(policy, layout, new_tokens, past), most_packed(policy, layout, past)
 
 
 def make_pools(model: VisionLanguageModel, budget: int | None = None) -> list[Pool]:

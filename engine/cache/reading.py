@@ -1,0 +1,96 @@
+"""What of a sequence's pictures is stored and what its decode steps have read, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..ops.formats import format_of
+from .pool import Pool
+from .row import Row, Stored
+
+
+@dataclass(frozen=True)
+class ReadingOfPictures:
+    """Bytes of image tokens, all layers together.
+
+    Attributes:
+        stored: bytes by format.
+        step_bytes: bytes that a step has read, mean; without a step what is stored.
+        left_out, values_read: as in ``CacheReport``.
+        full: bytes of an image token in the full cache.
+    """
+
+    stored: dict[str, int]
+    step_bytes: float
+    left_out: float
+    values_read: float
+    full: int
+
+    def share(self, bytes_: float, tokens: int) -> float:
+        """A share of what ``tokens`` image tokens take in the full cache."""
+        return bytes_ / (self.full * tokens) if tokens else 0.0
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Image tokens that a layer holds in one format, and how many of them are core."""
+
+    format: str
+    tokens: int
+    core: int
+    key: int  # bytes of a token's keys
+    value: int
+
+
+def reading(row: Row, pools: Sequence[Pool]) -> ReadingOfPictures:
+    """Count what ``row`` (settled) holds and has read."""
+    held = [list(_of_layer(*both)) for both in zip(pools, row.layers, strict=True)]
+    everything = [each for layer in held for each in layer]
+    stored: dict[str, int] = {}
+    for each in everything:
+        stored[each.format] = stored.get(each.format, 0) + each.tokens * (each.key + each.value)
+    full_steps, core_steps = row.lists
+    steps = full_steps + core_steps
+    left_out, values_read = _sifted(row, pools, held)
+    total = 0.0
+    for each in everything:
+        sifted = values_read if each.format in pools[0].paged else 1.0
+        rows = full_steps * each.tokens + core_steps * each.core
+        total += rows * (each.key + sifted * each.value)
+    return ReadingOfPictures(
+        stored=stored,
+        step_bytes=total / steps if steps else sum(stored.values()),
+        left_out=left_out,
+        values_read=values_read,
+        full=sum(pool.slot_bytes for pool in pools),
+    )
+
+
+def _of_layer(pool: Pool, stored: Stored) -> Iterator[_Held]:
+    tokens = int((stored.layout.image_of >= 0).sum())
+    core = tokens if stored.core is None else len(stored.core)
+    half = pool.slot_bytes // 2
+    yield _Held(format_of(pool.k.dtype).name, tokens, core, half, half)
+    for part in stored.parts:
+        core = part.tokens if part.core is None else len(part.core)
+        pages = pool.of(part.format).layout
+        yield _Held(part.format, part.tokens, core, pages.key.token_bytes, pages.value.token_bytes)
+
+
+def _sifted(
+    row: Row, pools: Sequence[Pool], held: Sequence[Sequence[_Held]]
+) -> tuple[float, float]:
+    """Share of attention left out, and of values read."""
+    steps, kv_heads = sum(row.lists), pools[0].k.shape[1]
+    if row.spent is None or not row.policy.leaves_out() or not steps:
+        return 0.0, 1.0
+    full_steps, core_steps = row.lists
+    listed = sum(
+        full_steps * each.tokens + core_steps * each.core
+        for layer in held
+        for each in layer
+        if each.format in pools[0].paged
+    )
+    left, read = row.spent.sum(0).tolist()
+    return left / (steps * kv_heads * len(held)), read / max(1, listed * kv_heads)

@@ -106,7 +106,7 @@ class ShapeOnly(Prefill):
         rows = torch.empty(
             layout.columns, shape.heads, shape.head_dim, dtype=torch.float16, device="meta"
         )
-        self.row.layers.append(self._store(self.pools[layer], rows, rows, layout, kept))
+        self.row.layers.append(self._store(layer, rows, rows, layout, kept))
         self.narrow(layer)
 
 

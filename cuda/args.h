@@ -11,7 +11,23 @@ namespace avl {
 // bad_slot + 1 + i: it is tier i that is wrong, of several.
 enum Status : int { ok = 0, unsupported = 1, cuda_error = 2, bad_slot = 3 };
 
-constexpr int MAX_TIERS = 4;
+constexpr int MAX_TIERS = 8;
+
+// How the keys, or the values, of a page's 32 tokens lie, see engine/ops/pages.py: a token's block
+// are the codes of all heads and then their scales. Keys in q2 have theirs behind all blocks.
+struct Side {
+  DType format;
+  int32_t block, codes, scales;  // bytes of a token, of a head's codes, of a head's scales
+};
+constexpr int PAGE = 32;
+
+// Which values of a tier are read, and what becomes of the others: engine/ops/native.py has it.
+struct Sifting {
+  const float* most;  // [rows], 0: all are read; null: of no row
+  const float* mean;  // [rows, kv_heads, head_dim]
+  float* spent;       // [rows, kv_heads, 2]
+  int64_t mean_row, spent_row;
+};
 
 // A pool and the lists of its slots that rows attend to.
 //
@@ -26,6 +42,10 @@ struct Tier {
   int64_t slots_row, slots_list, count_row, count_list;
   int32_t width;  // entries in each list
   int32_t at;     // where its logits begin
+  int32_t paged;  // 0: as above
+  Side key, value;
+  int64_t page;  // bytes from one page to the next; k and v are where the first one's begin
+  Sifting sifting;
 };
 
 // Attention of `rows` queries over a few tiers, one after the other under one softmax; also its two
@@ -48,6 +68,9 @@ struct AttentionArgs {
   int32_t device;    // CUDA: which
   int32_t splits;    // CUDA: thread blocks along one list
   float* partials;   // CUDA: [rows, heads, splits, head_dim + 2] when splits > 1
+  float* sieve;      // CPU, where a tier is sifted: [rows, heads, width], its logits
+  int32_t* chosen;   // ... [rows, kv_heads, width], entries whose values are read
+  float* rest;       // ... [rows, heads, MAX_TIERS + 1, 2], see cpu/sift.h
   int32_t* tickets;  // CUDA: [rows, heads], zero before and after every run
 };
 

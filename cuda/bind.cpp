@@ -68,6 +68,7 @@ class AttentionPlan {
       a_.splits = op == "attention" ? cpu_splits(a_) : 1;
       partials_.resize(size_t(a_.rows) * a_.heads * a_.splits * (a_.head_dim + 2));
       a_.partials = partials_.data();
+      make_sieve();
     }
   }
 
@@ -117,9 +118,42 @@ class AttentionPlan {
     t.v = address<void>(f, "v");
     t.slots = address<int32_t>(f, "slots");
     t.count = address<int32_t>(f, "count");
+    read_pages(f, t);
     const bool empty = a_.rows == 0 || t.width == 0;
     require(empty || op_ == "pv" || t.k, "k must not be null");
     require(empty || op_ == "qk" || t.v, "v must not be null");
+  }
+
+  // What a tier of pages has besides.
+  void read_pages(const py::dict& f, Tier& t) {
+    t.paged = size(f, "paged", 0, 1);
+    require(!t.paged || op_ == "attention", op_ + " takes no pages");
+    for (auto [name, side] : {std::pair{"key", &t.key}, std::pair{"value", &t.value}}) {
+      const auto numbers = f[name].cast<std::tuple<int64_t, int64_t, int64_t, int64_t>>();
+      side->format = dtype_of(std::get<0>(numbers));
+      side->block = static_cast<int32_t>(std::get<1>(numbers));
+      side->codes = static_cast<int32_t>(std::get<2>(numbers));
+      side->scales = static_cast<int32_t>(std::get<3>(numbers));
+      require(!t.paged || side->format >= DType::q8 || side->format == a_.dtype,
+              "plain numbers of pages must be of q's dtype");
+      require(side->block >= a_.kv_heads * (side->codes + side->scales), "a block is too short");
+    }
+    t.page = number(f, "page");
+    require(t.page >= 0, "page must not be negative");
+    t.sifting = {address<float>(f, "most"), address<float>(f, "mean"), address<float>(f, "spent"),
+                 number(f, "mean_row"), number(f, "spent_row")};
+    require(!t.sifting.most || op_ == "attention", op_ + " does not sift");
+  }
+
+  // Where sifted tiers need it, memory for their logits and choices.
+  void make_sieve() {
+    bool sifts = false;
+    for (const Tier& t : a_.tiers) sifts |= t.sifting.most != nullptr;
+    if (!sifts) return;
+    sieve_.resize(size_t(a_.rows) * a_.heads * a_.width);
+    chosen_.resize(size_t(a_.rows) * a_.kv_heads * a_.width);
+    rest_.resize(size_t(a_.rows) * a_.heads * (MAX_TIERS + 1) * 2);
+    a_.sieve = sieve_.data(), a_.chosen = chosen_.data(), a_.rest = rest_.data();
   }
 
   static void read_strides(const py::dict& f,
@@ -184,7 +218,8 @@ class AttentionPlan {
   bool cuda_;
   const CpuKernels& table_;
   int32_t error_ = 0;
-  std::vector<float> partials_;
+  std::vector<float> partials_, sieve_, rest_;
+  std::vector<int32_t> chosen_;
 };
 
 // Scratch begins at a line of the cache: a vector that straddles two takes twice as long to load.

@@ -54,6 +54,7 @@ static int run_pv(const AttentionArgs& a){AVL_FOR_TYPE(pv)}
     case DType::bf16: return wide ? op<bf16, float>(a) : op<bf16, bf16>(a);     \
     case DType::q8: AVL_FOR_X(op, int8_t)                                       \
     case DType::q4: AVL_FOR_X(op, Q4Block)                                      \
+    case DType::q2: break;                                                      \
   }                                                                             \
   return unsupported;
 

@@ -41,7 +41,7 @@ _NAMES = (
     "with_cuda",
 )
 _MAX_GROUP = 64  # query heads that may share a kv head
-MAX_TIERS = 4  # of one call, as cuda/args.h has it
+MAX_TIERS = 8  # of one call, as cuda/args.h has it
 
 
 class Backend(NamedTuple):
@@ -200,13 +200,20 @@ def usable(q: Tensor, pool: Tensor) -> bool:
     """Whether a native attention kernel exists for these tensors' device, dtype and sizes."""
     if not loaded(q.device.type) or (q.requires_grad and torch.is_grad_enabled()):
         return False
-    group = q.shape[1] // max(1, pool.shape[1])
-    return pool.dtype in codes() and pool.shape[-1] in _HEAD_DIMS and group <= _MAX_GROUP
+    return pool.dtype in codes() and pool.shape[-1] in _HEAD_DIMS and _shared(q, pool.shape[1])
+
+
+def _shared(q: Tensor, kv_heads: int) -> bool:
+    """Whether kernels can let as many query heads share a KV head."""
+    return q.shape[1] // max(1, kv_heads) <= _MAX_GROUP
 
 
 def serves(q: Tensor, tier: Tier) -> bool:
     """Whether a native attention kernel exists for a tier."""
-    return tier.pages is None and usable(q, tier.pool)
+    if tier.pages is None:
+        return usable(q, tier.pool)
+    head = q[:, :1]  # of pages only numbers of heads matter: those of few bits suit any dtype
+    return q.device.type == "cpu" and usable(head, head) and _shared(q, tier.heads[0])
 
 
 class AttentionPlan:
@@ -239,13 +246,14 @@ class AttentionPlan:
         lead = q if q is not None else p
         assert lead is not None
         check_tiers(lead, q, tiers)
-        _check_kernel(q, tiers)
+        _check_kernel(lead, tiers)
         pool, width = tiers[0].pool, sum(tier.width for tier in tiers)
         rows, heads = lead.shape[:2]
+        kv_heads, head_dim = tiers[0].heads
         made = functools.partial(_output, device=lead.device)
         if op != "qk":
-            size = (rows, heads, pool.shape[2])
-            out = made("out", out, size, pool.dtype if op == "attention" else torch.float32)
+            size = (rows, heads, head_dim)
+            out = made("out", out, size, lead.dtype if op == "attention" else torch.float32)
         if want_logits or op == "qk":
             logits = made("logits", logits, (rows, heads, width), torch.float32)
         if want_logits:
@@ -263,8 +271,10 @@ class AttentionPlan:
         self._alive = tensors, tuple(tiers)  # addresses stay valid as long as this plan
         fields: dict[str, Any] = {name: address(t) for name, t in tensors.items()}
         fields |= {"tiers": [_tier_fields(tier) for tier in tiers]}
-        fields |= _sizes(q, pool) | {"rows": rows, "heads": heads, "splits": splits}
-        fields["scale"] = 1 / math.sqrt(pool.shape[2]) if scale is None else scale
+        dtype = q.dtype if q is not None else pool.dtype
+        fields |= {"dtype": codes()[dtype], "kv_heads": kv_heads, "head_dim": head_dim}
+        fields |= _sizes(q, lead.device) | {"rows": rows, "heads": heads, "splits": splits}
+        fields["scale"] = 1 / math.sqrt(head_dim) if scale is None else scale
         self._plan = module.AttentionPlan(op, self._cuda, isa, fields)
 
     def run(self, stream: int | None = None) -> None:
@@ -395,14 +405,16 @@ def _check_sifting(sifting: Sifting, lead: Tensor, kv_heads: int, head_dim: int)
             raise ValueError(f"{label} must be float32 {list(shape)}, got {describe(t)}")
 
 
-def _check_kernel(q: Tensor | None, tiers: Sequence[Tier]) -> None:
+def _check_kernel(lead: Tensor, tiers: Sequence[Tier]) -> None:
     """Refuse what the definition allows and no kernel can do."""
-    pool = tiers[0].pool
-    if pool.dtype not in codes() or pool.shape[2] not in _HEAD_DIMS:
-        raise ValueError(f"no native kernel for a pool of {describe(pool)}")
-    _check_strides(q=q)
+    _check_strides(q=lead)
     for number, tier in enumerate(tiers):
         with naming_tier(number, tiers):
+            dtype = lead.dtype if tier.pages else tier.pool.dtype
+            if dtype not in codes() or tier.heads[1] not in _HEAD_DIMS:
+                raise ValueError(f"no native kernel for a pool of {describe(tier.pool)}")
+            if lead.is_cuda and (tier.pages or tier.sifting):
+                raise ValueError("no native kernel for pages on a GPU")
             _check_strides(k=tier.k, v=tier.v, slots=tier.slots)
 
 
@@ -459,30 +471,51 @@ def _stride(t: Tensor | None, dim: int) -> int:
     return 0 if t is None or (dim == 1 and t.shape[1] == 1) else t.stride(dim)
 
 
-def _sizes(q: Tensor | None, pool: Tensor) -> dict[str, int]:
-    """What all tiers of a call share, as cuda/args.h names it."""
+def _sizes(q: Tensor | None, device: torch.device) -> dict[str, int]:
+    """How queries lie and where the work is done, as cuda/args.h names it."""
     return {
-        "dtype": codes()[pool.dtype],
-        "kv_heads": pool.shape[1],
-        "head_dim": pool.shape[2],
         "q_row": _stride(q, 0),
         "q_head": _stride(q, 1),
         "threads": torch.get_num_threads(),
-        "device": pool.device.index or 0,
+        "device": device.index or 0,
     }
 
 
-def _tier_fields(tier: Tier) -> dict[str, int]:
+def _page_fields(tier: Tier) -> dict[str, Any]:
+    """How a tier's pages lie; zeros where it has none."""
+    pages = tier.pages
+    if pages is None:
+        return {"paged": 0, "page": 0, "key": (0, 0, 0, 0), "value": (0, 0, 0, 0)}
+    sides = {"key": pages.key, "value": pages.value}
+    return {"paged": 1, "page": tier.pool.stride(0)} | {
+        name: (codes()[side.format], side.block, side.codes, side.scales)
+        for name, side in sides.items()
+    }
+
+
+def _sifting_fields(sifting: Sifting | None) -> dict[str, int]:
+    """What a tier leaves unread; zeros where nothing."""
+    if sifting is None:
+        return dict.fromkeys(("most", "mean", "spent", "mean_row", "spent_row"), 0)
+    rows = {"mean_row": sifting.mean.stride(0), "spent_row": sifting.spent.stride(0)}
+    return {name: address(t) for name, t in vars(sifting).items()} | rows
+
+
+def _tier_fields(tier: Tier) -> dict[str, Any]:
     """One tier's addresses, sizes and strides, as cuda/args.h names them."""
     k, v, slots, count = tier.k, tier.v, tier.slots, tier.count
+    plain = (None, None) if tier.pages else (k, v)
     return {
         "width": tier.width,
-        "pool_slots": len(tier.pool),
-        **{name: address(t) for name, t in vars(tier).items()},
-        "k_slot": _stride(k, 0),
-        "k_head": _stride(k, 1),
-        "v_slot": _stride(v, 0),
-        "v_head": _stride(v, 1),
+        "pool_slots": tier.pool_slots,
+        "k": address(k),
+        "v": address(v),
+        "slots": address(slots),
+        "count": address(count),
+        **{f"{side}_slot": _stride(t, 0) for side, t in zip("kv", plain, strict=True)},
+        **{f"{side}_head": _stride(t, 1) for side, t in zip("kv", plain, strict=True)},
+        **_page_fields(tier),
+        **_sifting_fields(tier.sifting),
         "slots_row": _stride(slots, 0),
         "slots_list": _stride(slots, 1),
         "count_row": _stride(count, 0),

@@ -229,10 +229,10 @@ class Scheduler:
         (slots, packed), pool = self._slots(job), self.pools[0]
         if not pool.has(slots, packed):  # with nothing running that could give slots back
             more = "".join(f" and {tokens:,} in {name}" for name, tokens in packed.items())
+            new = f"{len(job.turn.token_ids):,} of the prompt, {job.new_tokens:,} to come"
             raise CapacityError(
                 f"the request needs {slots:,} slots of cache in a layer{more} "
-                f"({job.past.seen:,} tokens so far, {len(job.turn.token_ids):,} of the prompt, {job.new_tokens:,} to come, "
-                f"under {job.policy.spec}); there are {pool.limit:,}, some of them perhaps in use",
+                f"({job.past.seen:,} tokens so far, {new}, under {job.policy.spec}); there are {pool.limit:,}, some of them perhaps in use",
                 hint="give fewer pictures, ask for fewer tokens, or give a larger cache budget",
             )
         given = job.policy, job.turn, job.new_tokens, job.past, job.observer

@@ -1,0 +1,268 @@
+// Keys and values in few bits, token by token from pages: products with a query, weighted sums.
+//
+// A query is rounded once a call, so that the products of codes are whole numbers: to 16 bits in
+// runs of 64 beside q8, to 8 bits in runs of 32 beside q4 and q2. A run's product is scale *
+// (sum of code * query - zero * sum of query). Values are summed up as floats.
+#pragma once
+
+#include "q8.h"
+
+namespace avl {
+namespace AVL_ISA {
+
+constexpr int BLOCK = 16;  // tokens between two updates of the running maximum
+constexpr int RUN = 32;    // numbers that share a scale
+
+template <int D>
+constexpr int RUNS = (D + RUN - 1) / RUN;
+
+// Where keys and values of a block's tokens begin.
+struct Tokens {
+  int n;
+  int64_t slot[BLOCK];
+  const char *k[BLOCK], *v[BLOCK];
+};
+
+// A query head as keys in few bits meet it.
+template <int D>
+struct Rounded {
+  alignas(64) int8_t codes[RUNS<D> * RUN];
+  alignas(64) int16_t wide[(RUNS<D> * RUN + Q8_RUN - 1) / Q8_RUN * Q8_RUN];
+  float scale[RUNS<D>], sum[RUNS<D>], wide_scale[(RUNS<D> * RUN + Q8_RUN - 1) / Q8_RUN];
+};
+
+// x as whole numbers of 8 bits: returns the scale; the sum of the codes times it goes to `sum`.
+static inline float round_to_8(const float* x, int8_t* codes, float* sum) {
+  vf most = {}, wrong = {};
+  for (int i = 0; i < RUN; i += W) {
+    const vf one = load(x + i), size = larger(one, -one);
+    most = larger(size, most), wrong += one * 0;
+  }
+  const float top = largest(most), inverse = top > 0 ? 127 / top : 0, magic = 12582912.0f;
+  int total = 0;
+  for (int i = 0; i < RUN; i += W) {
+    const vf shifted = rounded_product(load(x + i), vf{} + inverse) + magic;
+    const vi whole = (vi)shifted - (vi)(vf{} + magic);
+    for (int j = 0; j < W; ++j) {
+      codes[i + j] = static_cast<int8_t>(whole[j]);
+      total += codes[i + j];
+    }
+  }
+  const float scale = top / 127 + avl::AVL_ISA::sum(wrong);
+  *sum = scale * total;
+  return scale;
+}
+
+// What of a query the keys of a format need.
+template <class T, int D>
+static void take_rounded(const T* from, DType format, Rounded<D>* to) {
+  alignas(64) float x[RUNS<D> * RUN] = {};
+  for (int d = 0; d < D; ++d) x[d] = to_float(from[d]);
+  if (format == DType::q8) {
+    X16Block blocks[(RUNS<D> * RUN + Q8_RUN - 1) / Q8_RUN];
+    round_to_16(x, RUNS<D> * RUN, blocks);
+    for (int b = 0; b < int(sizeof blocks / sizeof *blocks); ++b) {
+      __builtin_memcpy(to->wide + b * Q8_RUN, blocks[b].codes, sizeof blocks[b].codes);
+      to->wide_scale[b] = blocks[b].scale;
+    }
+    return;
+  }
+  for (int r = 0; r < RUNS<D>; ++r)
+    to->scale[r] = round_to_8(x + r * RUN, to->codes + r * RUN, to->sum + r);
+}
+
+static inline float half_at(const char* p, int i) {
+  fp16 number;
+  __builtin_memcpy(&number, p + 2 * i, sizeof number);
+  return to_float(number);
+}
+
+// Codes of a run, in order.
+template <int bits>
+static inline void codes_of(const char* p, uint8_t* to) {
+  constexpr int bytes = 4 * bits;
+  for (int part = 0; part < 8 / bits; ++part)
+    for (int i = 0; i < bytes; ++i)
+      to[part * bytes + i] = uint8_t(p[i]) >> (part * bits) & ((1 << bits) - 1);
+}
+
+#if defined(__AVX2__)
+static inline __m256i codes_of_4(const char* p) {
+  const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i halves = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
+  return _mm256_and_si256(halves, _mm256_set1_epi8(15));
+}
+static inline __m256i codes_of_2(const char* p) {
+  int64_t all;
+  __builtin_memcpy(&all, p, sizeof all);
+  const __m256i parts = _mm256_srlv_epi64(_mm256_set1_epi64x(all), _mm256_set_epi64x(6, 4, 2, 0));
+  return _mm256_and_si256(parts, _mm256_set1_epi8(3));
+}
+// Sums of codes * query: eight lanes that add up to a run's.
+static inline __m256i dot_run(__m256i codes, const int8_t* q) {
+  const __m256i query = _mm256_load_si256(reinterpret_cast<const __m256i*>(q));
+#if defined(__AVX512VNNI__)
+  return _mm256_dpbusd_epi32(_mm256_setzero_si256(), codes, query);
+#else
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, query), _mm256_set1_epi16(1));
+#endif
+}
+
+static inline float lane_sum(__m256 x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+#endif
+
+// q . k of a head in q4, whose scales and then zeros lie at `scales`.
+template <int D>
+static inline float dot_q4(const char* codes, const char* scales, const Rounded<D>& q) {
+  float base = 0;
+#if defined(__AVX2__)
+  __m256 total = _mm256_setzero_ps();
+  for (int r = 0; r < RUNS<D>; ++r) {
+    const __m256i whole = dot_run(codes_of_4(codes + 16 * r), q.codes + r * RUN);
+    const float scale = half_at(scales, r);
+    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(scale * q.scale[r]), total);
+    base += scale * half_at(scales, RUNS<D> + r) * q.sum[r];
+  }
+  return lane_sum(total) - base;
+#else
+  float total = 0;
+  for (int r = 0; r < RUNS<D>; ++r) {
+    uint8_t mine[RUN];
+    codes_of<4>(codes + 16 * r, mine);
+    int32_t whole = 0;
+    for (int i = 0; i < RUN; ++i) whole += int32_t(mine[i]) * q.codes[r * RUN + i];
+    const float scale = half_at(scales, r);
+    total += scale * q.scale[r] * whole;
+    base += scale * half_at(scales, RUNS<D> + r) * q.sum[r];
+  }
+  return total - base;
+#endif
+}
+
+// q . k of a head in q2 by channel: `q` is the query times the channels' scales, `base` its product
+// with their zeros.
+template <int D>
+static inline float dot_q2(const char* codes, const Rounded<D>& q, float base) {
+  float total = 0;
+  for (int r = 0; r < RUNS<D>; ++r) {
+#if defined(__AVX2__)
+    const __m256i whole = dot_run(codes_of_2(codes + 8 * r), q.codes + r * RUN);
+    total += q.scale[r] * lane_sum(_mm256_cvtepi32_ps(whole));
+#else
+    uint8_t mine[RUN];
+    codes_of<2>(codes + 8 * r, mine);
+    int32_t whole = 0;
+    for (int i = 0; i < RUN; ++i) whole += int32_t(mine[i]) * q.codes[r * RUN + i];
+    total += q.scale[r] * whole;
+#endif
+  }
+  return total - base;
+}
+
+// q . k of a head in q8.
+template <int D>
+static inline vf dot_q8(const char* codes, const Rounded<D>& q) {
+  vf total = {};
+  for (int b = 0; b * Q8_RUN < RUNS<D> * RUN; ++b) {
+    const int8_t* mine = reinterpret_cast<const int8_t*>(codes) + b * Q8_RUN;
+    code16 wide[PARTS];
+    for (int i = 0; i < PARTS; ++i) wide[i] = widen(mine + i * CODES);
+    total += dot(wide, q.wide + b * Q8_RUN) * q.wide_scale[b];
+  }
+  return total;
+}
+
+// A query head times a page's channel scales, rounded; returns its product with their zeros.
+template <class T, int D>
+static float by_channel(const T* from, const char* channels, Rounded<D>* to) {
+  alignas(64) float x[RUNS<D> * RUN] = {};
+  float base = 0;
+  for (int d = 0; d < D; ++d) {
+    x[d] = to_float(from[d]) * half_at(channels, d);
+    base += x[d] * half_at(channels, RUNS<D> * RUN + d);
+  }
+  for (int r = 0; r < RUNS<D>; ++r) {
+    float unused;
+    to->scale[r] = round_to_8(x + r * RUN, to->codes + r * RUN, &unused);
+  }
+  return base;
+}
+
+// W codes of a run from number `first` on, as floats; 4 bits.
+static inline vf codes_as_floats(const char* p, int first, std::integral_constant<int, 4>) {
+#if defined(__AVX512F__)
+  const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i mine = _mm_and_si128(first ? _mm_srli_epi16(both, 4) : both, _mm_set1_epi8(15));
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(mine));
+#elif defined(__AVX2__)
+  const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + first % 16));
+  const __m128i mine =
+      _mm_and_si128(first >= 16 ? _mm_srli_epi16(both, 4) : both, _mm_set1_epi8(15));
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(mine));
+#else
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = uint8_t(p[(first + i) % 16]) >> (first / 16 * 4) & 15;
+  return x;
+#endif
+}
+
+// The same of 2 bits.
+static inline vf codes_as_floats(const char* p, int first, std::integral_constant<int, 2>) {
+#if defined(__AVX2__)
+  uint64_t all;
+  __builtin_memcpy(&all, p, sizeof all);
+  const uint64_t three = 0x0303030303030303u;
+  const int64_t low = all >> (first / 8 * 2) & three;
+#if defined(__AVX512F__)
+  const int64_t high = all >> (first / 8 * 2 + 2) & three;
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_set_epi64x(high, low)));
+#else
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(low)));
+#endif
+#else
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = uint8_t(p[(first + i) % 8]) >> ((first + i) / 8 * 2) & 3;
+  return x;
+#endif
+}
+
+// acc = acc * keep + sum of weight[t] * v over n tokens: a head's values in q4 or q2.
+template <int bits, int D>
+static void weigh_runs(const Tokens& tokens, int64_t codes, int64_t scales, const float* weight,
+                       float keep, float* acc) {
+  vf x[D / W];
+  float base[RUNS<D>] = {};
+  for (int i = 0; i < D / W; ++i) x[i] = load(acc + i * W) * keep;
+  for (int t = 0; t < tokens.n; ++t) {
+    const char *mine = tokens.v[t] + codes, *beside = tokens.v[t] + scales;
+    for (int r = 0; r < RUNS<D>; ++r) {
+      const float scale = weight[t] * half_at(beside, r);
+      base[r] += scale * half_at(beside, RUNS<D> + r);
+      for (int i = 0; i < RUN && r * RUN + i < D; i += W)
+        x[(r * RUN + i) / W] +=
+            codes_as_floats(mine + 4 * bits * r, i, std::integral_constant<int, bits>()) * scale;
+    }
+  }
+  for (int i = 0; i < D / W; ++i) store(acc + i * W, x[i] - base[i * W / RUN]);
+}
+
+// The same of values in q8.
+template <int D>
+static void weigh_q8(const Tokens& tokens, int64_t codes, int64_t scales, const float* weight,
+                     float keep, float* acc) {
+  vf x[D / W];
+  for (int i = 0; i < D / W; ++i) x[i] = load(acc + i * W) * keep;
+  for (int t = 0; t < tokens.n; ++t) {
+    const int8_t* mine = reinterpret_cast<const int8_t*>(tokens.v[t] + codes);
+    const float scale = weight[t] * half_at(tokens.v[t] + scales, 0);
+    for (int i = 0; i < D / W; ++i) x[i] += load(mine + i * W) * scale;
+  }
+  for (int i = 0; i < D / W; ++i) store(acc + i * W, x[i]);
+}
+
+}  // namespace AVL_ISA
+}  // namespace avl

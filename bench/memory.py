@@ -184,8 +184,8 @@ class Watched(Prefill):
 
     peak = 0
 
-    def _store(self, pool: Pool, k: Tensor, v: Tensor, layout: Layout, kept: Kept) -> Stored:
-        stored = super()._store(pool, k, v, layout, kept)
+    def _store(self, layer: int, k: Tensor, v: Tensor, layout: Layout, kept: Kept) -> Stored:
+        stored = super()._store(layer, k, v, layout, kept)
         self.peak = max(self.peak, live_bytes(*k.shape[1:]))
         return stored
 
@@ -201,7 +201,7 @@ class NaiveOrder(Watched):
             return
         for number, (q_, k_, v_, layout) in enumerate(self.waiting):
             kept = self.policy.retain(number, layout, Received(q_, k_))
-            self.row.layers.append(self._store(self.pools[number], k_, v_, layout, kept))
+            self.row.layers.append(self._store(number, k_, v_, layout, kept))
 
 
 def seeded(layers: int = 8, heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> Decoder:

@@ -2,6 +2,7 @@
 
     python -m bench.quality                          the main table
     python -m bench.quality --cache avl --cache h2o  these beside the full cache
+    python -m bench.quality --group formats          formats of the cache
     python -m bench.quality --sweep core             what a figure of bench.figures draws
 
 Every policy answers the same held-out pictures, greedily. Beside the score of the answers it is
@@ -31,6 +32,7 @@ import torch
 from bench import common
 from bench.common import ROOT, write_report
 from engine import Engine, Result
+from engine.cache.report import CacheReport
 from engine.pictures.encoded import EncodedImage
 from engine.policies.specs import parse
 from training.evaluate import FIRST_SEED, SCENE_TASKS, objects_right, questions_of, similarity
@@ -65,6 +67,25 @@ POLICIES = (
     "snapkv:keep=0.1",
     "random:keep=0.1",
 )
+# Nothing freed, fewer bits: alone, with values left unread, and with A-VL's core list.
+_MIX = "avl:secondary=0.3,prefill=1,text=1,format=k8v4,minor=k4v2"
+_FORMS = ("k8v8", "k4v4", "k4v2")
+GROUPS = {
+    "main": POLICIES,
+    "formats": (
+        "full",
+        "avl:secondary=0.45,core=0.3,prefill=1,text=1",
+        *(f"sift:format={form},skip=0" for form in _FORMS),
+        f"{_MIX},core=none",
+        *(f"sift:format={form},skip={skip}" for form in _FORMS for skip in (0.05, 0.1, 0.2)),
+        *(f"{_MIX},core=none,skip={skip}" for skip in (0.05, 0.1, 0.2)),
+        "sift:format=k16v16,skip=0.1",
+        *(f"avl:secondary=1,core=0.3,prefill=1,text=1,format={form}" for form in _FORMS),
+        f"{_MIX},core=0.3",
+        "avl:secondary=0.45,core=0.3,prefill=1,text=1,format=k8v4,minor=k4v2",
+        "avl:secondary=0.9,core=0.6,prefill=1,text=1",
+    ),
+}
 LIMIT = 192  # tokens; the longest true answer has about 150
 GENERATOR = ("documents", "evaluate", "fields", "fonts", "page", "scene_questions", "scenes")
 KL_PAGES = 40  # forced decoding is done for the first pages of a task only: it costs a whole answer
@@ -161,6 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     """The flags; the full cache always comes first, since the others are compared with it."""
     parser = common.make_parser(__doc__, name=None)
     parser.add_argument("--cache", action="append", default=[], metavar="SPEC")
+    parser.add_argument("--group", choices=GROUPS, default="main", help="which table")
     parser.add_argument("--sweep", choices=SWEEPS, help="the policies of a figure")
     parser.add_argument("--tasks", nargs="+", help="default: those of the main table or the sweep")
     parser.add_argument("--pages", type=int, default=200, help="held-out pictures per task")
@@ -173,7 +195,7 @@ def parse_arguments() -> argparse.Namespace:
     args = common.read_options(parser, lambda args: [report_name(args)])
     args.name = report_name(args)
     args.tasks = args.tasks or list(SWEEP_TASKS if args.sweep else TASKS)
-    chosen = args.cache or (specs_of(args.sweep) if args.sweep else POLICIES)
+    chosen = args.cache or (specs_of(args.sweep) if args.sweep else GROUPS[args.group])
     specs = [parse(spec).spec for spec in ["full", *chosen]]
     args.cache = list(dict.fromkeys(specs))
     return args
@@ -181,7 +203,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def report_name(args: argparse.Namespace) -> str:
     """What the report is called, unless told otherwise."""
-    return args.name or (f"quality-{args.sweep}" if args.sweep else "quality")
+    which = args.sweep or ("" if args.group == "main" else args.group)
+    return args.name or (f"quality-{which}" if which else "quality")
 
 
 def specs_of(sweep: str) -> list[str]:
@@ -271,7 +294,20 @@ def make_record(question: Question, result: Result, seconds: float) -> Record:
         "stored": cache.stored_share,
         "used": cache.used_share,
         "bytes": cache.bytes_used,
+        **shares_of_pictures(cache),
         "seconds": seconds,
+    }
+
+
+def shares_of_pictures(cache: CacheReport) -> Record:
+    """Bytes of image tokens stored and read beside those of 16 bits, and what was left out."""
+    few = any(name.startswith("k") and name != "k16v16" for name in cache.formats)
+    wide = 2 if few else 1  # answers are computed in fp32, whose bytes plain tokens are counted in
+    return {
+        "picture_stored": wide * cache.image_stored_share,
+        "picture_read": wide * cache.image_read_share,
+        "left_out": cache.left_out,
+        "values_read": cache.values_read,
     }
 
 
@@ -320,6 +356,10 @@ def summarise(task: str, spec: str, records: list[Record], exact: list[Record]) 
         "stored %": round(100 * mean(records, "stored"), 1),
         "used %": round(100 * mean(records, "used"), 1),
         "MB": round(mean(records, "bytes") / 1e6, 3),
+        "picture stored %": round(100 * mean(records, "picture_stored"), 1),
+        "picture read %": round(100 * mean(records, "picture_read"), 1),
+        "left out %": round(100 * mean(records, "left_out"), 2),
+        "values read %": round(100 * mean(records, "values_read"), 1),
         "seconds": round(sum(r["seconds"] for r in records), 1),
     }
 

@@ -96,6 +96,13 @@ def test_few_bits_are_the_nearest_of_even_steps_between_the_extremes(
 
 
 @pytest.mark.parametrize("row", [Q4_RUN, Q2_RUN], ids=lambda row: row.name)
+@pytest.mark.parametrize("size", [1e-4, 1e-6, 3e-8, 1e-12])
+def test_numbers_that_scales_of_16_bits_cannot_tell_from_zero(size: float, row: Affine) -> None:
+    for x in (torch.full((1, 32), -size), torch.randn(1, 32) * size):
+        assert (row.unpack(row.pack(x)) - x).abs().max() <= size * 8 / 2**row.bits + 2**-20
+
+
+@pytest.mark.parametrize("row", [Q4_RUN, Q2_RUN], ids=lambda row: row.name)
 def test_codes_are_read_as_written(row: Affine) -> None:
     codes = torch.randint(0, 1 << row.bits, (5, 96), dtype=torch.uint8)
     scale, zero = torch.rand(5, 3).half(), torch.randint(0, 1 << row.bits, (5, 3)).half()

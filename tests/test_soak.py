@@ -4,6 +4,7 @@ import gc
 import itertools
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,14 +125,22 @@ def chat(engine: Engine) -> None:
 WAYS = (stream, batch, chat)
 
 
+def seconds_of(way: Callable[[Engine], None], engine: Engine) -> float:
+    """How long a way of asking takes here."""
+    began = time.perf_counter()
+    way(engine)
+    return time.perf_counter() - began
+
+
 def interrupt(engine: Engine, times: int, seed: int) -> None:
     """Interrupts each way of asking at random moments; answers after it are those before it."""
     draw, count = random.Random(seed), 0
     expected = [ask(engine, number).token_ids for number in range(len(POLICIES))]
+    lasts = {way: seconds_of(way, engine) for way in WAYS}
     for attempt, way in zip(range(times), itertools.cycle(WAYS), strict=False):
         policy = POLICIES[attempt % len(POLICIES)]
         try:
-            with interrupted_after(draw.uniform(0.001, 0.08)):
+            with interrupted_after(max(0.001, draw.uniform(0, 1.2) * lasts[way])):
                 way(engine.with_cache(policy))
         except KeyboardInterrupt:
             count += 1

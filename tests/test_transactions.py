@@ -23,7 +23,14 @@ from tests.oracle import noise
 
 SHAPE = Shape(layers=3, kv_heads=2)
 LAYERS = range(3)
-POLICIES = ("full", "avl:secondary=0.5,core=0.3,every=2,floor=3", "h2o", "fastv:layer=1")
+POLICIES = (
+    "full",
+    "avl:secondary=0.5,core=0.3,every=2,floor=3",
+    "avl:secondary=0.5,core=0.3,every=2,floor=3,format=k8v4,minor=k4v2",
+    "sift",
+    "h2o",
+    "fastv:layer=1",
+)
 # Before a layer has taken its slots, between that and filling them, and behind it.
 PLACES = ("retain", "gather", "behind")
 
@@ -147,7 +154,10 @@ def test_a_row_that_fails_costs_the_others_nothing(
 def test_rows_of_different_policies_are_decoded_together(
     engine_of: Callable[..., Engine],
 ) -> None:
-    """Each as it would be alone, to 1e-5 in float32 whatever the others do."""
+    """Each as it would be alone, to 1e-5 in float32 whatever the others do.
+
+    Beside keys in few bits queries are rounded: sums in another order may turn a code over.
+    """
     decoder = seeded_decoder(3)
     specs = [*POLICIES, "streaming", "snapkv:window=4"]
     shared = CacheRun(decoder, parse("full")).pools
@@ -169,4 +179,5 @@ def test_rows_of_different_policies_are_decoded_together(
             decoding.advance()
         for number, run in enumerate(runs):
             alone = run.decode(embeddings(1, 100 * step + number))
-            torch.testing.assert_close(together[number], alone.flatten(), atol=1e-5, rtol=1e-5)
+            near = 2e-3 if "=k" in specs[number] or specs[number] == "sift" else 1e-5
+            torch.testing.assert_close(together[number], alone.flatten(), atol=near, rtol=near)

@@ -74,7 +74,7 @@ def _run(row: Row, number: int, starts: Mapping[str, int]) -> tuple[int, int, in
         mine, core = (part.image_of == number).nonzero()[:, 0], part.core
         assert core is not None, "where there is a core, every part has one"
         full_at, core_at = at[part.format]
-        if len(mine) and len(core):
+        if len(mine) and not part.minor:
             first = int(mine[0])
             before = core_at + int((core < first).sum())
             return full_at + first, full_at + int(mine[-1]) + 1, min(wanted, len(mine)), before

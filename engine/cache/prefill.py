@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import OptionError
 from ..ops.attention import whole_attention
 from ..ops.rotary import Tables, rotated
-from ..policies.layout import Kept, Layout
+from ..policies.layout import InFormat, Kept, Layout
 from ..policies.policy import Policy
 from ..policies.received import Received
 from .observe import Observer
@@ -218,8 +218,11 @@ class Prefill:
 
         A policy that drops tokens may leave later layers less than another wants to keep.
         """
-        packed = tuple((name, len(columns)) for name, columns in kept.packed)
-        tiers = None if kept.core is None else (len(kept.shared), len(kept.core), packed)
+        tiers = None
+        if kept.core is not None:
+            cored = {each.format for each in kept.packed if not each.minor}
+            beside = [len(each.columns) for each in kept.packed if each.format in cored]
+            tiers = len(kept.shared), len(kept.core), *beside
         size = kept.text.shape[-1], tiers
         if self._size is not None and size != self._size:
             raise OptionError(
@@ -243,10 +246,10 @@ class Prefill:
         """Gather the kept columns into fresh extents, but for what stays where it is."""
         pool, core = self.pools[layer], kept.core
         parts, there = self._old_parts(layer, layout, kept)
-        for name, columns in kept.packed:
-            fresh = columns[~there[columns]]
-            if len(fresh):
-                parts.append(self._packed(pool.of(name), k, v, layout, fresh, core))
+        for each in kept.packed:
+            fresh = each._replace(columns=each.columns[~there[each.columns]])
+            if len(fresh.columns):
+                parts.append(self._packed(pool.of(each.format), k, v, layout, fresh, core))
         columns = kept.shared[~there[kept.shared]]
         shared, text = len(columns), kept.text.shape[-1]
         extent = self._take(pool, extent_size(self.policy, layout, shared, text, self.new_tokens))
@@ -269,10 +272,11 @@ class Prefill:
         k: Tensor,
         v: Tensor,
         layout: Layout,
-        columns: Tensor,
+        new: InFormat,
         core: Tensor | None,
     ) -> Part:
         """Write new image tokens in a format."""
+        columns = new.columns
         extent, values = self._take(pool, len(columns)), v[columns]
         pool.write(extent, k[columns], values)
         return Part(
@@ -282,6 +286,7 @@ class Prefill:
             layout.positions[:1, columns],
             values.float().sum(0),
             None if core is None else _where(columns, core),
+            new.minor,
         )
 
     def _old_parts(self, layer: int, layout: Layout, kept: Kept) -> tuple[list[Part], Tensor]:
@@ -293,7 +298,7 @@ class Prefill:
         if not self.past.layers:
             return [], there
         stays, parts = torch.zeros_like(there), []
-        stays[torch.cat([kept.shared, *(columns for _, columns in kept.packed)])] = True
+        stays[torch.cat([kept.shared, *(each.columns for each in kept.packed)])] = True
         stored = self.past.layers[layer]
         end = stored.layout.text_start
         for part in stored.parts:
@@ -386,4 +391,5 @@ def _stored_layout(layout: Layout, shared: Tensor, text: Tensor) -> Layout:
         image_of=torch.cat([layout.image_of[shared], outside]),
         positions=torch.cat([positions[:, shared], text_positions], 1),
         text_start=len(shared),
+        minor=None,
     )

@@ -23,6 +23,7 @@ class Part:
         image_of, positions: ``[tokens]`` int64, as in ``Layout``.
         total: ``[kv_heads, head_dim]`` fp32, the sum of the values.
         core: ascending, which of the tokens are core; None without a core tier.
+        minor: whether they are minor tokens, see ``InFormat``.
     """
 
     format: str
@@ -31,6 +32,7 @@ class Part:
     positions: Tensor
     total: Tensor
     core: Tensor | None
+    minor: bool
 
     @property
     def tokens(self) -> int:
@@ -90,11 +92,16 @@ class Stored:
         beside = [part.positions.expand(heads, -1) for part in self.parts]
         positions = [layout.positions[:, :start], *beside, layout.positions[:, start:]]
         images = [layout.image_of[:start], *(part.image_of for part in self.parts)]
+        minor = [
+            torch.full_like(part.image_of, part.minor, dtype=torch.bool) for part in self.parts
+        ]
+        plain = torch.zeros_like(layout.image_of, dtype=torch.bool)
         return replace(
             layout,
             image_of=torch.cat([*images, layout.image_of[start:]]),
             positions=torch.cat(positions, 1),
             text_start=start + sum(part.tokens for part in self.parts),
+            minor=torch.cat([plain[:start], *minor, plain[start:]]),
         )
 
     def give(self) -> None:

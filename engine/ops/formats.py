@@ -118,7 +118,7 @@ class Affine(Format):
         least = torch.maximum(low.abs(), high.abs()) / 2048
         scale = torch.maximum((high - low) / last, least).half()
         wide = scale.float().clamp(min=_TINY)
-        zero = (-low / wide).half()
+        zero = torch.where(scale > 0, -low / wide, 0).half()  # too small for 16 bits: all are 0
         codes = (runs / wide[..., None] + zero.float()[..., None]).round().clamp(0, last)
         return few_of_codes(codes.to(torch.uint8).flatten(-2), scale, zero, bits=self.bits)
 

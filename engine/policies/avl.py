@@ -87,27 +87,24 @@ class Avl(Policy):
         """Secondary and core of every picture, and the text budget."""
         import torch
 
-        from .layout import Kept
+        from .layout import InFormat, Kept
 
         nothing = torch.empty(0, dtype=torch.int64, device=layout.image_of.device)
         secondary, minor, core = [nothing], [nothing], []
         for index, size in enumerate(layout.image_sizes):
-            columns = layout.picture(index)
-            if index >= layout.settled and self.secondary < 1:
-                chosen = best(columns, received, int(self.secondary * size))
-                minor.append(columns[~torch.isin(columns, chosen)])
-                columns = chosen
+            columns, others = self._chosen(index, size, layout, received)
             secondary.append(columns)
+            minor.append(others)
             if self.core is not None:
                 core.append(best(columns, received, self.core_size(size)))
         text, scores = self._keep_text(layout, received)
-        shared, packed = [layout.fixed()], []
+        shared, packed = [layout.fixed()], list[InFormat]()
         if self.format == PLAIN:
             shared += secondary
         else:
-            packed.append((self.format, torch.cat(secondary).sort().values))
+            packed.append(InFormat(self.format, torch.cat(secondary).sort().values))
         if self.minor != FREED:
-            packed.append((self.minor, torch.cat(minor).sort().values))
+            packed.append(InFormat(self.minor, torch.cat(minor).sort().values, minor=True))
         return Kept(
             shared=torch.cat(shared).sort().values,
             text=text,
@@ -115,6 +112,21 @@ class Avl(Policy):
             text_scores=scores,
             packed=tuple(packed),
         )
+
+    def _chosen(
+        self, index: int, size: int, layout: Layout, received: Received
+    ) -> tuple[Tensor, Tensor]:
+        """Secondary and minor columns of a picture; those of earlier turns are chosen already."""
+        import torch
+
+        columns = layout.picture(index)
+        if index >= layout.settled:
+            chosen = best(columns, received, int(self.secondary * size))
+            return chosen, columns[~torch.isin(columns, chosen)]
+        if layout.minor is None:
+            return columns, columns[:0]
+        minor = layout.minor[columns]
+        return columns[~minor], columns[minor]
 
     def most_kept(self, layout: Layout) -> tuple[int, int]:
         """See ``Policy.most_kept``."""

@@ -7,8 +7,10 @@ the cache, then the new tokens. Columns say nothing about time; ``positions`` do
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,6 +27,7 @@ class Layout:
         settled: pictures of earlier turns, whose secondary tokens are already chosen.
         text_seen: tokens seen after the last picture, evicted ones included.
         seen: tokens seen in all, evicted ones included; the next position.
+        minor: ``[columns]`` bool, image tokens that earlier turns keep as minor ones; None: none.
 
     35 system tokens, a picture of 576 and 22 tokens of instruction: ``image_of`` is 35 times -1,
     576 times 0, 22 times -1; ``text_start`` 611, ``image_sizes`` (576,), ``text_seen`` 22, ``seen``
@@ -38,6 +41,7 @@ class Layout:
     settled: int
     text_seen: int
     seen: int
+    minor: Tensor | None = None
 
     @classmethod
     def of_tokens(cls, count: int, spans: list[tuple[int, int]], device: torch.device) -> Layout:
@@ -88,6 +92,7 @@ class Layout:
             image_of=self.image_of[columns],
             positions=self.positions[:, columns],
             text_start=int((columns < self.text_start).sum()),
+            minor=None if self.minor is None else self.minor[columns],
         )
 
     def followed_by(self, turn: Layout) -> Layout:
@@ -98,7 +103,7 @@ class Layout:
         pictures = len(self.image_sizes)
         heads = max(len(self.positions), len(turn.positions))
         positions = [x.positions.expand(heads, -1) for x in (self, turn)]
-        new_picture = bool(turn.image_sizes)
+        new_picture, minor = bool(turn.image_sizes), self.minor
         return Layout(
             image_of=torch.cat([self.image_of, turn.image_of + pictures * (turn.image_of >= 0)]),
             positions=torch.cat([positions[0], positions[1] + self.seen], 1),
@@ -107,7 +112,19 @@ class Layout:
             settled=pictures,
             text_seen=turn.text_seen if new_picture else self.text_seen + turn.seen,
             seen=self.seen + turn.seen,
+            minor=None if minor is None else F.pad(minor, (0, turn.columns)),
         )
+
+
+class InFormat(NamedTuple):
+    """Image columns that are written in a format of the cache (``ops.pages``).
+
+    ``minor`` ones are never core.
+    """
+
+    format: str
+    columns: Tensor
+    minor: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,16 +139,15 @@ class Kept:
             None where all image tokens are.
         text_scores: ``[kv_heads, t]`` fp32 attention received so far, where the policy evicts by
         it.
-        packed: formats of the cache (``ops.pages``) and ascending image columns, none of them in
-            ``shared``, that are written in them; tokens of the core may be among the first's. What
-            earlier turns have written so stays as it is, whatever is said of it here.
+        packed: image columns, none of them in ``shared``, that are written in formats of their
+            own. What earlier turns have written so stays as it is, whatever is said of it here.
     """
 
     shared: Tensor
     text: Tensor
     core: Tensor | None = None
     text_scores: Tensor | None = None
-    packed: tuple[tuple[str, Tensor], ...] = ()
+    packed: tuple[InFormat, ...] = ()
 
     @classmethod
     def everything(cls, layout: Layout) -> Kept:

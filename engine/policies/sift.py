@@ -40,10 +40,10 @@ class Sift(Policy):
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """All columns, pictures in their format."""
-        from .layout import Kept
+        from .layout import InFormat, Kept
 
         images = (layout.image_of >= 0).nonzero()[:, 0]
-        return Kept(layout.fixed(), layout.text(), packed=((self.format, images),))
+        return Kept(layout.fixed(), layout.text(), packed=(InFormat(self.format, images),))
 
     def most_kept(self, layout: Layout) -> tuple[int, int]:
         """See ``Policy.most_kept``."""

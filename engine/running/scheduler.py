@@ -232,7 +232,8 @@ class Scheduler:
             new = f"{len(job.turn.token_ids):,} of the prompt, {job.new_tokens:,} to come"
             raise CapacityError(
                 f"the request needs {slots:,} slots of cache in a layer{more} "
-                f"({job.past.seen:,} tokens so far, {new}, under {job.policy.spec}); there are {pool.limit:,}, some of them perhaps in use",
+                f"({job.past.seen:,} tokens so far, {new}, under {job.policy.spec}); "
+                f"there are {pool.limit:,}, some of them perhaps in use",
                 hint="give fewer pictures, ask for fewer tokens, or give a larger cache budget",
             )
         given = job.policy, job.turn, job.new_tokens, job.past, job.observer

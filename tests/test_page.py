@@ -174,7 +174,8 @@ def made_up(passes: int, layers: int, heads: int, tokens: int) -> Recorder:
                     tiers=tiers[layer],
                     image_spans=((2, 2 + tokens),),
                     text=torch.arange(2 + tokens, query + 1)[None],
-                    kept=query + 1,
+                    bytes=64 * (query + 1),
+                    bits=torch.full((tokens,), 32, dtype=torch.uint8),
                 )
             )
     return recorder

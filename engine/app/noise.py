@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..options import WEIGHTS
 
 if TYPE_CHECKING:
+    from ..cache.report import CacheReport
     from ..engine import Engine
     from ..pictures.image import LoadedImage
     from ..prompts.prompt import Prompt
@@ -106,7 +107,20 @@ class Noise:
             f"picture {times.picture * 1e3:.0f} ms, prefill {times.prefill * 1e3:.0f} ms, "
             f"{times.per_token * 1e3:.1f} ms per token | stored {cache.stored_share:.1%}, "
             f"used {cache.used_share:.1%}, text {cache.text.mean:.0f} kept, "
-            f"{cache.bytes_allocated / 1e6:.2f} MB allocated | weights {weights} | "
+            f"{cache.bytes_allocated / 1e6:.2f} MB allocated{_pictures(cache)} | "
+            f"weights {weights} | "
             f"CPU kernels: {cpu_isa() or 'none'}",
             file=sys.stderr,
         )
+
+
+def _pictures(cache: CacheReport) -> str:
+    """What pictures take by format, and what of it a step reads; empty without a picture."""
+    if not cache.image_tokens:
+        return ""
+    held = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in cache.formats.items() if size)
+    said = f" | pictures {held}: {cache.image_stored_share:.1%} of full"
+    said += f", {cache.image_read_share:.1%} read a step"
+    if cache.values_read < 1:
+        said += f" ({cache.values_read:.1%} of values, {cache.left_out:.1%} of attention left out)"
+    return said

@@ -26,7 +26,9 @@ class Observed:
             step; where heads keep different tokens, one head that keeps it is enough.
         image_spans: positions (start, end) of every picture.
         text: ``[1 or kv_heads, t]`` int64 positions kept of the evictable text, unordered.
-        kept: tokens that the layer stores for each head after the pass.
+        bytes: what the layer stores after the pass.
+        bits: ``[image tokens]`` uint8, bits of a number of its keys and of its values together, in
+            the order of ``tiers``; 0 where it was freed.
     """
 
     layer: int
@@ -37,7 +39,8 @@ class Observed:
     tiers: Tensor
     image_spans: tuple[tuple[int, int], ...]
     text: Tensor
-    kept: int
+    bytes: int
+    bits: Tensor
 
 
 class Observer(Protocol):

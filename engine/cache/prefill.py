@@ -210,7 +210,8 @@ class Prefill:
         self._refuse_unlike(layer, kept)
         self.row.layers.append(self._store(layer, k, v, layout, kept))
         if self.row.observer is not None:
-            show_prefill(self.row, layer, layout, received, self.row.layers[layer])
+            stored = self.row.layers[layer]
+            show_prefill(self.row, layer, layout, received, stored, self.pools[layer])
 
     def _refuse_unlike(self, layer: int, kept: Kept) -> None:
         """Raise OptionError where layers would not keep as much as each other: decoding counts on

@@ -81,10 +81,9 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
         for layer, stored in enumerate(row.layers)
     ]
     tokens = [stored.tokens for stored in row.layers]
-    plain = sum(stored.layout.columns for stored in row.layers)
+    each = zip(row.layers, pools, strict=True)
     seen, steps, token_bytes = row.seen, row.attended_share, pools[0].slot_bytes
     read = reading(row, pools)
-    packed = sum(count for name, count in read.stored.items() if name in pools[0].paged)
     return CacheReport(
         policy=row.policy.spec,
         image_tokens=total,
@@ -94,7 +93,7 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
         text=Spread.of([_text_tokens(stored, row.image_spans) for stored in row.layers]),
         stored_share=sum(tokens) / (len(tokens) * seen),
         used_share=sum(steps) / len(steps) if steps else sum(tokens) / (len(tokens) * seen),
-        bytes_used=plain * token_bytes + packed,
+        bytes_used=sum(stored.nbytes(pool, stored.layout.columns) for stored, pool in each),
         bytes_allocated=allocated_bytes(pools),
         bytes_full=len(tokens) * seen * token_bytes,
         formats=read.stored,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..policies.layout import Layout
 from ..policies.policy import Policy
 from .observe import Observer
-from .pool import Extent
+from .pool import Extent, Pool
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ class Stored:
             text_start=start + sum(part.tokens for part in self.parts),
             minor=torch.cat([plain[:start], *minor, plain[start:]]),
         )
+
+    def nbytes(self, pool: Pool, columns: int) -> int:
+        """Bytes of the tokens that are held, ``columns`` of them plain."""
+        packed = [part.tokens * pool.of(part.format).slot_bytes for part in self.parts]
+        return columns * pool.slot_bytes + sum(packed)
 
     def give(self) -> None:
         """Give back all of it."""

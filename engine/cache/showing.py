@@ -8,15 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..options import parse_bits
 from ..policies.layout import Layout
 from ..policies.received import Received
 from .observe import Observed, tiers_of
+from .pool import Pool
 from .row import Row, Stored
 from .slot_lists import CORE
 from .state import State
 
 
-def show_prefill(row: Row, layer: int, layout: Layout, received: Received, stored: Stored) -> None:
+def show_prefill(
+    row: Row, layer: int, layout: Layout, received: Received, stored: Stored, pool: Pool
+) -> None:
     """Tell the row's observer of a prefill's layer: the last query's weights over all columns."""
     assert row.observer is not None
     kept = stored.whole_layout()
@@ -31,7 +35,8 @@ def show_prefill(row: Row, layer: int, layout: Layout, received: Received, store
             tiers=tiers_of(row.image_spans, kept.positions, core),
             image_spans=tuple(row.image_spans),
             text=kept.positions[:, kept.text_start :].clone(),
-            kept=kept.columns,
+            bytes=stored.nbytes(pool, stored.layout.columns),
+            bits=bits_of(row, stored, kept.positions, pool),
         )
     )
 
@@ -79,7 +84,8 @@ def show_step(state: State, r: int, logits: Tensor, lse: Tensor, seen: Sequence[
         text = state.text_of(r, layer, state.lengths.texts[r])
         layout = stored.whole_layout()
         shared = layout.positions[:, : layout.text_start]
-        core = state.core_positions(r, layer)
+        core, positions = state.core_positions(r, layer), _beside(shared, text)
+        plain = stored.layout.text_start + text.shape[1]
         row.observer.observe(
             Observed(
                 layer=layer,
@@ -87,12 +93,26 @@ def show_step(state: State, r: int, logits: Tensor, lse: Tensor, seen: Sequence[
                 query=state.lengths.seen[r] - 1,
                 weights=weights[:, seen[layer].entries],
                 positions=seen[layer].positions,
-                tiers=tiers_of(row.image_spans, _beside(shared, text), core),
+                tiers=tiers_of(row.image_spans, positions, core),
                 image_spans=tuple(row.image_spans),
                 text=text,
-                kept=shared.shape[1] + text.shape[1],
+                bytes=stored.nbytes(state.pools[layer], plain),
+                bits=bits_of(row, stored, positions, state.pools[layer]),
             )
         )
+
+
+def bits_of(row: Row, stored: Stored, positions: Tensor, pool: Pool) -> Tensor:
+    """See ``Observed.bits``; ``positions`` are those that the layer holds."""
+    ranges = [torch.arange(start, end, device=positions.device) for start, end in row.image_spans]
+    image = torch.cat(ranges) if ranges else positions.new_empty(0)
+    plain = torch.isin(image, positions)
+    bits = plain * (16 * pool.k.element_size())
+    for part in stored.parts:
+        mine = torch.isin(image, part.positions)
+        own = [8 * pool.k.element_size() if n == 16 else n for n in parse_bits(part.format)]
+        bits[mine] = sum(own)
+    return bits.to(torch.uint8)
 
 
 def _beside(left: Tensor, right: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ const FILLS = ["var(--gone)", "url(#stripes)", "#0072b2"];  // in the strip
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const tokens = data.positions.length, steps = data.steps.length;
-let arrays, tiers, sinks = new Set(data.sinks), step = 0, playing = 0, panels = [], hovered;
+let arrays, tiers, bits, sinks = new Set(data.sinks), step = 0, playing = 0, panels = [], hovered;
 
 // -- the arrays ---------------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ function unpack(buffer) {
 }
 
 // Each pass is stored as its change from the one before.
-function unpackTiers(changes) {
+function unpackChanges(changes) {
   const row = data.layers * tokens;
   for (let i = row; i < changes.length; i++) changes[i] ^= changes[i - row];
   return changes;
@@ -69,6 +69,14 @@ function inWords(shares) {
   const counts = shares.map((share) => Math.round(share * data.layers));
   const named = [2, 1, 0].filter((tier) => counts[tier]).map((tier) => `${NAMES[tier]} in ${counts[tier]}`);
   return `${named.join(", ")} of ${data.layers} layers`;
+}
+
+// In how many bits a number of a token is kept, mean of keys and values and of the chosen layers.
+function bitsNow(pass, token) {
+  const layer = at("layer").value, base = pass * data.layers * tokens + token;
+  const layers = layer === "mean" ? [...Array(data.layers).keys()] : [Number(layer)];
+  const mean = layers.reduce((sum, l) => sum + bits[base + l * tokens], 0) / (2 * layers.length);
+  return mean ? `, ${Number(mean.toFixed(1))} bits` : "";
 }
 
 // Mean count of each tier over the layers of a pass.
@@ -181,7 +189,7 @@ function show() {
     + (at("layer").value === "mean" ? " (mean over the layers; a patch is cut by its shares of them)" : ` in layer ${at("layer").value}`);
   at("top").replaceChildren(...visible.slice(0, 10).map((i) => {
     const item = document.createElement("li");
-    item.textContent = `${where(i)}: ${percent(heat[i])}, ${inWords(shares[i])}`;
+    item.textContent = `${where(i)}: ${percent(heat[i])}, ${inWords(shares[i])}${bitsNow(step, i)}`;
     return item;
   }));
   document.querySelectorAll("#answer span").forEach((s, i) => s.classList.toggle("now", i === step));
@@ -242,7 +250,7 @@ function hover({ spec }, canvas, event) {
 // The numbers of the patch that is pointed at, as they are in the step that is shown.
 function tellHover(heat, shares) {
   at("hover").textContent = hovered === undefined ? "Point at a patch to read its numbers."
-    : `${where(hovered)}: position ${data.positions[hovered]}, ${inWords(shares[hovered])}, `
+    : `${where(hovered)}: position ${data.positions[hovered]}, ${inWords(shares[hovered])}${bitsNow(step, hovered)}, `
       + `attention ${percent(heat[hovered])}` + (sinks.has(hovered) ? ", a sink" : "");
 }
 
@@ -361,7 +369,8 @@ function listen() {
 
 async function start() {
   arrays = unpack(await inflate(data.blob.bytes));
-  tiers = unpackTiers(arrays.tiers);
+  tiers = unpackChanges(arrays.tiers);
+  bits = unpackChanges(arrays.bits);
   buildText();
   buildChoices();
   buildCompare();

@@ -152,7 +152,8 @@ def pack(recorder: Recorder, means: Tensor) -> dict[str, Any]:
         gaps = top.diff(dim=2, prepend=top.new_zeros(passes, rows, 1))
         arrays[name + "Gap"] = bytes_of(gaps.to(torch.int16))
         counts[name] = [passes, rows, count]
-    arrays["tiers"] = _pack_tiers(recorder)
+    arrays["tiers"] = _changes(recorder, "tiers")
+    arrays["bits"] = _changes(recorder, "bits")
     offsets, at = {}, 0
     for name, content in arrays.items():
         offsets[name] = [at, len(content)]
@@ -182,16 +183,16 @@ def _levels(attention: Tensor) -> tuple[bytes, bytes]:
     return bytes_of(levels.to(torch.uint8)), bytes_of(high.float())
 
 
-def _pack_tiers(recorder: Recorder) -> bytes:
-    """Tiers ``[passes, layers, image tokens]``, each pass as its change from the one before.
+def _changes(recorder: Recorder, name: str) -> bytes:
+    """Tiers, or bits, ``[passes, layers, image tokens]``, each pass as its change from the last.
 
     They change only where a policy ranks anew, so that nearly all bytes are 0 and deflate well.
     """
-    tiers = torch.stack(
-        [torch.stack([moment.tiers for moment in moments]) for moments in recorder.passes]
+    values = torch.stack(
+        [torch.stack([getattr(moment, name) for moment in row]) for row in recorder.passes]
     )
-    changes = tiers.clone()
-    changes[1:] = tiers[1:] ^ tiers[:-1]
+    changes = values.clone()
+    changes[1:] = values[1:] ^ values[:-1]
     return bytes_of(changes)
 
 
@@ -200,7 +201,7 @@ def _bytes(recorder: Recorder, result: Result) -> dict[str, list[int]]:
     last = recorder.passes[-1]
     token = result.cache.bytes_full // (len(last) * (last[0].query + 1))
     return {
-        "kept": [token * sum(moment.kept for moment in row) for row in recorder.passes],
+        "kept": [sum(moment.bytes for moment in row) for row in recorder.passes],
         "full": [token * len(row) * (row[0].query + 1) for row in recorder.passes],
     }
 

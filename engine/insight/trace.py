@@ -21,7 +21,7 @@ class Moment:
             were not attended got 0. Sums to 1.
         tiers: ``[image tokens]`` uint8, see ``cache.observe``.
         text: ``[1 or kv_heads, t]`` positions kept of the evictable text, ascending.
-        kept: tokens that the layer stores for each head.
+        bytes, bits: what the layer stores, see ``cache.observe``.
     """
 
     step: int
@@ -29,7 +29,8 @@ class Moment:
     attention: Tensor
     tiers: Tensor
     text: Tensor
-    kept: int
+    bytes: int
+    bits: Tensor
 
 
 class Trace:
@@ -59,7 +60,8 @@ class Trace:
                 attention=by_position(seen.weights, seen.positions, seen.query + 1).cpu(),
                 tiers=seen.tiers.cpu(),
                 text=seen.text.sort().values.cpu(),
-                kept=seen.kept,
+                bytes=seen.bytes,
+                bits=seen.bits.cpu(),
             )
         )
 

@@ -17,8 +17,8 @@ struct Format {
 // 15 and q2 from 0 to 3, and in fp16 a scale and a zero for every 32 numbers.
 enum class DType : int32_t { f32, f16, bf16, q8, q4, q2 };
 
-constexpr Format FORMATS[] = {
-    {"fp32", 1, 4}, {"fp16", 1, 2}, {"bf16", 1, 2}, {"q8", 1, 1}, {"q4", 32, 20}, {"q2", 32, 12}};
+constexpr Format FORMATS[] = {{"fp32", 1, 4}, {"fp16", 1, 2}, {"bf16", 1, 2},
+                              {"q8", 1, 1},   {"q4", 32, 20}, {"q2", 32, 12}};
 constexpr int32_t FORMAT_COUNT = sizeof(FORMATS) / sizeof(Format);
 
 // Bytes that `count` numbers take, whole runs of them.

@@ -145,8 +145,8 @@ static void score_block(const Tier& tier, const Rows& rows, const Tokens& tokens
         const int head = first + j < rows.heads ? first + j : rows.heads - 1;
         if (tier.v && (head == 0 || rows.v[head] != rows.v[head - 1]))
           prefetch_row<T, D>(reinterpret_cast<const T*>(tokens.v[t] + rows.v[head]));
-        dots[j] = products<T, D>(q + head * D,
-                                 reinterpret_cast<const T*>(tokens.k[t] + rows.k[head]));
+        dots[j] =
+            products<T, D>(q + head * D, reinterpret_cast<const T*>(tokens.k[t] + rows.k[head]));
       }
       float four[4];
       four_sums(dots[0], dots[1], dots[2], dots[3], four);

@@ -188,15 +188,26 @@ static void score(const Tier& tier, const Part& part, const Rows& rows, const To
   if (!tier.paged || tier.key.format < DType::q8)
     return score_block<T, D>(tier, rows, tokens, q.own, logits);
   if (tier.key.format != DType::q2) q.take(tier.key.format, rows.heads);
+  auto by_four = [&](int t, auto dot) {
+    for (int first = 0; first < rows.heads; first += 4) {
+      vf dots[4];
+      for (int j = 0; j < 4; ++j) dots[j] = dot(first + j < rows.heads ? first + j : rows.heads - 1);
+      float four[4];
+      four_sums(dots[0], dots[1], dots[2], dots[3], four);
+      for (int j = 0; j < 4 && first + j < rows.heads; ++j)
+        logits[(first + j) * BLOCK + t] = four[j];
+    }
+  };
   for (int t = 0; t < tokens.n; ++t) {
     const char* k = tokens.k[t];
     if (tier.key.format == DType::q8) {
-      for (int h = 0; h < rows.heads; ++h)
-        logits[h * BLOCK + t] =
-            sum(dot_q8<D>(k + rows.k[h], q.few[h])) * half_at(k + rows.k_scale[h], 0);
+      by_four(t, [&](int h) {
+        return dot_q8<D>(k + rows.k[h], q.few[h]) * half_at(k + rows.k_scale[h], 0);
+      });
     } else if (tier.key.format == DType::q4) {
-      for (int h = 0; h < rows.heads; ++h)
-        logits[h * BLOCK + t] = dot_q4<D>(k + rows.k[h], k + rows.k_scale[h], q.few[h]);
+      by_four(t, [&](int h) {
+        return dot_q4<D>(k + rows.k[h], k + rows.k_scale[h], q.few[h]);
+      });
     } else {
       const char* first = k - tokens.slot[t] % PAGE * tier.key.block;
       q.take_page(first + PAGE * int64_t(tier.key.block), rows, part.kv_head,

@@ -36,7 +36,7 @@ static inline int32_t cpu_heads_per_task(const AttentionArgs& a) {
   for (int tier = 0; tier < a.tier_count; ++tier)
     if (a.tiers[tier].slots_list || a.tiers[tier].count_list) return 1;
   const int32_t most = MAX_HEADS / (a.heads / a.kv_heads);
-  return most < 1 ? 1 : most < 16 ? most : 16;
+  return most < 1 ? 1 : most;
 }
 
 // Lists are cut into this many parts, so that every thread has a few tasks.

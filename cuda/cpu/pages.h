@@ -23,11 +23,21 @@ struct Tokens {
   const char *k[BLOCK], *v[BLOCK];
 };
 
-// A query head as keys in few bits meet it.
+// Runs whose halves are multiplied at once beside q4: as many as a vector holds the first halves of.
+constexpr int runs_at_once(int left) {
+#if defined(__AVX512BW__)
+  if (left >= 4) return 4;
+#endif
+  return left >= 2 ? 2 : 1;
+}
+
+// A query head as keys in few bits meet it. Beside q4 the codes of runs that are multiplied at once
+// lie by halves, and there are four lanes for each run.
 template <int D>
 struct Rounded {
   alignas(64) int8_t codes[RUNS<D> * RUN];
   alignas(64) int16_t wide[(RUNS<D> * RUN + Q8_RUN - 1) / Q8_RUN * Q8_RUN];
+  alignas(64) float lane_scale[4 * RUNS<D> + W], lane_sum[4 * RUNS<D> + W];
   float scale[RUNS<D>], sum[RUNS<D>], wide_scale[(RUNS<D> * RUN + Q8_RUN - 1) / Q8_RUN];
 };
 
@@ -67,8 +77,21 @@ static void take_rounded(const T* from, DType format, Rounded<D>* to) {
     }
     return;
   }
-  for (int r = 0; r < RUNS<D>; ++r)
-    to->scale[r] = round_to_8(x + r * RUN, to->codes + r * RUN, to->sum + r);
+  int8_t codes[RUNS<D> * RUN];
+  for (int r = 0; r < RUNS<D>; ++r) {
+    to->scale[r] = round_to_8(x + r * RUN, codes + r * RUN, to->sum + r);
+    for (int lane = 4 * r; lane < 4 * r + 4; ++lane) {
+      to->lane_scale[lane] = to->scale[r];
+      to->lane_sum[lane] = to->scale[r] != 0 ? to->sum[r] / to->scale[r] / 4 : 0;
+    }
+  }
+  for (int r = 0, many = 0; r < RUNS<D>; r += many) {
+    many = runs_at_once(RUNS<D> - r);
+    for (int i = 0; i < RUN * many; ++i) {
+      const int half = i / (16 * many), run = r + i % (16 * many) / 16;
+      to->codes[r * RUN + i] = codes[run * RUN + 16 * half + i % 16];
+    }
+  }
 }
 
 static inline float half_at(const char* p, int i) {
@@ -115,31 +138,114 @@ static inline float lane_sum(__m256 x) {
 }
 #endif
 
-// q . k of a head in q4, whose scales and then zeros lie at `scales`.
-template <int D>
-static inline float dot_q4(const char* codes, const char* scales, const Rounded<D>& q) {
-  float base = 0;
 #if defined(__AVX2__)
-  __m256 total = _mm256_setzero_ps();
-  for (int r = 0; r < RUNS<D>; ++r) {
-    const __m256i whole = dot_run(codes_of_4(codes + 16 * r), q.codes + r * RUN);
-    const float scale = half_at(scales, r);
-    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(scale * q.scale[r]), total);
-    base += scale * half_at(scales, RUNS<D> + r) * q.sum[r];
-  }
-  return lane_sum(total) - base;
+// The scales of a head's runs and then their zeros, as floats.
+template <int D>
+static inline __m256 scales_and_zeros(const char* p) {
+  __m128i halves = _mm_setzero_si128();
+  static_assert(RUNS<D> <= 4);
+  __builtin_memcpy(&halves, p, 4 * RUNS<D>);
+  return _mm256_cvtph_ps(halves);
+}
+
+// Lanes that add up to the products of `many` runs from r on.
+template <int D, int many>
+static inline __m256 dot_runs(const char* codes, __m256 both, const Rounded<D>& q, int r) {
+  const int8_t* query = q.codes + r * RUN;
+  const float *scale = q.lane_scale + 4 * r, *sum = q.lane_sum + 4 * r;
+  if constexpr (many == 2) {
+    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 16 * r));
+    const __m256i low = _mm256_set1_epi8(15), first = _mm256_and_si256(all, low);
+    const __m256i second = _mm256_and_si256(_mm256_srli_epi16(all, 4), low);
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(query));
+    const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(query) + 1);
+#if defined(__AVX512VNNI__)
+    const __m256i whole =
+        _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), first, x), second, y);
 #else
-  float total = 0;
-  for (int r = 0; r < RUNS<D>; ++r) {
-    uint8_t mine[RUN];
-    codes_of<4>(codes + 16 * r, mine);
-    int32_t whole = 0;
-    for (int i = 0; i < RUN; ++i) whole += int32_t(mine[i]) * q.codes[r * RUN + i];
-    const float scale = half_at(scales, r);
-    total += scale * q.scale[r] * whole;
-    base += scale * half_at(scales, RUNS<D> + r) * q.sum[r];
+    const __m256i whole = _mm256_madd_epi16(
+        _mm256_add_epi16(_mm256_maddubs_epi16(first, x), _mm256_maddubs_epi16(second, y)),
+        _mm256_set1_epi16(1));
+#endif
+    const __m256i at = _mm256_add_epi32(_mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), _mm256_set1_epi32(r));
+    const __m256 mine = _mm256_permutevar8x32_ps(both, at);
+    const __m256 zero =
+        _mm256_permutevar8x32_ps(both, _mm256_add_epi32(at, _mm256_set1_epi32(RUNS<D>)));
+    const __m256 net =
+        _mm256_fnmadd_ps(zero, _mm256_loadu_ps(sum), _mm256_cvtepi32_ps(whole));
+    return _mm256_mul_ps(net, _mm256_mul_ps(mine, _mm256_loadu_ps(scale)));
+  } else {
+    const __m256i whole = dot_run(codes_of_4(codes + 16 * r), query);
+    const __m256i at = _mm256_set1_epi32(r);
+    const __m256 mine = _mm256_permutevar8x32_ps(both, at);
+    const __m256 zero =
+        _mm256_permutevar8x32_ps(both, _mm256_add_epi32(at, _mm256_set1_epi32(RUNS<D>)));
+    const __m256 half = _mm256_set1_ps(0.5f * *sum);  // eight lanes for the run, not four
+    const __m256 net = _mm256_fnmadd_ps(zero, half, _mm256_cvtepi32_ps(whole));
+    return _mm256_mul_ps(net, _mm256_mul_ps(mine, _mm256_set1_ps(*scale)));
   }
-  return total - base;
+}
+#endif
+
+// Lanes that add up to q . k of a head in q4, whose scales and then zeros lie at `scales`.
+template <int D>
+static inline vf dot_q4(const char* codes, const char* scales, const Rounded<D>& q) {
+#if defined(__AVX2__)
+  const __m256 both = scales_and_zeros<D>(scales);
+  constexpr int four = runs_at_once(4) == 4 ? RUNS<D> / 4 * 4 : 0, two = (RUNS<D> - four) / 2 * 2;
+  __m256 total = _mm256_setzero_ps();
+  for (int r = four; r < four + two; r += 2)
+    total = _mm256_add_ps(total, dot_runs<D, 2>(codes, both, q, r));
+  if constexpr (four + two < RUNS<D>)
+    total = _mm256_add_ps(total, dot_runs<D, 1>(codes, both, q, four + two));
+#if defined(__AVX512BW__)
+  vf sums = (vf)_mm512_castps256_ps512(total);
+  if constexpr (four + two < RUNS<D> || two) sums = (vf)_mm512_zextps256_ps512(total);
+  if constexpr (four) {
+    static_assert(four == 4);
+    const __m512i all = _mm512_loadu_si512(codes), low = _mm512_set1_epi8(15);
+    const __m512i first = _mm512_and_si512(all, low);
+    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(all, 4), low);
+#if defined(__AVX512VNNI__)
+    const __m512i whole = _mm512_dpbusd_epi32(
+        _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_load_si512(q.codes)), second,
+        _mm512_load_si512(q.codes + 64));
+#else
+    const __m512i whole = _mm512_madd_epi16(
+        _mm512_add_epi16(_mm512_maddubs_epi16(first, _mm512_load_si512(q.codes)),
+                         _mm512_maddubs_epi16(second, _mm512_load_si512(q.codes + 64))),
+        _mm512_set1_epi16(1));
+#endif
+    const __m512i at = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512 wide = _mm512_castps256_ps512(both);
+    const __m512 mine = _mm512_permutexvar_ps(at, wide);
+    const __m512 zero = _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(4)), wide);
+    const __m512 net =
+        _mm512_fnmadd_ps(zero, _mm512_load_ps(q.lane_sum), _mm512_cvtepi32_ps(whole));
+    const __m512 product = _mm512_mul_ps(net, _mm512_mul_ps(mine, _mm512_load_ps(q.lane_scale)));
+    sums = two || four + two < RUNS<D> ? sums + (vf)product : (vf)product;
+  }
+  return sums;
+#else
+  return (vf)total;
+#endif
+#else
+  vf sums = {};
+  for (int r = 0, many = 0; r < RUNS<D>; r += many) {
+    many = runs_at_once(RUNS<D> - r);
+    for (int run = r; run < r + many; ++run) {
+      uint8_t mine[RUN];
+      codes_of<4>(codes + 16 * run, mine);
+      int32_t whole = 0;
+      for (int i = 0; i < RUN; ++i) {
+        const int at = r * RUN + i / 16 * 16 * many + (run - r) * 16 + i % 16;
+        whole += int32_t(mine[i]) * q.codes[at];
+      }
+      const float zero = half_at(scales, RUNS<D> + run);
+      sums[0] += half_at(scales, run) * (q.scale[run] * whole - zero * q.sum[run]);
+    }
+  }
+  return sums;
 #endif
 }
 
@@ -234,20 +340,34 @@ static inline vf codes_as_floats(const char* p, int first, std::integral_constan
 template <int bits, int D>
 static void weigh_runs(const Tokens& tokens, int64_t codes, int64_t scales, const float* weight,
                        float keep, float* acc) {
-  vf x[D / W];
-  float base[RUNS<D>] = {};
-  for (int i = 0; i < D / W; ++i) x[i] = load(acc + i * W) * keep;
+  float scaled[BLOCK][8], base[8] = {};  // weight * scale of each run, and that * zero summed up
   for (int t = 0; t < tokens.n; ++t) {
-    const char *mine = tokens.v[t] + codes, *beside = tokens.v[t] + scales;
+    const char* beside = tokens.v[t] + scales;
+#if defined(__AVX2__)
+    const __m256 both = scales_and_zeros<D>(beside), mine = both * weight[t];
+    const __m256i at = _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0),
+                                        _mm256_set1_epi32(RUNS<D>));
+    _mm256_storeu_ps(scaled[t], mine);  // of runs first
+    const __m256 zeros = _mm256_permutevar8x32_ps(both, at);
+    _mm256_storeu_ps(base, _mm256_fmadd_ps(mine, zeros, _mm256_loadu_ps(base)));
+#else
     for (int r = 0; r < RUNS<D>; ++r) {
-      const float scale = weight[t] * half_at(beside, r);
-      base[r] += scale * half_at(beside, RUNS<D> + r);
+      scaled[t][r] = weight[t] * half_at(beside, r);
+      base[r] += scaled[t][r] * half_at(beside, RUNS<D> + r);
+    }
+#endif
+  }
+  vf x[D / W];
+  for (int i = 0; i < D / W; ++i) x[i] = load(acc + i * W) * keep - base[i * W / RUN];
+  for (int t = 0; t < tokens.n; ++t) {
+    const char* mine = tokens.v[t] + codes;
+    for (int r = 0; r < RUNS<D>; ++r)
       for (int i = 0; i < RUN && r * RUN + i < D; i += W)
         x[(r * RUN + i) / W] +=
-            codes_as_floats(mine + 4 * bits * r, i, std::integral_constant<int, bits>()) * scale;
-    }
+            codes_as_floats(mine + 4 * bits * r, i, std::integral_constant<int, bits>()) *
+            scaled[t][r];
   }
-  for (int i = 0; i < D / W; ++i) store(acc + i * W, x[i] - base[i * W / RUN]);
+  for (int i = 0; i < D / W; ++i) store(acc + i * W, x[i]);
 }
 
 // The same of values in q8.

@@ -191,7 +191,10 @@ static void score(const Tier& tier, const Part& part, const Rows& rows, const To
   auto by_four = [&](int t, auto dot) {
     for (int first = 0; first < rows.heads; first += 4) {
       vf dots[4];
-      for (int j = 0; j < 4; ++j) dots[j] = dot(first + j < rows.heads ? first + j : rows.heads - 1);
+      for (int j = 0; j < 4; ++j) {
+        const int head = first + j < rows.heads ? first + j : rows.heads - 1;
+        dots[j] = dot(head);
+      }
       float four[4];
       four_sums(dots[0], dots[1], dots[2], dots[3], four);
       for (int j = 0; j < 4 && first + j < rows.heads; ++j)
@@ -205,9 +208,7 @@ static void score(const Tier& tier, const Part& part, const Rows& rows, const To
         return dot_q8<D>(k + rows.k[h], q.few[h]) * half_at(k + rows.k_scale[h], 0);
       });
     } else if (tier.key.format == DType::q4) {
-      by_four(t, [&](int h) {
-        return dot_q4<D>(k + rows.k[h], k + rows.k_scale[h], q.few[h]);
-      });
+      by_four(t, [&](int h) { return dot_q4<D>(k + rows.k[h], k + rows.k_scale[h], q.few[h]); });
     } else {
       const char* first = k - tokens.slot[t] % PAGE * tier.key.block;
       q.take_page(first + PAGE * int64_t(tier.key.block), rows, part.kv_head,
@@ -329,6 +330,16 @@ static void absorb(const AttentionArgs& a, const Part& part, const Rows& rows, c
   }
 }
 
+// Read every token's bytes once, in order: what is then in the cache has come as a stream, several
+// times faster than codes and scales of one head after the other would, which wait for the few
+// buffers of the first cache, as prefetches do.
+static inline void touch(const char* const* tokens, int n, int32_t bytes) {
+  char some = 0;
+  for (int t = 0; t < n; ++t)
+    for (int32_t at = 0; at < bytes; at += 64) some ^= tokens[t][at];
+  __asm__ volatile("" : : "r"(some));
+}
+
 // Score a block of tokens, scaled, and keep that where it is wanted: in a.logits, in `more`.
 template <class T, int D>
 static void score_scaled(const AttentionArgs& a, const Part& part, const Rows& rows,
@@ -336,6 +347,7 @@ static void score_scaled(const AttentionArgs& a, const Part& part, const Rows& r
                          float* more) {
   const Tier& tier = a.tiers[part.tier];
   const int64_t first = int64_t(part.row) * a.heads + part.kv_head * rows.group;
+  if (tier.paged) touch(tokens.k, tokens.n, tier.key.block);
   score<T, D>(tier, part, rows, tokens, q, logits);
   for (int h = 0; h < rows.heads; ++h) {
     float* mine = logits + h * BLOCK;
@@ -352,6 +364,7 @@ template <class T, int D>
 static void attend_part(const AttentionArgs& a, const Part& part, Queries<T, D>& q, float* logits,
                         Running<D>* run, Beside<D>* beside) {
   const Rows rows(a, part, sizeof(T));
+  const Tier& tier = a.tiers[part.tier];
   Tokens tokens[2];  // these and the next
   const int first = block_at(part.begin, part.end);
   if (!read_tokens<T>(a, part, part.begin, first, nullptr, tokens)) return;
@@ -359,6 +372,7 @@ static void attend_part(const AttentionArgs& a, const Part& part, Queries<T, D>&
     const int left = block_at(begin + BLOCK, part.end);
     if (!read_tokens<T>(a, part, begin + BLOCK, left, nullptr, tokens + 1 - now)) return;
     score_scaled<T, D>(a, part, rows, tokens[now], begin, q, logits, nullptr);
+    if (tier.paged) touch(tokens[now].v, tokens[now].n, tier.value.block);
     absorb<T, D>(a, part, rows, tokens[now], logits, run, beside, tokens + 1 - now);
   }
 }

@@ -23,7 +23,8 @@ struct Tokens {
   const char *k[BLOCK], *v[BLOCK];
 };
 
-// Runs whose halves are multiplied at once beside q4: as many as a vector holds the first halves of.
+// Runs whose halves are multiplied at once beside q4: as many as a vector holds the first halves
+// of.
 constexpr int runs_at_once(int left) {
 #if defined(__AVX512BW__)
   if (left >= 4) return 4;
@@ -167,12 +168,12 @@ static inline __m256 dot_runs(const char* codes, __m256 both, const Rounded<D>& 
         _mm256_add_epi16(_mm256_maddubs_epi16(first, x), _mm256_maddubs_epi16(second, y)),
         _mm256_set1_epi16(1));
 #endif
-    const __m256i at = _mm256_add_epi32(_mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), _mm256_set1_epi32(r));
+    const __m256i at =
+        _mm256_add_epi32(_mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), _mm256_set1_epi32(r));
     const __m256 mine = _mm256_permutevar8x32_ps(both, at);
     const __m256 zero =
         _mm256_permutevar8x32_ps(both, _mm256_add_epi32(at, _mm256_set1_epi32(RUNS<D>)));
-    const __m256 net =
-        _mm256_fnmadd_ps(zero, _mm256_loadu_ps(sum), _mm256_cvtepi32_ps(whole));
+    const __m256 net = _mm256_fnmadd_ps(zero, _mm256_loadu_ps(sum), _mm256_cvtepi32_ps(whole));
     return _mm256_mul_ps(net, _mm256_mul_ps(mine, _mm256_loadu_ps(scale)));
   } else {
     const __m256i whole = dot_run(codes_of_4(codes + 16 * r), query);
@@ -345,8 +346,8 @@ static void weigh_runs(const Tokens& tokens, int64_t codes, int64_t scales, cons
     const char* beside = tokens.v[t] + scales;
 #if defined(__AVX2__)
     const __m256 both = scales_and_zeros<D>(beside), mine = both * weight[t];
-    const __m256i at = _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0),
-                                        _mm256_set1_epi32(RUNS<D>));
+    const __m256i at =
+        _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(RUNS<D>));
     _mm256_storeu_ps(scaled[t], mine);  // of runs first
     const __m256 zeros = _mm256_permutevar8x32_ps(both, at);
     _mm256_storeu_ps(base, _mm256_fmadd_ps(mine, zeros, _mm256_loadu_ps(base)));

@@ -125,10 +125,11 @@ def main() -> None:
     assert all(tokens >= PAGE for tokens in args.tokens)
     rows, began = [], time.perf_counter()
     peak = read_bandwidth("cpu", args.quick)
-    for tokens in args.tokens:
+    for tokens in common.progress(args.tokens, "lengths"):
         rows += measure(tokens, 20 if args.quick else 200, peak)
     settings = {
         "threads": args.threads,
+        "seed": 0,
         "read bandwidth GB/s": round(peak, 1),
         "seconds": round(time.perf_counter() - began),
     }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .policies.full import Full
     from .policies.h2o import H2o
     from .policies.random import Random
+    from .policies.sift import Sift
     from .policies.snapkv import SnapKv
     from .policies.streaming import Streaming
     from .result import Result, Timings
@@ -47,6 +48,7 @@ _HOMES = {
     "OptionError": ".errors",
     "Random": ".policies.random",
     "Result": ".result",
+    "Sift": ".policies.sift",
     "SnapKv": ".policies.snapkv",
     "Streaming": ".policies.streaming",
     "Timings": ".result",
@@ -65,6 +67,7 @@ __all__ = [
     "OptionError",
     "Random",
     "Result",
+    "Sift",
     "SnapKv",
     "Streaming",
     "Timings",

@@ -219,9 +219,9 @@ def test_a_report_counts_bytes_by_format(engine_of: Callable[..., Engine]) -> No
     engine = engine_of(SHAPE)
     result = engine.with_cache("sift:format=k4v4,skip=0.2").generate(**request(0))  # type: ignore[arg-type]
     cache, config = result.cache, engine.model.decoder.config
-    page = 32 * 2 * (2 * (config.head_dim // 2 + 4) + 8)  # 40 bytes, in blocks of 48
-    assert config.head_dim == 16
-    assert cache.formats == {"fp32": 0, "k4v4": 3 * 2 * page // 1 * 1} or cache.formats["k4v4"] > 0
+    token = 2 * 48  # keys and values of 2 heads: 16 bytes of codes and 4 of scales, in steps of 16
+    assert (config.kv_heads, config.head_dim) == (2, 16)
+    assert cache.formats == {"fp32": 0, "k4v4": 3 * 64 * token}
     assert cache.stored.mean == 64
     assert cache.stored_share == 1.0
     assert 0 < cache.values_read < 1

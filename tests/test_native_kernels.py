@@ -17,7 +17,8 @@ UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16", "vnni")] + ["-mfma", "-mf16c"],
+    "avx512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16", "vnni")]
+    + ["-mfma", "-mf16c"],
 }
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

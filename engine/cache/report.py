@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .picture_bytes import picture_bytes
 from .pool import Pool
-from .reading import reading
 from .row import Row, Stored
 
 
@@ -83,7 +83,7 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
     tokens = [stored.tokens for stored in row.layers]
     each = zip(row.layers, pools, strict=True)
     seen, steps, token_bytes = row.seen, row.attended_share, pools[0].slot_bytes
-    read = reading(row, pools)
+    pictures = picture_bytes(row, pools)
     return CacheReport(
         policy=row.policy.spec,
         image_tokens=total,
@@ -96,11 +96,11 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
         bytes_used=sum(stored.nbytes(pool, stored.layout.columns) for stored, pool in each),
         bytes_allocated=allocated_bytes(pools),
         bytes_full=len(tokens) * seen * token_bytes,
-        formats=read.stored,
-        image_stored_share=read.share(sum(read.stored.values()), total),
-        image_read_share=read.share(read.step_bytes, total),
-        left_out=read.left_out,
-        values_read=read.values_read,
+        formats=pictures.stored,
+        image_stored_share=pictures.share(sum(pictures.stored.values()), total),
+        image_read_share=pictures.share(pictures.step_bytes, total),
+        left_out=pictures.left_out,
+        values_read=pictures.values_read,
     )
 
 

@@ -11,7 +11,7 @@ from .row import Row, Stored
 
 
 @dataclass(frozen=True)
-class ReadingOfPictures:
+class PictureBytes:
     """Bytes of image tokens, all layers together.
 
     Attributes:
@@ -43,7 +43,7 @@ class _Held:
     value: int
 
 
-def reading(row: Row, pools: Sequence[Pool]) -> ReadingOfPictures:
+def picture_bytes(row: Row, pools: Sequence[Pool]) -> PictureBytes:
     """Count what ``row`` (settled) holds and has read."""
     held = [list(_of_layer(*both)) for both in zip(pools, row.layers, strict=True)]
     everything = [each for layer in held for each in layer]
@@ -58,7 +58,7 @@ def reading(row: Row, pools: Sequence[Pool]) -> ReadingOfPictures:
         sifted = values_read if each.format in pools[0].paged else 1.0
         rows = full_steps * each.tokens + core_steps * each.core
         total += rows * (each.key + sifted * each.value)
-    return ReadingOfPictures(
+    return PictureBytes(
         stored=stored,
         step_bytes=total / steps if steps else sum(stored.values()),
         left_out=left_out,

@@ -128,7 +128,7 @@ def short(spec: str) -> str:
     default = type(policy)()
     given = {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
     changed = [
-        f"{key}={'none' if value is None else f'{value:g}'}"
+        f"{key}={value if isinstance(value, str) else 'none' if value is None else f'{value:g}'}"
         for key, value in given.items()
         if value != getattr(default, key)
     ]
@@ -142,6 +142,15 @@ QUALITY_COLUMNS += ("first difference", "KL", "by line", "stored %", "used %", "
 def quality(record: Record) -> list[Row]:
     """The columns that compare policies."""
     return [{key: row.get(key) for key in QUALITY_COLUMNS} for row in as_they_are(record)]
+
+
+def formats(record: Record) -> list[Row]:
+    """The columns that compare formats of the cache."""
+    columns = (*QUALITY_COLUMNS[:6], "KL", *FORMAT_COLUMNS)
+    return [{key: row.get(key) for key in columns} for row in as_they_are(record)]
+
+
+FORMAT_COLUMNS = ("picture stored %", "picture read %", "left out %", "values read %")
 
 
 def split(record: Record) -> list[Row]:
@@ -329,6 +338,14 @@ SECTIONS = (
         "python -m bench.quality --sweep secondary",
         quality,
         drawn=True,
+    ),
+    Section(
+        "Formats of the cache",
+        "Pictures in few bits, alone, with values left unread and with A-VL's core list; bytes "
+        "stored and read are those of the picture beside 16 bits.",
+        ("quality-formats",),
+        "python -m bench.quality --group formats",
+        formats,
     ),
     Section(
         "Bytes of the cache",

@@ -126,10 +126,11 @@ def main() -> None:
     rows, began = [], time.perf_counter()
     peak = read_bandwidth("cpu", args.quick)
     for tokens in common.progress(args.tokens, "lengths"):
-        rows += measure(tokens, 20 if args.quick else 200, peak)
+        rows += measure(tokens, 20 if args.quick else 80, peak)
     settings = {
         "threads": args.threads,
         "seed": 0,
+        "dtype": "bf16",
         "read bandwidth GB/s": round(peak, 1),
         "seconds": round(time.perf_counter() - began),
     }

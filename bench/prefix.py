@@ -110,7 +110,8 @@ def main() -> None:
         exact = lost if exact is None else exact
         rows.append(line(spec, lost, reports, exact))
         print(rows[-1], flush=True)
-    settings = {"texts": len(texts), "picture": args.picture, "answer": args.answer, "seed": 0}
+    settings = {"texts": len(texts), "picture": args.picture, "answer": args.answer}
+    settings |= {"seed": 0, "dtype": "fp32"}
     path = common.write_report(args.name, settings, rows, NOTES, args.out)
     print(path.with_suffix(".md").read_text())
 

@@ -348,6 +348,21 @@ SECTIONS = (
         formats,
     ),
     Section(
+        "Formats on a trained decoder, and over two turns",
+        "The beginning of a text stands for a picture (SmolLM2-135M); a second question about the "
+        "same page (embedded model).",
+        ("prefix", "turns"),
+        "python -m bench.prefix",
+        as_they_are,
+    ),
+    Section(
+        "Attention in formats",
+        "One layer over a list of all tokens, 32 heads of 128.",
+        ("formats", "formats-1", "formats-avx2", "formats-1-avx2"),
+        "python -m bench.formats",
+        as_they_are,
+    ),
+    Section(
         "Bytes of the cache",
         "The paper's table 3 beside what this cache counts, and peaks and steps of a small model.",
         ("memory",),

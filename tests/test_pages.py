@@ -233,6 +233,13 @@ def test_tiers_of_several_formats_beside_plain_ones(backend: str, dtype: torch.d
                 torch.testing.assert_close(got.out[row, head].double(), want, rtol=0.05, atol=0.05)
 
 
+def test_pages_of_several_tiers_by_channel_are_told_apart(backend: str) -> None:
+    """Each pool's page of a number has scales of its own."""
+    parts = [drawn(name, tokens=32) for name in ("k2v4", "k2v2")]
+    q = torch.randn(2, 2, 64)
+    assert_near(q, attend(backend, q, [part.tier for part in parts]), parts)
+
+
 def test_the_kernels_are_the_definition() -> None:
     """To rounding of sums, in every instruction set, by channel too."""
     if not HAVE_NATIVE:
@@ -258,6 +265,8 @@ def test_wrong_pages_are_named() -> None:
     with pytest.raises(ValueError, match="slot"):
         tiered_attention_torch(q, [Tier(part.k, part.v, bad, part.count, part.pages)])
     if HAVE_NATIVE:
+        with pytest.raises(ValueError, match="two sides of the same pages"):
+            attend("", q, [Tier(part.k.clone(), part.v, part.slots, part.count, part.pages)])
         with pytest.raises(ValueError, match="out of range"):
             attend("", q, [Tier(part.k, part.v, bad, part.count, part.pages)])
 

@@ -164,16 +164,16 @@ struct Queries {
   Rounded<D>* few;   // as keys in few bits do
   float* base;       // by channel: of every head
   DType rounded = DType::f32;
-  int64_t page = -1;  // whose scales `few` and `base` are multiplied with
+  const char* page = nullptr;  // the scales that `few` and `base` are multiplied with
 
   void take(DType format, int heads) {
     if (format == rounded) return;
     rounded = format;
     for (int h = 0; h < heads; ++h) take_rounded<T, D>(from + h * stride, format, few + h);
   }
-  void take_page(const char* channels, const Rows& rows, int first, int64_t number) {
-    if (number == page && rounded == DType::q2) return;
-    rounded = DType::q2, page = number;
+  void take_page(const char* channels, const Rows& rows, int first) {
+    if (channels == page && rounded == DType::q2) return;
+    rounded = DType::q2, page = channels;
     for (int h = 0; h < rows.heads; ++h) {
       const int64_t head = (first + h / rows.group) * int64_t(4 * RUNS<D> * RUN);
       base[h] = by_channel<T, D>(from + h * stride, channels + head, few + h);
@@ -211,8 +211,7 @@ static void score(const Tier& tier, const Part& part, const Rows& rows, const To
       by_four(t, [&](int h) { return dot_q4<D>(k + rows.k[h], k + rows.k_scale[h], q.few[h]); });
     } else {
       const char* first = k - tokens.slot[t] % PAGE * tier.key.block;
-      q.take_page(first + PAGE * int64_t(tier.key.block), rows, part.kv_head,
-                  tokens.slot[t] / PAGE);
+      q.take_page(first + PAGE * int64_t(tier.key.block), rows, part.kv_head);
       for (int h = 0; h < rows.heads; ++h)
         logits[h * BLOCK + t] = dot_q2<D>(k + rows.k[h], q.few[h], q.base[h]);
     }

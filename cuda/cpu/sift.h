@@ -7,7 +7,7 @@ static inline bool sifted(const AttentionArgs& a, int tier, int row) {
   return most && most[row] > 0;
 }
 
-// Behind the logits of a head in a.sieve come the weights, relative to the heaviest.
+// The logits of a head.
 static inline float* sieve_of(const AttentionArgs& a, int row, int head, int tier) {
   return a.sieve + (int64_t(row) * a.heads + head) * a.width + a.tiers[tier].at;
 }

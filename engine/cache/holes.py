@@ -17,10 +17,6 @@ class Holes:
     def __init__(self, size: int = 0) -> None:
         self.free: list[tuple[int, int]] = [(0, size)] if size else []
 
-    def has(self, size: int) -> bool:
-        """Whether ``take`` finds ``size``."""
-        return any(end - start >= size for start, end in self.free)
-
     def take(self, size: int, *, last: bool = False) -> int | None:
         """Where ``size`` begin that are taken now, of the first hole or at the end of the last that
         is large enough; None without one.

@@ -198,22 +198,21 @@ def fused_kernels(kind: str, isa: str = "") -> Any:
 
 def usable(q: Tensor, pool: Tensor) -> bool:
     """Whether a native attention kernel exists for these tensors' device, dtype and sizes."""
+    return _usable(q, pool.dtype, pool.shape[1], pool.shape[-1])
+
+
+def _usable(q: Tensor, dtype: torch.dtype, kv_heads: int, head_dim: int) -> bool:
     if not loaded(q.device.type) or (q.requires_grad and torch.is_grad_enabled()):
         return False
-    return pool.dtype in codes() and pool.shape[-1] in _HEAD_DIMS and _shared(q, pool.shape[1])
-
-
-def _shared(q: Tensor, kv_heads: int) -> bool:
-    """Whether kernels can let as many query heads share a KV head."""
-    return q.shape[1] // max(1, kv_heads) <= _MAX_GROUP
+    group = q.shape[1] // max(1, kv_heads)
+    return dtype in codes() and head_dim in _HEAD_DIMS and group <= _MAX_GROUP
 
 
 def serves(q: Tensor, tier: Tier) -> bool:
     """Whether a native attention kernel exists for a tier."""
     if tier.pages is None:
         return usable(q, tier.pool)
-    head = q[:, :1]  # of pages only numbers of heads matter: those of few bits suit any dtype
-    return q.device.type == "cpu" and usable(head, head) and _shared(q, tier.heads[0])
+    return q.device.type == "cpu" and _usable(q, q.dtype, *tier.heads)
 
 
 class AttentionPlan:
@@ -403,6 +402,8 @@ def _check_sifting(sifting: Sifting, lead: Tensor, kv_heads: int, head_dim: int)
         t: Tensor = getattr(sifting, label)
         if t.dtype != torch.float32 or t.shape != shape or t.device != lead.device:
             raise ValueError(f"{label} must be float32 {list(shape)}, got {describe(t)}")
+        if not (t if t.ndim == 1 else t[:1]).is_contiguous():
+            raise ValueError(f"{label} must be contiguous for each row")
 
 
 def _check_kernel(lead: Tensor, tiers: Sequence[Tier]) -> None:
@@ -416,6 +417,8 @@ def _check_kernel(lead: Tensor, tiers: Sequence[Tier]) -> None:
             if lead.is_cuda and (tier.pages or tier.sifting):
                 raise ValueError("no native kernel for pages on a GPU")
             _check_strides(k=tier.k, v=tier.v, slots=tier.slots)
+            if tier.pages and len({t.stride(0) for t in (tier.k, tier.v) if t is not None}) > 1:
+                raise ValueError("k and v must be the two sides of the same pages")
 
 
 def _check_lists(label: str, lists: Tensor | None, ndim: int, rows: int, kv_heads: int) -> None:

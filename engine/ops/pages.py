@@ -6,9 +6,8 @@ their scales. Keys and values have formats of their own (``ops.formats``): ``k4v
 q4 and values in q2; 16 stands for the plain numbers of the model.
 
 Of keys in q2 the numbers of a channel share a scale and a zero over the tokens of a page, which lie
-behind the blocks: per token, two bits do not tell keys apart (KIVI, arXiv 2402.02750, and our own
-trial: perplexity +47 against +6.8 %). All other scales are a token's and head's own: one of q8, one
-and a zero for every 32 numbers of q4 and q2.
+behind the blocks: per token, two bits do not tell keys apart (KIVI, arXiv 2402.02750). All other
+scales are a token's and head's own: one of q8, one and a zero for every 32 numbers of q4 and q2.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..errors import OptionError
 from .cut import best, most_of_pictures, without_the_least
 from .policy import Budget, Policy, check_bits, check_count, check_layer, check_share
 from .select import heavy_and_recent
@@ -69,6 +70,11 @@ class Avl(Policy):
         check_bits(self, "format", PLAIN)
         check_bits(self, "minor", FREED)
         check_share(self, "skip")
+        if self.skip and self.format == PLAIN and self.minor == FREED:
+            raise OptionError(
+                f"cache policy avl: skip is {self.skip}, and nothing is in a format",
+                hint="give format= or minor= too, or leave out skip",
+            )
         for key in ("secondary", "prefill", "text", "heavy"):
             check_share(self, key)
         if self.core is not None:

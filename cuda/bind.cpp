@@ -68,7 +68,6 @@ class AttentionPlan {
       a_.splits = op == "attention" ? cpu_splits(a_) : 1;
       partials_.resize(size_t(a_.rows) * a_.heads * a_.splits * (a_.head_dim + 2));
       a_.partials = partials_.data();
-      make_sieve();
     }
   }
 
@@ -145,15 +144,21 @@ class AttentionPlan {
     require(!t.sifting.most || op_ == "attention", op_ + " does not sift");
   }
 
-  // Where sifted tiers need it, memory for their logits and choices.
-  void make_sieve() {
+  // Where a tier is sifted, memory for its logits and choices. A thread has it once, not every
+  // plan: what one call leaves there no other reads.
+  void lend_sieve() {
     bool sifts = false;
     for (const Tier& t : a_.tiers) sifts |= t.sifting.most != nullptr;
     if (!sifts) return;
-    sieve_.resize(size_t(a_.rows) * a_.heads * a_.width);
-    chosen_.resize(size_t(a_.rows) * a_.kv_heads * a_.width);
-    rest_.resize(size_t(a_.rows) * a_.heads * (MAX_TIERS + 1) * 2);
-    a_.sieve = sieve_.data(), a_.chosen = chosen_.data(), a_.rest = rest_.data();
+    thread_local std::vector<float> sieve, rest;
+    thread_local std::vector<int32_t> chosen;
+    auto at_least = [](auto& buffer, size_t size) {
+      if (buffer.size() < size) buffer.resize(size);
+      return buffer.data();
+    };
+    a_.sieve = at_least(sieve, size_t(a_.rows) * a_.heads * a_.width);
+    a_.chosen = at_least(chosen, size_t(a_.rows) * a_.kv_heads * a_.width);
+    a_.rest = at_least(rest, size_t(a_.rows) * a_.heads * (MAX_TIERS + 1) * 2);
   }
 
   static void read_strides(const py::dict& f,
@@ -195,6 +200,7 @@ class AttentionPlan {
 
   int run_cpu() {
     error_ = 0;
+    lend_sieve();
     const int status = op_ == "attention" ? table_.attention(a_)
                        : op_ == "qk"      ? table_.qk(a_)
                                           : table_.pv(a_);
@@ -218,8 +224,7 @@ class AttentionPlan {
   bool cuda_;
   const CpuKernels& table_;
   int32_t error_ = 0;
-  std::vector<float> partials_, sieve_, rest_;
-  std::vector<int32_t> chosen_;
+  std::vector<float> partials_;
 };
 
 // Scratch begins at a line of the cache: a vector that straddles two takes twice as long to load.

@@ -1,6 +1,12 @@
 // Sifting a tier: all its keys are scanned, then every head chooses the values that it reads, and
-// only those are read. Part of attention.h. A row's choice is made over its whole list, so that it
-// depends neither on threads nor on who shares the step.
+// only those are read. A row's choice is made over its whole list, so that it depends neither on
+// threads nor on who shares the step.
+#pragma once
+
+#include "walk.h"
+
+namespace avl {
+namespace AVL_ISA {
 
 static inline bool sifted(const AttentionArgs& a, int tier, int row) {
   const float* most = a.tiers[tier].sifting.most;
@@ -162,3 +168,6 @@ static void account(const AttentionArgs& a, int row, int kv_head) {
     spent[1] += rest_of(a, row, kv_head * group, tier)[0];
   }
 }
+
+}  // namespace AVL_ISA
+}  // namespace avl

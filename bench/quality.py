@@ -3,6 +3,7 @@
     python -m bench.quality                          the main table
     python -m bench.quality --cache avl --cache h2o  these beside the full cache
     python -m bench.quality --group formats          formats of the cache
+    python -m bench.quality --group bytes            other methods at equal bytes
     python -m bench.quality --sweep core             what a figure of bench.figures draws
 
 Every policy answers the same held-out pictures, greedily. Beside the score of the answers it is
@@ -70,6 +71,7 @@ POLICIES = (
 # Nothing freed, fewer bits: alone, with values left unread, and with A-VL's core list.
 _MIX = "avl:secondary=0.3,prefill=1,text=1,format=k8v4,minor=k4v2"
 _FORMS = ("k8v8", "k4v4", "k4v2")
+_SHARES = (0.1, 0.2, 0.3, 0.45)
 GROUPS = {
     "main": POLICIES,
     "formats": (
@@ -84,6 +86,23 @@ GROUPS = {
         f"{_MIX},core=0.3",
         "avl:secondary=0.45,core=0.3,prefill=1,text=1,format=k8v4,minor=k4v2",
         "avl:secondary=0.9,core=0.6,prefill=1,text=1",
+    ),
+    # The others where they store as many bytes. FastV's first layers keep everything: 10 % of the
+    # embedded model's eight are out of its reach, 20 % are reached by cutting before the second.
+    "bytes": (
+        "full",
+        "zipvl:tau=0.96",
+        "zipvl:tau=0.975",
+        "zipvl:tau=0.975,sparse=0",
+        "zipvl:tau=0.96,format=plain,minor=freed",
+        "zipvl:tau=0.975,format=plain,minor=freed",
+        *(f"avl:secondary={share},core=none,prefill=1,text=1" for share in _SHARES),
+        *(f"h2o:heavy={share / 4:g},recent={3 * share / 4:g}" for share in _SHARES),
+        *(f"snapkv:keep={share}" for share in _SHARES),
+        "fastv:layer=1,drop=0.9143",
+        "fastv:layer=2,drop=0.9333",
+        "fastv:layer=2,drop=0.7333",
+        *(f"random:keep={share}" for share in _SHARES),
     ),
 }
 LIMIT = 192  # tokens; the longest true answer has about 150

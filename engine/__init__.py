@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .policies.sift import Sift
     from .policies.snapkv import SnapKv
     from .policies.streaming import Streaming
+    from .policies.zipvl import ZipVl
     from .result import Result, Timings
 
 # torch says so wherever numpy, which nothing here needs, is not installed.
@@ -52,6 +53,7 @@ _HOMES = {
     "SnapKv": ".policies.snapkv",
     "Streaming": ".policies.streaming",
     "Timings": ".result",
+    "ZipVl": ".policies.zipvl",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "SnapKv",
     "Streaming",
     "Timings",
+    "ZipVl",
 ]
 
 

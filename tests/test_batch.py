@@ -42,6 +42,8 @@ POLICIES = (
     "fastv:layer=1",
     "streaming",
     "snapkv:window=4",
+    "zipvl:tau=0.8,every=4",
+    "zipvl:tau=0.8,every=4,format=plain,minor=freed",
     "random",
 )
 

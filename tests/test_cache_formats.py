@@ -125,6 +125,7 @@ TOGETHER = (
     AVL,
     "avl:secondary=0.5,core=none,minor=k4v4,skip=0.2,prefill=1",
     "sift:format=k4v4,skip=0.3",
+    "zipvl:tau=0.8,every=4",
     "h2o",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -23,8 +23,10 @@ from engine.policies.h2o import H2o
 from engine.policies.layout import Layout
 from engine.policies.random import Random
 from engine.policies.select import heavy_and_recent, top
+from engine.policies.sift import Sift
 from engine.policies.snapkv import SnapKv
 from engine.policies.streaming import Streaming
+from engine.policies.zipvl import ZipVl
 from tests.cache_run import attended
 from tests.selection import lightest
 
@@ -102,6 +104,29 @@ def avl_policies(draw):
     )
 
 
+formats = st.sampled_from(["k16v16", "k8v8", "k8v4", "k4v4", "k4v2", "k2v2"])
+
+
+@st.composite
+def avl_in_formats(draw):
+    form, minor = draw(st.tuples(formats | st.just("plain"), formats | st.just("freed")))
+    skip = draw(shares) if (form, minor) != ("plain", "freed") else 0.0
+    return replace(draw(avl_policies()), format=form, minor=minor, skip=skip)
+
+
+def zipvl_policies():
+    return st.builds(
+        ZipVl,
+        tau=shares,
+        format=formats | st.just("plain"),
+        minor=formats | st.just("freed"),
+        recent=st.integers(1, 9),
+        random=st.integers(0, 9),
+        sparse=st.integers(0, 1),
+        every=st.integers(0, 5),
+    )
+
+
 @st.composite
 def h2o_policies(draw):
     heavy = draw(shares)
@@ -111,6 +136,9 @@ def h2o_policies(draw):
 policies = st.one_of(
     st.just(Full()),
     avl_policies(),
+    avl_in_formats(),
+    st.builds(Sift, format=formats, skip=shares),
+    zipvl_policies(),
     h2o_policies(),
     st.builds(FastV, layer=st.integers(1, LAYERS), drop=shares),
     st.builds(Streaming, sink=st.integers(0, 6), recent=shares),
@@ -198,7 +226,7 @@ def check_settled(row, pools, policy):
     for stored in row.layers:
         layout = stored.layout
         assert layout.columns <= stored.extent.size
-        for head in layout.positions.tolist():
+        for head in stored.whole_layout().positions.tolist():
             assert len(set(head)) == len(head)
             assert all(0 <= p < row.seen for p in head)
         if stored.core is not None:
@@ -208,8 +236,11 @@ def check_settled(row, pools, policy):
     counted = report(row, pools)
     token = 2 * KV * DIM * 4
     used = sum(stored.layout.columns for stored in row.layers) * token
+    for pool, stored in zip(pools, row.layers, strict=True):
+        used += sum(p.tokens * pool.of(p.format).layout.nbytes // 32 for p in stored.parts)
     assert counted.bytes_used == used <= counted.bytes_allocated
-    assert counted.bytes_allocated == sum(len(p.k) for p in pools) * token
+    pages = sum(paged.data.nbytes for pool in pools for paged in pool.paged.values())
+    assert counted.bytes_allocated == sum(len(p.k) for p in pools) * token + pages
     assert counted.bytes_full == LAYERS * row.seen * token
 
 
@@ -263,7 +294,8 @@ def test_evicting_much_leaves_positions_equal_to_tokens_seen():
 
 def test_exactly_the_promised_number_of_tokens_can_be_decoded():
     """``new_tokens`` steps fit, whatever the policy; nothing is ever written beyond an extent."""
-    for policy in (Full(), Avl(text=0.9, floor=2), Avl(floor=99), H2o(), Streaming(), SnapKv()):
+    freeing = (Avl(text=0.9, floor=2), Avl(floor=99), H2o(), Streaming(), SnapKv())
+    for policy in (Full(), *freeing, Sift(), ZipVl(every=4), ZipVl(every=3, minor="freed")):
         pools, prompt = make_pools(), Prompt(30, [(2, 20)], 0, 1)
         layout = Layout.of_tokens(30, prompt.spans, CPU)
         step = Prefill(pools, policy, layout, 9)
@@ -320,6 +352,11 @@ def same_row(row, expected):
     assert row.attended_share == pytest.approx(expected.attended_share)
     for mine, theirs in zip(row.layers, expected.layers, strict=True):
         ours, other = (x.layout.positions.expand(KV, -1) for x in (mine, theirs))
+        assert len(mine.parts) == len(theirs.parts)
+        for part, like in zip(mine.parts, theirs.parts, strict=True):
+            assert torch.equal(part.positions, like.positions)
+            assert (part.core is None) == (like.core is None)
+            assert part.core is None or torch.equal(part.core, like.core)
         start = mine.layout.text_start
         assert start == theirs.layout.text_start
         assert torch.equal(ours[:, :start], other[:, :start])

@@ -16,6 +16,7 @@ from engine.policies.random import Random
 from engine.policies.snapkv import SnapKv
 from engine.policies.specs import POLICIES, parse
 from engine.policies.streaming import Streaming
+from engine.policies.zipvl import ZipVl
 
 
 def test_every_policy_is_known_by_its_name():
@@ -82,6 +83,7 @@ def avl(draw):
         st.builds(Streaming, sink=st.integers(0, 50), recent=shares),
         st.builds(SnapKv, keep=shares, window=st.integers(1, 64), kernel=st.sampled_from([1, 9])),
         st.builds(Random, keep=shares, seed=st.integers(0, 10**9)),
+        st.builds(ZipVl, tau=shares, share=st.none() | shares, every=st.integers(0, 9)),
     )
 )
 def test_a_policy_survives_its_own_spec(policy):
@@ -147,6 +149,12 @@ RANGES = [
     "snapkv:window=0",
     "snapkv:kernel=4",
     "snapkv:kernel=0",
+    "zipvl:tau=1.1",
+    "zipvl:share=-0.1",
+    "zipvl:sparse=2",
+    "zipvl:recent=0",
+    "zipvl:format=k3v3",
+    "zipvl:minor=plain",
     "random:keep=50",
     "random:seed=-1",
     "h2o:heavy=none",

@@ -31,6 +31,7 @@ SHAPE = Shape(layers=3, kv_heads=2)
 POLICIES = [
     *("full", "avl:floor=3", "avl:every=2,floor=3,text=0.5,secondary=0.3,core=0.2", "h2o"),
     *("fastv:layer=2", "streaming", "snapkv:window=4", "random"),
+    *("sift", "zipvl:tau=0.8,every=2,format=plain,minor=freed"),
 ]
 
 

@@ -28,6 +28,7 @@ POLICIES = (
     "avl:secondary=0.5,core=0.3,every=2,floor=3",
     "avl:secondary=0.5,core=0.3,every=2,floor=3,format=k8v4,minor=k4v2",
     "sift",
+    "zipvl:tau=0.8,every=3",
     "h2o",
     "fastv:layer=1",
 )
@@ -50,7 +51,7 @@ def failing(layer: int, place: str) -> Iterator[None]:
         if place == "retain":
             raise PlantedError
         if place == "gather":
-            patch.setattr("engine.cache.prefill._stored_layout", fail)
+            patch.setattr("engine.cache.prefill.stored_layout", fail)
         store(self, pool, *arguments)
         raise PlantedError
 

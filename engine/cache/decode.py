@@ -22,6 +22,7 @@ from ..ops.native import Sifting
 from ..ops.rotary import Tables
 from .lengths import ATTENDS_CORE, POSITION, RERANKS
 from .listed import Listed, ListedAttention
+from .packing import pack, weights_of
 from .pool import Pool
 from .row import Row
 from .showing import Attended, attended, show_step
@@ -249,7 +250,18 @@ class Decoding:
         for r in self._observed:
             assert self.scores is not None, "attention leaves scores where they are shown"
             show_step(self.state, r, *self.scores, self._watched[r])
+        if self._packing:
+            self._pack()
         self._prepare()
+
+    def _pack(self) -> None:
+        """Store what rows have generated as their policies say."""
+        self._quiet()
+        assert self.scores is not None, "attention leaves scores where packing needs them"
+        weights = [weights_of(self.state, r, *self.scores) for r in self._packing]
+        for r, given in zip(self._packing, weights, strict=True):
+            pack(self.state.settle(r), self.pools, given)
+            self.state.rejoin(r)
 
     def account(self) -> None:
         """Count a step that has been done."""
@@ -266,6 +278,7 @@ class Decoding:
         words = lengths.words()
         self.kinds = words[ATTENDS_CORE]
         self._overfull = lengths.overfull()
+        self._packing = lengths.packing()
         kind = self.kinds[0] if len(set(self.kinds)) == 1 else MIXED
         pinned = self.state.device.type == "cuda"
         values = torch.tensor(words, dtype=torch.int32, pin_memory=pinned)
@@ -283,7 +296,7 @@ class Decoding:
         reranks = reranks and self.tiered
         core = self.state.core
         following = CORE + SPARE - core if reranks and self.side.per_layer else core
-        scores = reranks or self.evicts or bool(self._observed)
+        scores = reranks or self.evicts or bool(self._observed or self._packing)
         kind = core if kind == CORE else kind
         which = self._buffer, kind, reranks, self.evicts, scores, core, following
         self._course = Course(*which)

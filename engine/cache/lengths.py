@@ -42,17 +42,15 @@ class Lengths:
         self._known: list[tuple[int, int]] | None = None
 
     def join(self, row: Row, r: int) -> None:
-        """A row more, with ``r`` before it."""
-        for values in self._each():
-            del values[r:]
+        """Row ``r``: the next one, or one that is there, anew."""
         layout = row.layers[0].layout
-        self._policies.append(row.policy)
-        self._layouts.append(layout)
-        self.seen.append(row.seen)
-        self.texts.append(layout.columns - layout.text_start)
-        self.text_slots.append(min(stored.text_slots for stored in row.layers))
-        self.steps.append(row.step)
-        self.evicts.append(self._budget(r, 0) is not None)
+        self._policies[r : r + 1] = [row.policy]
+        self._layouts[r : r + 1] = [layout]
+        self.seen[r : r + 1] = [row.seen]
+        self.texts[r : r + 1] = [layout.columns - layout.text_start]
+        self.text_slots[r : r + 1] = [min(stored.text_slots for stored in row.layers)]
+        self.steps[r : r + 1] = [row.step]
+        self.evicts[r : r + 1] = [self._budget(r, 0) is not None]
         self._known = None
 
     def leave(self, r: int) -> None:
@@ -80,6 +78,11 @@ class Lengths:
     def reranks(self) -> list[int]:
         """For each row whether the coming step ranks its core again."""
         return [int(p.reranks(step + 1)) for p, step in self._stepping()]
+
+    def packing(self) -> list[int]:
+        """Rows whose policy packs behind the coming step."""
+        stepping = enumerate(self._stepping())
+        return [r for r, (p, step) in stepping if p.packs_every and not (step + 1) % p.packs_every]
 
     def _stepping(self) -> Iterable[tuple[Policy, int]]:
         return zip(self._policies, self.steps, strict=True)

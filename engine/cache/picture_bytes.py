@@ -73,9 +73,10 @@ def _of_layer(pool: Pool, stored: Stored) -> Iterator[_Held]:
     half = pool.slot_bytes // 2
     yield _Held(format_of(pool.k.dtype).name, tokens, core, half, half)
     for part in stored.parts:
-        core = part.tokens if part.core is None else len(part.core)
+        tokens = int((part.image_of >= 0).sum())
+        core = tokens if part.core is None else len(part.core)
         pages = pool.of(part.format).layout
-        yield _Held(part.format, part.tokens, core, pages.key.token_bytes, pages.value.token_bytes)
+        yield _Held(part.format, tokens, core, pages.key.token_bytes, pages.value.token_bytes)
 
 
 def _sifted(

@@ -77,7 +77,10 @@ class Pool:
         taken: list[Extent] = []
         try:
             taken.append(self.take(size))
-            taken += [self.of(name).take(tokens) for name, tokens in (paged or {}).items()]
+            for name, tokens in (
+                paged or {}
+            ).items():  # one by one: a failure gives back the others
+                taken.append(self.of(name).take(tokens))
         except CapacityError:
             return False
         finally:

@@ -105,10 +105,9 @@ class LayerView:
         """See ``View.attend``; called for one chunk after the other."""
         q, k = rotated(q, tables, queries=True), rotated(k, tables)
         queries, k, v = self.whole.add(q, k, v)
-        out = causal_attention(q, k, v)
-        if self.whole.complete:
-            self.step.keep(self.layer, queries, k, v)
-        return out
+        if not self.whole.complete:
+            return causal_attention(q, k, v)
+        return self.step.finish(self.layer, q, queries, k, v)
 
 
 class Uncached:
@@ -130,8 +129,9 @@ class Uncached:
         """Nothing is narrowed."""
         return None
 
-    def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Nothing is kept."""
+    def finish(self, layer: int, q: Tensor, queries: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; nothing is kept."""
+        return causal_attention(q, k, v)
 
 
 class Prefill:
@@ -190,7 +190,7 @@ class Prefill:
 
     def chunks(self, tokens: int) -> list[slice]:
         """See ``Step.chunks``."""
-        return chunks(tokens)
+        return [slice(None)] if self.policy.in_one_piece else chunks(tokens)
 
     def narrow(self, layer: int) -> Tensor | None:
         """See ``Step.narrow``; later layers' layout loses the same tokens."""
@@ -199,19 +199,32 @@ class Prefill:
             self._turn = self._turn.at(onward)
         return onward
 
-    def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Let the policy choose of a layer's columns ``k, v``, and store what it keeps."""
+    def finish(self, layer: int, q: Tensor, queries: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend with the last chunk's ``q``, let the policy choose of the layer's columns ``k, v``
+        by all of its ``queries``, and store what it keeps.
+        """
         layout, earlier = self._turn, None
         if self.past.layers:
             layout, earlier = self._behind_past(layer)
-        received = Received(q, k, earlier)
+        received = Received(queries, k, earlier)
+        among = self.policy.attending(layer, layout, received)
+        if among is None:
+            out, attended = causal_attention(q, k, v), (layout, received)
+        else:
+            mine = among[among >= len(k) - len(q)] - (len(k) - len(q))
+            out = torch.zeros_like(q)
+            out[mine] = causal_attention(q[mine], k[among], v[among])
+            attended = layout.at(among), Received(q[mine], k[among])
+        self._keep(layer, k, v, layout, received)
+        if self.row.observer is not None:
+            show_prefill(self.row, layer, *attended, self.row.layers[layer], self.pools[layer])
+        return out
+
+    def _keep(self, layer: int, k: Tensor, v: Tensor, layout: Layout, received: Received) -> None:
         kept = self.policy.retain(layer, layout, received)
         self._onward = self.policy.narrow(layer, layout, received)
         self._refuse_unlike(layer, kept)
         self.row.layers.append(self._store(layer, k, v, layout, kept))
-        if self.row.observer is not None:
-            stored = self.row.layers[layer]
-            show_prefill(self.row, layer, layout, received, stored, self.pools[layer])
 
     def _refuse_unlike(self, layer: int, kept: Kept) -> None:
         """Raise OptionError where layers would not keep as much as each other: decoding counts on
@@ -253,13 +266,16 @@ class Prefill:
                 parts.append(self._packed(pool.of(each.format), k, v, layout, fresh, core))
         columns = kept.shared[~there[kept.shared]]
         shared, text = len(columns), kept.text.shape[-1]
-        extent = self._take(pool, extent_size(self.policy, layout, shared, text, self.new_tokens))
+        # A pool with a limit may have no room left for packing: what was promised must be there.
+        new = self.new_tokens
+        ahead = self.policy.most_plain(new) if pool.limit is None else new
+        extent = self._take(pool, extent_size(self.policy, layout, shared, text, ahead))
         start = extent.start
         for rows, source in ((pool.k, k), (pool.v, v)):
             rows[start : start + shared] = source[columns]
             rows[start + shared : start + shared + text] = _per_head(source, kept.text)
         mine = None if core is None else _where(columns, core)
-        stored = _stored_layout(layout, columns, kept.text)
+        stored = stored_layout(layout, columns, kept.text)
         return Stored(extent, stored, mine, kept.text_scores, tuple(parts))
 
     def _take(self, pool: Pool | PagedPool, size: int) -> Extent:
@@ -276,19 +292,10 @@ class Prefill:
         new: InFormat,
         core: Tensor | None,
     ) -> Part:
-        """Write new image tokens in a format."""
-        columns = new.columns
-        extent, values = self._take(pool, len(columns)), v[columns]
-        pool.write(extent, k[columns], values)
-        return Part(
-            pool.layout.name,
-            extent,
-            layout.image_of[columns],
-            layout.positions[:1, columns],
-            values.float().sum(0),
-            None if core is None else _where(columns, core),
-            new.minor,
-        )
+        """Write columns in a format."""
+        extent = self._take(pool, len(new.columns))
+        mine = None if core is None else _where(new.columns, core)
+        return Part.written(extent, k[new.columns], v[new.columns], layout, new, mine)
 
     def _old_parts(self, layer: int, layout: Layout, kept: Kept) -> tuple[list[Part], Tensor]:
         """Parts of earlier turns that are kept whole, and which columns they are.
@@ -380,7 +387,7 @@ def _where(columns: Tensor, chosen: Tensor) -> Tensor:
     return torch.isin(columns, chosen).nonzero()[:, 0]
 
 
-def _stored_layout(layout: Layout, shared: Tensor, text: Tensor) -> Layout:
+def stored_layout(layout: Layout, shared: Tensor, text: Tensor) -> Layout:
     """The layout of an extent that holds these columns."""
     text = text if text.dim() == 2 else text[None]
     heads = max(len(layout.positions), len(text))

@@ -119,8 +119,8 @@ def _image_tokens(stored: Stored, spans: list[tuple[int, int]]) -> float:
 
 
 def _text_tokens(stored: Stored, spans: list[tuple[int, int]]) -> float:
-    """Tokens in an extent that came after the last picture, averaged over its heads."""
-    positions = stored.layout.positions
+    """Tokens of a layer that came after the last picture, averaged over its heads."""
+    positions = stored.whole_layout().positions
     after = max((end for _, end in spans), default=0)
     return float((positions >= after).sum()) / len(positions)
 

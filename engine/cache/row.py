@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..policies.layout import Layout
+from ..policies.layout import InFormat, Layout
 from ..policies.policy import Policy
 from .observe import Observer
-from .pool import Extent, Pool
+from .pool import Extent, PagedPool, Pool
 
 
 @dataclass(frozen=True)
 class Part:
-    """Image tokens of one turn that lie in a format of their own, and never move again.
+    """Tokens that lie in a format of their own, and never move again: image tokens of one turn, or
+    whatever a policy packs.
 
     Attributes:
         format: its name, see ``ops.pages``.
@@ -33,6 +34,32 @@ class Part:
     total: Tensor
     core: Tensor | None
     minor: bool
+
+    @classmethod
+    def written(
+        cls,
+        extent: Extent,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        new: InFormat,
+        core: Tensor | None = None,
+    ) -> Part:
+        """Write ``new`` columns of ``layout``, whose keys and values ``[tokens, kv_heads,
+        head_dim]`` are ``k`` and ``v``, into an extent of their format.
+        """
+        pool = extent.pool
+        assert isinstance(pool, PagedPool), "formats lie in pools of pages"
+        pool.write(extent, k, v)
+        return cls(
+            new.format,
+            extent,
+            layout.image_of[new.columns],
+            layout.positions[:1, new.columns],
+            v.float().sum(0),
+            core,
+            new.minor,
+        )
 
     @property
     def tokens(self) -> int:

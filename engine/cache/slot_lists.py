@@ -48,7 +48,7 @@ class SlotLists:
         return [self.slots[..., self.plain], *(self.slots[..., part] for _, part in self.tiers)]
 
     def join(self, row: Row, r: int) -> None:
-        """Write the lists of one row more, with ``r`` before it."""
+        """Write the lists of row ``r``: the next one, or one that is there, anew."""
         for kind in (FULL, CORE):
             lists, first = _lists(row, kind)
             beside = [_in_format(row, name, kind) for name, _ in self.tiers]
@@ -61,8 +61,8 @@ class SlotLists:
                     self.slots[same, :, r, part.start : part.start + slots.shape[1]] = slots
                     self.counts[same, tier, :, r] = counts
             listed = sum(first) + sum(int(counts.sum()) for _, counts in beside)
-            self.shared[kind][r:] = [first]
-            self.mean_shared[kind][r:] = [listed / len(first)]
+            self.shared[kind][r : r + 1] = [first]
+            self.mean_shared[kind][r : r + 1] = [listed / len(first)]
 
     def leave(self, r: int) -> None:
         """Forget row ``r`` on the host; the last one takes its place."""

@@ -93,6 +93,15 @@ class State:
     def join(self, row: Row) -> None:
         """One row more, the last: it counts when all of it is written."""
         r = len(self.rows)
+        self._write(row, r)
+        self.spent[:, :, r] = 0
+        self.rows.append(row)
+
+    def rejoin(self, r: int) -> None:
+        """Row ``r``, settled and changed since, goes on where it is."""
+        self._write(self.rows[r], r)
+
+    def _write(self, row: Row, r: int) -> None:
         needed = Sizes.of(row)._replace(rows=r + 1)
         if not self.sizes.covers(needed):
             self._enlarge(self.sizes.covering(needed))
@@ -104,8 +113,6 @@ class State:
         self.most[r] = row.policy.leaves_out()
         for tier in range(len(self.means)):
             self.means[tier, :, r] = _means(row, self.lists.tiers[tier][0], self.means[tier, :, r])
-            self.spent[tier, :, r] = 0
-        self.rows.append(row)
 
     def leave(self, r: int) -> Row:
         """Row ``r`` goes, see ``settle``; the last one is row ``r`` from now on."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import OptionError
 from .cut import best, most_of_pictures, without_the_least
-from .policy import Budget, Policy, check_bits, check_count, check_layer, check_share
+from .policy import FREED, PLAIN, Budget, Policy, check_bits, check_count, check_layer, check_share
 from .select import heavy_and_recent
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from .layout import Kept, Layout
     from .received import Received
-
-
-PLAIN, FREED = "plain", "freed"
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,24 @@ class Composed(Policy):
         for policy in self.policies:
             policy.check_depth(layers)
 
+    @property
+    def in_one_piece(self) -> bool:
+        """See ``Policy.in_one_piece``."""
+        return self._storing.in_one_piece
+
+    def attending(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
+        """See ``Policy.attending``."""
+        return self._storing.attending(layer, layout, received)
+
+    @property
+    def packs_every(self) -> int:
+        """See ``Policy.packs_every``."""
+        return self._storing.packs_every
+
+    def most_plain(self, tokens: int) -> int:
+        """See ``Policy.most_plain``."""
+        return self._storing.most_plain(tokens)
+
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """See ``Policy.retain``."""
         return self._storing.retain(layer, layout, received)

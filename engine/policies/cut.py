@@ -37,7 +37,7 @@ def without_the_least(layout: Layout, received: Received, share: Callable[[int],
     """
     import torch
 
-    first_new = layout.columns - len(received.q)
+    first_new = layout.columns - received.queries
     gone = torch.zeros(layout.columns, dtype=torch.bool, device=layout.image_of.device)
     for index in range(layout.settled, len(layout.image_sizes)):
         columns = layout.picture(index)

@@ -40,7 +40,7 @@ class H2o(Policy):
         budget = self.text_budget(*layout.lengths())
         if budget is None:
             return Kept.everything(layout)
-        scores = received.accumulated(len(received.q))
+        scores = received.accumulated(received.queries)
         positions = layout.positions.expand(len(scores), -1)
         total = min(budget.total, layout.columns)
         kept = heavy_and_recent(scores, positions, total, min(budget.recent, total))

@@ -117,7 +117,7 @@ class Layout:
 
 
 class InFormat(NamedTuple):
-    """Image columns that are written in a format of the cache (``ops.pages``).
+    """Columns that are written in a format of the cache (``ops.pages``), image tokens as a rule.
 
     ``minor`` ones are never core.
     """
@@ -132,15 +132,16 @@ class Kept:
     """What a layer stores after a prefill, as columns of its layout.
 
     Attributes:
-        shared: ``[n]`` ascending columns kept for all heads: fixed tokens and image tokens.
+        shared: ``[n]`` ascending columns kept for all heads: fixed tokens and image tokens, and
+            text that is never evicted again.
         text: ``[t]`` or ``[kv_heads, t]`` columns of the text, which may be evicted later;
             every head keeps equally many, not the same ones.
         core: ascending image columns (of those that are kept) that are attended at every step, or
             None where all image tokens are.
         text_scores: ``[kv_heads, t]`` fp32 attention received so far, where the policy evicts by
         it.
-        packed: image columns, none of them in ``shared``, that are written in formats of their
-            own. What earlier turns have written so stays as it is, whatever is said of it here.
+        packed: columns, none of them in ``shared`` or ``text``, that are written in formats of
+            their own. What has been written so before stays as it is, whatever is said of it.
     """
 
     shared: Tensor

@@ -30,9 +30,10 @@ class Budget:
 class Policy:
     """The base: keep everything, attend everything. Subclasses override what they change.
 
-    The order within a forward pass: for each layer ``retain`` and then ``narrow`` during prefill;
-    for each decode step (counted from 1) ``attends_core``, then after the step ``text_budget``
-    evicts and ``reranks`` lets the step's own weights choose the next core.
+    The order within a forward pass: for each layer ``attending`` before its attention, ``retain``
+    and then ``narrow`` behind it during prefill; for each decode step (counted from 1)
+    ``attends_core``, then after the step ``text_budget`` evicts and ``reranks`` lets the step's own
+    weights choose the next core.
     """
 
     name: ClassVar[str]
@@ -52,6 +53,28 @@ class Policy:
 
     def check_depth(self, layers: int) -> None:
         """Raise OptionError if this policy is of a layer that a model of ``layers`` lacks."""
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether all tokens of a prefill must pass a layer at once: ``attending`` is asked."""
+        return False
+
+    def attending(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
+        """Ascending columns that attend each other in a prefill's ``layer``, the last among them;
+        the others get nothing of its attention. None: all of them.
+        """
+        return None
+
+    @property
+    def packs_every(self) -> int:
+        """After every so many decode steps ``retain`` is asked again, of the text that came since
+        and by the weights of the step; 0: never.
+        """
+        return 0
+
+    def most_plain(self, tokens: int) -> int:
+        """How many of ``tokens`` decoded ones lie in plain slots at any time at most."""
+        return tokens
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """What ``layer`` stores once its attention over ``layout``'s columns has run."""
@@ -108,6 +131,8 @@ class Policy:
         return f"{self.name}:{pairs}" if pairs else self.name
 
 
+# Instead of a format: as text lies; kept no longer.
+PLAIN, FREED = "plain", "freed"
 # No model has as many tokens; steps and kernels count in 32 bits.
 MOST = 1_000_000_000
 
@@ -125,13 +150,13 @@ def check_share(
         )
 
 
-def check_count(policy: Policy, key: str, low: int = 0) -> None:
-    """Refuse a count below ``low``, beyond MOST, or not whole."""
+def check_count(policy: Policy, key: str, low: int = 0, high: int = MOST) -> None:
+    """Refuse a count outside [low, high], or not whole."""
     value = _plain(policy, key, int)
-    if not low <= value <= MOST:
+    if not low <= value <= high:
         raise OptionError(
             f"cache policy {policy.name}: {key} is {value}",
-            hint=f"use a whole number from {low} to {MOST}",
+            hint=f"use a whole number from {low} to {high}",
         )
 
 

@@ -1,9 +1,11 @@
-"""How much attention each column received during a prefill: the raw material of every policy."""
+"""How much attention each column received: the raw material of every policy."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+Rows = range | tuple[int, ...]  # which queries, counted from a pass's first
 
 
 class Received:
@@ -24,16 +26,23 @@ class Received:
         """
         self.q, self.k, self.earlier, self.chunk = q, k, earlier, chunk
         self.scale = q.shape[-1] ** -0.5
-        self._sums: dict[int, Tensor] = {}
+        self._sums: dict[Rows, Tensor] = {}
+
+    @property
+    def queries(self) -> int:
+        """How many queries there are."""
+        return len(self.q)
 
     def from_last(self, rows: int) -> Tensor:
         """Sum of the weights given by the last ``rows`` queries: ``[heads, columns]`` fp32."""
-        rows = min(rows, len(self.q))
+        return self.given_by(range(max(0, self.queries - rows), self.queries))
+
+    def given_by(self, rows: Rows) -> Tensor:
+        """Sum of the weights given by these queries: ``[heads, columns]`` fp32."""
         if rows not in self._sums:
-            columns, heads = len(self.k), self.q.shape[1]
-            total = torch.zeros(heads, columns, device=self.q.device)
-            for start in range(len(self.q) - rows, len(self.q), self.chunk):
-                total += self._weights(start, min(start + self.chunk, len(self.q))).sum(1)
+            total = torch.zeros(self.q.shape[1], len(self.k), device=self.q.device)
+            for start in range(0, len(rows), self.chunk):
+                total += self._weights(rows[start : start + self.chunk]).sum(1)
             self._sums[rows] = total
         return self._sums[rows]
 
@@ -44,14 +53,31 @@ class Received:
         summed = self.from_last(rows).unflatten(0, (self.k.shape[1], -1)).sum(1)
         return summed if self.earlier is None else summed + self.earlier
 
-    def _weights(self, start: int, end: int) -> Tensor:
-        """Softmax rows of queries ``start`` to ``end``: ``[heads, end - start, columns]`` fp32."""
-        k = self.k.float()
+    def _weights(self, rows: Rows) -> Tensor:
+        """Softmax rows of some queries: ``[heads, rows, columns]`` fp32."""
+        k, mine = self.k.float(), torch.tensor(rows, device=self.k.device)
         columns, kv_heads, head_dim = k.shape
-        q = self.q[start:end].float().unflatten(1, (kv_heads, -1))
+        q = self.q[mine].float().unflatten(1, (kv_heads, -1))
         # [kv_heads, group * queries, columns]: the query heads of a group share their keys.
         flat = q.permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        logits = torch.bmm(flat, k.permute(1, 2, 0)).view(-1, end - start, columns) * self.scale
-        own_column = torch.arange(start, end, device=k.device)[:, None] + columns - len(self.q)
+        logits = torch.bmm(flat, k.permute(1, 2, 0)).view(-1, len(rows), columns) * self.scale
+        own_column = mine[:, None] + columns - self.queries
         hidden = torch.arange(columns, device=k.device) > own_column
         return logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+
+
+class ReceivedInStep(Received):
+    """The same of a decode step, whose one query sees all columns."""
+
+    def __init__(self, weights: Tensor) -> None:
+        """Hold ``weights [heads, columns]`` fp32."""
+        self._weights_of_step = weights
+
+    @property
+    def queries(self) -> int:
+        """See ``Received``."""
+        return 1
+
+    def given_by(self, rows: Rows) -> Tensor:
+        """See ``Received``."""
+        return self._weights_of_step

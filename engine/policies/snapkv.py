@@ -49,7 +49,7 @@ class SnapKv(Policy):
         from .layout import Kept
 
         total = int(self.keep * layout.columns)
-        window = min(self.window, len(received.q))
+        window = min(self.window, received.queries)
         before = layout.columns - window
         if total >= layout.columns or not before:
             return Kept.everything(layout)

@@ -18,6 +18,7 @@ from .random import Random
 from .sift import Sift
 from .snapkv import SnapKv
 from .streaming import Streaming
+from .zipvl import ZipVl
 
 # A mild A-VL: on dense print the paper's own settings cost the embedded model answers, these do not
 # (python -m bench.quality; docs/quality.md says why). "avl" alone has the paper's.
@@ -25,7 +26,8 @@ DEFAULT_CACHE = "avl:secondary=0.9,core=0.6,prefill=1,text=1"
 
 # A new policy is one file in this folder and one row here.
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, Avl, Sift, H2o, FastV, Streaming, SnapKv, Random)
+    policy.name: policy
+    for policy in (Full, Avl, Sift, ZipVl, H2o, FastV, Streaming, SnapKv, Random)
 }
 
 

@@ -46,6 +46,8 @@ def obstacle(model: VisionLanguageModel, decoding: Decoding) -> str | None:
         return "selection by layers runs on into the next step, and a graph ends with its step"
     if any(row.observer is not None for row in decoding.rows):
         return "an observer reads every step"
+    if any(row.policy.packs_every for row in decoding.rows):
+        return "the host packs what was generated"
     pool, config = decoding.pools[0].k, model.decoder.config
     queries = pool.new_empty(1, config.heads, config.head_dim)
     formats = decoding.state.sizes.formats

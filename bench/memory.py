@@ -1,7 +1,7 @@
-"""Bytes of the KV cache: the paper's memory table, the peak of a prefill, and a step beside full.
+"""Bytes of the KV cache: the paper's memory table, formats, a prefill's peak, a step beside full.
 
-    python -m bench.memory             # all three, written to bench/results/memory-*.json and .md
-    python -m bench.memory --table     # the table alone: no numbers are computed, only shapes
+    python -m bench.memory             # all of it, written to bench/results/memory-*.json and .md
+    python -m bench.memory --table     # tables alone: no numbers are computed, only shapes
 
 The table runs the cache's own prefill over pools on the meta device: what it counts are the
 extents that would be allocated. MB are 10^6 bytes, as in the paper.
@@ -148,6 +148,48 @@ def table() -> list[dict[str, Any]]:
     return rows
 
 
+# Full-size models with one picture: 24 by 24 patches, and the most that LLaVA-1.6 makes of one.
+WITH_ONE_PICTURE = [
+    Shape(f"{name}, {image:,} image tokens", layers, heads, 35, image, 35)
+    for name, layers, heads in (("7B", 32, 32), ("13B", 40, 40))
+    for image in (576, 2880)
+]
+IN_FORMATS = (
+    "full",
+    "avl:secondary=0.9,core=0.6,prefill=1,text=1",
+    "avl:secondary=0.45,core=0.3,prefill=1,text=1",
+    "sift:format=k8v8",
+    "sift:format=k4v4",
+    "sift:format=k4v2",
+    "avl:secondary=0.3,core=none,prefill=1,text=1,format=k8v4,minor=k4v2",
+    "avl:secondary=0.45,core=0.3,prefill=1,text=1,format=k4v4",
+    "zipvl:share=0.5",
+    "zipvl:share=0.5,format=plain,minor=freed",
+)
+
+
+def formats_table() -> list[dict[str, Any]]:
+    """Bytes by format: the picture's share beside 16 bits, and a token's in all layers."""
+    rows = []
+    for shape in WITH_ONE_PICTURE:
+        for spec in IN_FORMATS:
+            counted = shape_report(shape, spec)
+            rows.append(
+                {
+                    "model": shape.model,
+                    "policy": spec,
+                    "used MB": round(counted.bytes_used / MB, 1),
+                    "allocated MB": round(counted.bytes_allocated / MB, 1),
+                    "full MB": round(counted.bytes_full / MB, 1),
+                    "picture stored %": round(100 * counted.image_stored_share, 1),
+                    "MB by format": ", ".join(
+                        f"{name} {held / MB:.1f}" for name, held in counted.formats.items() if held
+                    ),
+                }
+            )
+    return rows
+
+
 def policy_kind(spec: str) -> str:
     """Which of the paper's rows a policy is."""
     policy = parse(spec)
@@ -193,15 +235,15 @@ class Watched(Prefill):
 class NaiveOrder(Watched):
     """The order to compare with: all layers' full keys and values first, compacted at the end."""
 
-    def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _keep(self, layer: int, k: Tensor, v: Tensor, layout: Layout, received: Received) -> None:
         """Hold the layer's keys and values whole until the last layer is through."""
-        self.waiting = [*getattr(self, "waiting", []), (q, k, v, self._turn)]
-        self._onward = self.policy.narrow(layer, self._turn, Received(q, k))
+        self.waiting = [*getattr(self, "waiting", []), (k, v, layout, received)]
+        self._onward = self.policy.narrow(layer, layout, received)
         if layer + 1 < len(self.pools):
             return
-        for number, (q_, k_, v_, layout) in enumerate(self.waiting):
-            kept = self.policy.retain(number, layout, Received(q_, k_))
-            self.row.layers.append(self._store(number, k_, v_, layout, kept))
+        for number, (*numbers, layout_, received_) in enumerate(self.waiting):
+            kept = self.policy.retain(number, layout_, received_)
+            self.row.layers.append(self._store(number, *numbers, layout_, kept))
 
 
 def seeded(layers: int = 8, heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> Decoder:
@@ -306,7 +348,12 @@ def steps(decoder: Decoder, n: int = 48) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = read_options()
-    measured = {"table": table_part, "peak": peak_part, "steps": steps_part}
+    measured = {
+        "table": table_part,
+        "formats": formats_part,
+        "peak": peak_part,
+        "steps": steps_part,
+    }
     for part in common.progress(options.parts, "tables"):
         settings, rows, notes = measured[part]()
         name = f"{options.name}-{part}"
@@ -317,7 +364,7 @@ def main() -> None:
 
 def read_options() -> argparse.Namespace:
     parser = common.make_parser(__doc__, name="memory")
-    parser.add_argument("--table", action="store_true", help="the paper's table alone")
+    parser.add_argument("--table", action="store_true", help="what needs shapes alone")
     options = common.read_options(parser, lambda o: [f"{o.name}-{part}" for part in parts(o)])
     options.parts = parts(options)
     return options
@@ -325,7 +372,7 @@ def read_options() -> argparse.Namespace:
 
 def parts(options: argparse.Namespace) -> list[str]:
     """Which tables these options ask for."""
-    return ["table"] if options.table else ["table", "peak", "steps"]
+    return ["table", "formats"] if options.table else ["table", "formats", "peak", "steps"]
 
 
 def table_part() -> Part:
@@ -336,6 +383,15 @@ def table_part() -> Part:
         "tokens, as the paper's mostly are, about one in five does: its figures agree with that."
     )
     return {"dtype": "float16", "device": "meta"}, table(), [note]
+
+
+def formats_part() -> Part:
+    note = (
+        "One picture, 35 tokens before it and 35 behind; fp16, MB = 10^6 bytes, scales included. "
+        "Sift reads a part of the values only; what it stores does not depend on that. Under ZipVL "
+        "half of all tokens are important here, text as well as picture."
+    )
+    return {"dtype": "float16", "device": "meta"}, formats_table(), [note]
 
 
 def peak_part() -> Part:

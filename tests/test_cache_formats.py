@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from engine.cache.prefill import most_packed, most_slots
+from engine.cache.report import report
 from engine.cache.row import Row
 from engine.engine import Engine
 from engine.errors import CapacityError, OptionError
+from engine.loading.preparing import prepare
+from engine.models.decoder import Decoder
 from engine.policies.layout import Layout
 from engine.policies.specs import parse
 from engine.running.batch import job_of
@@ -274,3 +277,53 @@ def test_every_format_answers(engine_of: Callable[..., Engine]) -> None:
     for k, v in itertools.product((16, 8, 4, 2), repeat=2):
         result = engine.with_cache(f"sift:format=k{k}v{v}").generate(**request(1, 3))  # type: ignore[arg-type]
         assert len(result.token_ids) == 4
+
+
+# -- keys with large biases ------------------------------------------------------------------------
+
+
+def spiked(layer: int, bias: float) -> Decoder:
+    """A decoder one of whose layers has a bias of keys that stands out, as in Qwen2's."""
+    decoder = seeded_decoder(3)
+    decoder.layers[layer].k_proj.bias[5] = bias
+    prepare(decoder, torch.device("cpu"))
+    return decoder
+
+
+def error(decoder: Decoder, spec: str, bits: list[int]) -> float:
+    """How far three steps are from those of the full cache."""
+    outs = []
+    for each in ("full", spec):
+        run = CacheRun(decoder, parse(each))
+        for pool, least in zip(run.pools, bits, strict=True):
+            pool.key_bits = least
+        run.prefill(embeddings(90, 0), SPANS, 8)
+        outs.append(torch.stack([run.decode(embeddings(1, 7 + n)) for n in range(3)]))
+    return float((outs[1] - outs[0]).norm() / outs[0].norm())
+
+
+@pytest.mark.parametrize(
+    ("bias", "bits"), [(3.0, 0), (15.0, 0), (15.1, 8), (-100.0, 8), (300.0, 16)]
+)
+def test_keys_have_as_many_bits_as_their_biases_need(bias: float, bits: int) -> None:
+    assert spiked(2, bias).key_bits() == [0, 0, bits, 0]
+
+
+def test_a_layer_with_a_large_bias_is_as_near_as_the_others() -> None:
+    decoder, spec = spiked(1, 200.0), "sift:format=k4v4,skip=0"
+    usual = error(seeded_decoder(3), spec, [0, 0, 0, 0])
+    assert error(decoder, spec, [0, 0, 0, 0]) > 2 * usual
+    assert error(decoder, spec, decoder.key_bits()) < 1.2 * usual
+
+
+def test_what_is_reported_has_the_bits_that_are_there() -> None:
+    run = CacheRun(spiked(1, 200.0), parse("sift:format=k4v4,skip=0.1"))
+    for pool, least in zip(run.pools, run.decoder.key_bits(), strict=True):
+        pool.key_bits = least
+    run.prefill(embeddings(90, 0), SPANS, 8)
+    run.decode(embeddings(1, 1))
+    row = run.settle()
+    assert row is not None
+    formats = report(row, run.pools).formats
+    assert set(formats) == {"fp32", "k4v4", "k16v4"}
+    assert formats["k4v4"] == 3 * 73 * run.pools[0].of("k4v4").slot_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -42,6 +43,8 @@ class Noise:
             for flag, default in {"top_k": 0, "top_p": 1, "seed": 0}.items():
                 if getattr(self.options, flag) != default:
                     self.note(f"--{flag.replace('_', '-')} changes nothing without --temperature")
+        if more := _more_bits(engine):
+            self.note(more)
         self.weights = engine.weights
         if not self.wanted:
             return
@@ -112,6 +115,16 @@ class Noise:
             f"CPU kernels: {cpu_isa() or 'none'}",
             file=sys.stderr,
         )
+
+
+def _more_bits(engine: Engine) -> str:
+    """Which layers keep keys in more bits than the cache policy asks for; empty: none."""
+    asked = [int(bits) for bits in re.findall(r"=k(\d+)v", engine.policy.spec)]
+    least = engine.model.decoder.key_bits() if asked else []
+    layers = [str(layer) for layer, bits in enumerate(least) if bits > min(asked)]
+    if not layers:
+        return ""
+    return f"keys of layers {', '.join(layers)} have 8 or 16 bits: their biases are large"
 
 
 def _pictures(cache: CacheReport) -> str:

@@ -37,6 +37,7 @@ class _Held:
     """Image tokens that a layer holds in one format, and how many of them are core."""
 
     format: str
+    packed: bool
     tokens: int
     core: int
     key: int  # bytes of a token's keys
@@ -55,7 +56,7 @@ def picture_bytes(row: Row, pools: Sequence[Pool]) -> PictureBytes:
     left_out, values_read = _sifted(row, pools, held)
     total = 0.0
     for each in everything:
-        sifted = values_read if each.format in pools[0].paged else 1.0
+        sifted = values_read if each.packed else 1.0
         rows = full_steps * each.tokens + core_steps * each.core
         total += rows * (each.key + sifted * each.value)
     return PictureBytes(
@@ -71,12 +72,13 @@ def _of_layer(pool: Pool, stored: Stored) -> Iterator[_Held]:
     tokens = int((stored.layout.image_of >= 0).sum())
     core = tokens if stored.core is None else len(stored.core)
     half = pool.slot_bytes // 2
-    yield _Held(format_of(pool.k.dtype).name, tokens, core, half, half)
+    yield _Held(format_of(pool.k.dtype).name, False, tokens, core, half, half)
     for part in stored.parts:
         tokens = int((part.image_of >= 0).sum())
         core = tokens if part.core is None else len(part.core)
         pages = pool.of(part.format).layout
-        yield _Held(part.format, tokens, core, pages.key.token_bytes, pages.value.token_bytes)
+        sides = pages.key.token_bytes, pages.value.token_bytes
+        yield _Held(pages.name, True, tokens, core, *sides)
 
 
 def _sifted(
@@ -91,7 +93,7 @@ def _sifted(
         full_steps * each.tokens + core_steps * each.core
         for layer in held
         for each in layer
-        if each.format in pools[0].paged
+        if each.packed
     )
     left, read = row.spent.sum(0).tolist()
     return left / (steps * kv_heads * len(held)), read / max(1, listed * kv_heads)

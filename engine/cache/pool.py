@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..ops.pages import PAGE, Pages
+from ..options import parse_bits
 from .holes import Holes
 
 
@@ -34,6 +35,7 @@ class Pool:
     what there is at least, so that growing costs no more than writing has.
 
     Attributes:
+        key_bits: keys in formats have at least so many, whatever a policy asks for.
         holders: whoever has planned work on ``k`` and ``v``: is told before they move.
         holes: free slots; of a pool with a limit first those of keys, then those of values.
         paged: the pools of formats that were asked for, by name.
@@ -46,8 +48,9 @@ class Pool:
         dtype: torch.dtype,
         device: torch.device,
         limit: int | None = None,
+        key_bits: int = 0,
     ) -> None:
-        self.limit = limit
+        self.limit, self.key_bits = limit, key_bits
         self.holders: WeakSet[Holder] = WeakSet()
         self.claimed = torch.empty(2, limit or 0, kv_heads, head_dim, dtype=dtype, device=device)
         self.k, self.v = self.claimed.unbind()
@@ -65,10 +68,12 @@ class Pool:
         return 2 * self.k.shape[1] * self.k.shape[2] * self.k.element_size()
 
     def of(self, format_: str) -> PagedPool:
-        """The layer's pool of a format."""
-        if format_ not in self.paged:
-            self.paged[format_] = PagedPool(self, format_)
-        return self.paged[format_]
+        """The layer's pool of a format; its keys have as many bits as they need here."""
+        keys, values = parse_bits(format_)
+        name = f"k{max(keys, self.key_bits)}v{values}"
+        if name not in self.paged:
+            self.paged[name] = PagedPool(self, name)
+        return self.paged[name]
 
     def has(self, size: int, paged: dict[str, int] | None = None) -> bool:
         """Whether extents of ``size`` slots, and as many of formats, can be taken now."""

@@ -19,7 +19,7 @@ class Part:
     whatever a policy packs.
 
     Attributes:
-        format: its name, see ``ops.pages``.
+        format: its name, see ``ops.pages``; a layer's pool may give its keys more bits.
         extent: of the format's pool; the tokens are its first slots, in order.
         image_of, positions: ``[tokens]`` int64, as in ``Layout``.
         total: ``[kv_heads, head_dim]`` fp32, the sum of the values.

@@ -110,7 +110,8 @@ def bits_of(row: Row, stored: Stored, positions: Tensor, pool: Pool) -> Tensor:
     bits = plain * (16 * pool.k.element_size())
     for part in stored.parts:
         mine = torch.isin(image, part.positions)
-        own = [8 * pool.k.element_size() if n == 16 else n for n in parse_bits(part.format)]
+        named = parse_bits(pool.of(part.format).layout.name)
+        own = [8 * pool.k.element_size() if n == 16 else n for n in named]
         bits[mine] = sum(own)
     return bits.to(torch.uint8)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +251,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = Linear(config.hidden, config.vocab, bias=False)
+
+    def key_bits(self) -> list[int]:
+        """Bits that a layer's keys need in the cache at least; 0: whatever a policy says.
+
+        A bias of the keys may be hundreds of times larger in a few channels than in the others
+        (Qwen2's first and last layers), and those share their steps: a fifteenth of the range of
+        keys in 4 bits, a 127th of the largest in 8. Where such a step would be wider than 1, the
+        order of what keys say, more bits are needed.
+        """
+        biases = [cast(DecoderLayer, layer).k_proj.bias for layer in self.layers]
+        largest = [0.0 if bias is None else float(bias.abs().max()) for bias in biases]
+        return [0 if bias <= 15 else 8 if bias <= 127 else 16 for bias in largest]
 
     def make_rotation(self, device: torch.device) -> Rotation:
         """The rotary embedding, whose frequencies are computed in fp32 and not loaded."""

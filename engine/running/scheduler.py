@@ -226,14 +226,15 @@ class Scheduler:
 
     def _opened(self, job: Job) -> Slices[Read]:
         """A job's prefill, not begun; refuses what can never fit."""
-        (slots, packed), pool = self._slots(job), self.pools[0]
-        if not pool.has(slots, packed):  # with nothing running that could give slots back
+        slots, packed = self._slots(job)
+        # With nothing running that could give slots back.
+        if not all(pool.has(slots, packed) for pool in self.pools):
             more = "".join(f" and {tokens:,} in {name}" for name, tokens in packed.items())
             new = f"{len(job.turn.token_ids):,} of the prompt, {job.new_tokens:,} to come"
             raise CapacityError(
                 f"the request needs {slots:,} slots of cache in a layer{more} "
                 f"({job.past.seen:,} tokens so far, {new}, under {job.policy.spec}); "
-                f"there are {pool.limit:,}, some of them perhaps in use",
+                f"there are {self.pools[0].limit:,}, some of them perhaps in use",
                 hint="give fewer pictures, ask for fewer tokens, or give a larger cache budget",
             )
         given = job.policy, job.turn, job.new_tokens, job.past, job.observer

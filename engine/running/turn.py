@@ -58,7 +58,7 @@ def make_pools(model: VisionLanguageModel, budget: int | None = None) -> list[Po
     limit = None
     if budget is not None:
         limit = budget // (config.kv_bytes_per_token * weight.element_size())
-    return [Pool(*given, limit) for _ in range(config.layers)]
+    return [Pool(*given, limit, bits) for bits in model.decoder.key_bits()]
 
 
 Read = tuple[Row, Tensor]

@@ -24,8 +24,8 @@ from engine.cache.decode import Decoding
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.report import report
-from engine.cache.row import Row
-from engine.policies.layout import Layout
+from engine.cache.row import Row, Stored
+from engine.policies.layout import Kept, Layout
 from engine.policies.specs import parse
 from engine.running.turn import make_pools
 
@@ -35,11 +35,41 @@ POLICIES = (
     *(f"sift:format={form},skip=0" for form in ("k8v8", "k8v4", "k4v4", "k4v2", "k2v4", "k2v2")),
     *(f"sift:format=k16v16,skip={skip}" for skip in (0.05, 0.1, 0.2)),
     *(f"sift:format={form},skip=0.1" for form in ("k8v8", "k4v4", "k4v2")),
+    *(f"sift:format=k4v4,skip={skip}" for skip in (0.05, 0.2)),
+    "zipvl:tau=0.975",
     "avl:secondary=0.9,core=0.6,prefill=1,text=1",
     "avl:secondary=0.45,core=0.3,prefill=1,text=1",
     "avl:secondary=0.3,core=none,prefill=1,text=1,format=k8v4,minor=k4v2",
 )
+# Bits and how many numbers of a head share a step, rounded as asymmetric formats do: what the table
+# of formats has no row for.
+GROUPS = {
+    f"k{bits}v{bits}, groups of {group}": (bits, group)
+    for bits, group in ((4, 32), (4, 64), (3, 32), (3, 64), (2, 32))
+}
 NOTES = ("Perplexity of the decoded tokens; its interval is a bootstrap's over texts, paired.",)
+
+
+class Rounded(Prefill):
+    """Stores what rounding to so many bits in such groups leaves of image tokens, in full width."""
+
+    bits, group = 4, 32
+
+    def _store(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, layout: Layout, kept: Kept
+    ) -> Stored:
+        image = (layout.image_of >= 0)[:, None, None]
+        k, v = (torch.where(image, rounded(x, self.bits, self.group), x) for x in (k, v))
+        return super()._store(layer, k, v, layout, kept)
+
+
+def rounded(numbers: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Steps of a group's range: a scale and a zero in fp16, and codes of so many bits."""
+    runs = numbers.unflatten(-1, (-1, group))
+    low, high = runs.amin(-1, keepdim=True), runs.amax(-1, keepdim=True)
+    step, zero = (x.half().float() for x in ((high - low) / (2**bits - 1), low))
+    codes = ((runs - zero) / step.clamp(min=1e-7)).round().clamp(0, 2**bits - 1)
+    return (codes * step + zero).flatten(-2)
 
 
 def started(engine: Engine, pools: Sequence[Pool], spec: str, ids: torch.Tensor, more: int) -> Row:
@@ -47,7 +77,12 @@ def started(engine: Engine, pools: Sequence[Pool], spec: str, ids: torch.Tensor,
     decoder = engine.model.decoder
     layout = Layout.of_tokens(len(ids), [(FIRST, len(ids))], ids.device)
     rotary = decoder.rotation.begin(len(ids))
-    with Prefill(pools, parse(spec), layout, more, rotary=rotary) as step:
+    if spec in GROUPS:
+        step = Rounded(pools, parse("full"), layout, more, rotary=rotary)
+        step.bits, step.group = GROUPS[spec]
+    else:
+        step = Prefill(pools, parse(spec), layout, more, rotary=rotary)
+    with step:
         decoder(decoder.embed(ids), step)
     return step.row
 
@@ -73,7 +108,7 @@ def line(spec: str, lost: Any, reports: list[Any], exact: Any) -> dict[str, Any]
     draws = torch.randint(len(changes), (2000, len(changes)))
     means = torch.tensor(changes)[draws].mean(1).sort().values
     low, high = (100 * float(means[at].exp() - 1) for at in (50, 1949))
-    wide = 2 if "format=k" in spec and "k16" not in spec else 1  # computed in fp32
+    wide = 2 if ("format=k" in spec or "zipvl" in spec) and "k16" not in spec else 1  # of fp32
 
     def mean(name: str) -> float:
         return sum(getattr(each, name) for each in reports) / len(reports)
@@ -105,7 +140,7 @@ def main() -> None:
     ids = [engine.tokenizer.encode(text)[:size] for text in prose(10 * args.texts)]
     texts = torch.tensor([each for each in ids if len(each) == size][: args.texts])
     rows, exact = [], None
-    for spec in common.progress(args.cache or POLICIES, "policies"):
+    for spec in common.progress(args.cache or [*POLICIES, *GROUPS], "policies"):
         lost, reports = losses(engine, spec, texts, begin)
         exact = lost if exact is None else exact
         rows.append(line(spec, lost, reports, exact))

@@ -31,7 +31,11 @@ from engine.insight.measures import (
     sparsity_per_layer,
 )
 from engine.insight.trace import Trace
+from engine.policies.avl import Avl
+from engine.policies.policy import FREED, PLAIN
+from engine.policies.sift import Sift
 from engine.policies.specs import parse
+from engine.policies.zipvl import ZipVl
 
 SHARES = (0.2, 0.3, 0.4, 0.5)
 MASSES = (0.5, 0.8, 0.9)
@@ -54,6 +58,15 @@ class Figure:
     places: list[float]
     columns: Columns
     top: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Panels side by side over the same ``x``: for each, lines of points in their own places."""
+
+    x: str
+    y: str
+    panels: dict[str, dict[str, list[tuple[float, float]]]]
 
 
 def main() -> None:
@@ -81,6 +94,11 @@ def main() -> None:
         write_csv(options.output / f"{name}.csv", figure)
         draw(options.output / f"{name}.png", figure)
         print(options.output / f"{name}.png")
+    if options.only != "attention":
+        for name, panels in quality_by_bytes(options.results).items():
+            write_points(options.output / f"{name}.csv", panels)
+            draw_panels(options.output / f"{name}.png", panels)
+            print(options.output / f"{name}.png")
 
 
 # -- how a model looks at pictures ----------------------------------------------------------------
@@ -260,6 +278,45 @@ def sweep_figures(sweep: str, record: dict[str, Any]) -> Iterator[tuple[str, Fig
         )
 
 
+TITLES = {"read": "whole pages", "field": "single fields", "describe": "scenes' objects"}
+
+
+def quality_by_bytes(folder: Path) -> dict[str, Panels]:
+    """What answers are worth by the picture's bytes that are stored, and that a step reads."""
+    paths = [folder / f"quality-{group}.json" for group in ("formats", "bytes")]
+    if not all(path.exists() for path in paths):
+        print("not drawn: quality by bytes; measure it with: python -m bench.quality --group bytes")
+        return {}
+    rows = {(row["task"], row["policy"]): row for path in paths for row in read(path)["rows"]}
+    figures = {}
+    for what in ("stored", "read"):
+        panels: dict[str, dict[str, list[tuple[float, float]]]] = {t: {} for t in TITLES.values()}
+        for (task, spec), row in rows.items():
+            line = panels[TITLES[task]].setdefault(family(spec), [])
+            line.append((row[f"picture {what} %"], row["right"]))
+        ordered = {
+            title: {name: sorted(points) for name, points in lines.items()}
+            for title, lines in panels.items()
+        }
+        x = f"picture's bytes {what}, % of 16 bits"
+        figures[f"quality_by_bytes_{what}"] = Panels(x, "share right", ordered)
+    return figures
+
+
+def family(spec: str) -> str:
+    """Which line of a figure a policy belongs to."""
+    policy = parse(spec)
+    if isinstance(policy, Sift):
+        return "sift" if policy.skip else "few bits, all values read"
+    if isinstance(policy, ZipVl):
+        return "zipvl v2" if policy.minor == FREED else "zipvl v1"
+    if not isinstance(policy, Avl):
+        return policy.name
+    if (policy.format, policy.minor) != (PLAIN, FREED):
+        return "avl in formats"
+    return "avl, S alone" if policy.core is None else "avl"
+
+
 # -- on paper -------------------------------------------------------------------------------------
 
 
@@ -289,6 +346,39 @@ def draw(path: Path, figure: Figure) -> None:
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    picture.savefig(path)
+    pyplot.close(picture)
+
+
+def write_points(path: Path, figure: Panels) -> None:
+    """One row per point."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["panel", "line", figure.x, figure.y])
+        for panel, lines in figure.panels.items():
+            for line, points in lines.items():
+                writer.writerows([panel, line, f"{x:g}", f"{y:g}"] for x, y in points)
+
+
+def draw_panels(path: Path, figure: Panels) -> None:
+    """The full cache is a level line; points of a method are joined."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = {"figsize": (11, 4.2), "dpi": 100, "layout": "constrained"}
+    picture, many = pyplot.subplots(1, len(figure.panels), **size)
+    for axes, (title, lines) in zip(many, figure.panels.items(), strict=True):
+        axes.axhline(lines["full"][0][1], color="black", linewidth=1, label="full")
+        others = [pair for pair in lines.items() if pair[0] != "full"]
+        for number, (name, points) in enumerate(others):
+            marker = "os^Dv<>Ph*"[number % 10]
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, lw=1, label=name)
+        axes.set(title=title, xlabel=figure.x, ylabel=figure.y, ylim=(0, 1.02))
+        axes.title.set_fontsize(9)
+        axes.grid(alpha=0.3)
+    many[-1].legend(fontsize=7, loc="lower right")
     picture.savefig(path)
     pyplot.close(picture)
 

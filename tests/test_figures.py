@@ -13,9 +13,11 @@ from bench.figures import (
     attention_figures,
     by_modality,
     mean_rows,
+    quality_by_bytes,
     result_figures,
     sweep_figures,
     write_csv,
+    write_points,
 )
 from bench.quality import SWEEPS, specs_of
 from bench.tiers import COLOURS, draw, tint
@@ -118,3 +120,35 @@ def test_latency_is_drawn_by_batch_size_and_what_is_missing_is_named(
     assert figure.columns == {"full": [3, 12], "slice": [4, 16], "ours": [1, 4]}
     said = capsys.readouterr().out
     assert all(f"bench.quality --sweep {sweep}" in said for sweep in SWEEPS)
+
+
+def test_quality_by_bytes_has_a_line_for_each_method(tmp_path: Path) -> None:
+    assert quality_by_bytes(tmp_path) == {}
+    specs = ["full", "sift:skip=0", "sift", "zipvl", "zipvl:format=plain,minor=freed", "h2o", "avl"]
+    specs += ["avl:core=none", "avl:minor=k4v2", "sift:format=k4v2"]
+    rows = [
+        {
+            "task": task,
+            "policy": parse(spec).spec,
+            "right": 1 - number / 100,
+            "picture stored %": 100 - number,
+            "picture read %": 50 - number,
+        }
+        for task in ("read", "field", "describe")
+        for number, spec in enumerate(specs)
+    ]
+    for group, mine in (("formats", rows[:12]), ("bytes", rows[10:])):
+        (tmp_path / f"quality-{group}.json").write_text(json.dumps({"rows": mine}))
+    drawn = quality_by_bytes(tmp_path)
+    assert list(drawn) == ["quality_by_bytes_stored", "quality_by_bytes_read"]
+    pages = drawn["quality_by_bytes_read"].panels["whole pages"]
+    assert pages["sift"] == [(41, 0.91), (48, 0.98)]
+    assert pages["zipvl v1"] == [(47, 0.97)]
+    assert pages["zipvl v2"] == [(46, 0.96)]
+    assert set(pages) == {
+        *("full", "few bits, all values read", "sift", "zipvl v1", "zipvl v2", "h2o", "avl"),
+        *("avl, S alone", "avl in formats"),
+    }
+    write_points(tmp_path / "points.csv", drawn["quality_by_bytes_stored"])
+    with (tmp_path / "points.csv").open(newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + 3 * len(specs)

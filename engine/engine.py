@@ -95,8 +95,8 @@ class Engine:
                 Apple GPU by plain torch, in fp16 or fp32; untested).
             dtype: "auto", "float32", "bfloat16", "float16" (or "fp32", "bf16", "fp16"). "auto" is
                 the checkpoint's own on CUDA; on CPU float32 below 2 GB of weights, else bfloat16.
-            cache: a policy or its spec. "full" is the exact model; the default, a mild "avl",
-                approximates it; "avl" has the paper's settings and saves half of the memory.
+            cache: a policy or its spec. "full" is the exact model; the default, "sift", keeps
+                pictures in 4 bits; "avl" has the paper's settings and frees half of a picture.
             style: how a prompt is written, one of ``prompts.prompt.STYLES``; None: as the
                 checkpoint was trained. What becomes of a picture is the checkpoint's alone.
             revision: branch, tag or commit of a hub model.

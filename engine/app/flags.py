@@ -28,9 +28,9 @@ EXAMPLES = """examples:
   {0} --check --model ./llava-1.5-7b-hf
 """
 
-NOTES = """The default cache, a mild avl, is an approximation: it skips image tokens that are
-attended little and frees a tenth. --cache full is the exact model; --cache avl has the paper's
-settings and frees half. Without --model the embedded tiny model answers; it knows drawings and
+NOTES = """The default cache, sift, is an approximation: it keeps pictures in 4 bits and reads what
+is attended. --cache full is the exact model; --cache avl has the paper's settings and frees half
+of a picture. Without --model the embedded tiny model answers; it knows drawings and
 printed text only. Greedy by default: the same command gives the same text.
 
 A word that is a file, ends like a picture's name or begins with data: or https:// is a picture;

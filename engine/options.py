@@ -119,6 +119,7 @@ class OptionValues(TypedDict, total=False):
     ignore_eos: bool
     repetition_penalty: float
     logprobs: bool
+    top_logprobs: int
     cancel: Event | None
 
 
@@ -131,10 +132,15 @@ class Options:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
     cancel: Event | None = None
 
     def __post_init__(self) -> None:
-        _set_numbers(self, max_new_tokens=int)
+        _set_numbers(self, max_new_tokens=int, top_logprobs=int)
+        if not 0 <= self.top_logprobs <= (1000 if self.logprobs else 0):
+            raise OptionError(
+                f"top_logprobs is {self.top_logprobs}", hint="use 0 to 1000, beside logprobs"
+            )
         check_kinds(bool, ignore_eos=self.ignore_eos, logprobs=self.logprobs)
         if self.cancel is not None and not callable(getattr(self.cancel, "is_set", None)):
             raise OptionError(f"cancel is {told(self.cancel)}", hint="use a threading.Event")
@@ -157,6 +163,7 @@ def make_options(
     ignore_eos: bool = False,
     repetition_penalty: float = 1.0,
     logprobs: bool = False,
+    top_logprobs: int = 0,
     cancel: Event | None = None,
     **unknown: object,
 ) -> Options:
@@ -169,6 +176,8 @@ def make_options(
         ignore_eos: go on at the end token, for measurements.
         repetition_penalty: see ``Sampling``.
         logprobs: give every token's log-probability under the model, in ``Result.logprobs``.
+        top_logprobs: how many of the likeliest tokens are given beside each, in
+            ``Result.top_logprobs``.
         cancel: an event; once another thread sets it, the answer ends with what it has.
 
     Raises:
@@ -181,7 +190,8 @@ def make_options(
     if not is_iterable(stops):
         raise OptionError(f"stop is {told(stop)}", hint="use texts")
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
-    return Options(max_new_tokens, sampling, tuple(stops), ignore_eos, logprobs, cancel)
+    given = max_new_tokens, sampling, tuple(stops), ignore_eos, logprobs, top_logprobs, cancel
+    return Options(*given)
 
 
 # Bits of keys and of values that a format of the cache may have; 16: as the model computes.

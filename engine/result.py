@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .pictures.boxes import Box
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Likeliest = list[tuple[int, float]]  # ids of the likeliest tokens and their log-probabilities
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Result:
         cache: tokens and bytes in the cache when the answer ended.
         index: which request of a batch this answers, from 0.
         logprobs: log-probability of each of ``token_ids``, where they were asked for.
+        top_logprobs: the likeliest tokens in place of each, where they were asked for.
         boxes: the regions that the text names, in pixels of the latest picture (Qwen-VL).
     """
 
@@ -73,6 +75,7 @@ class Result:
     cache: CacheReport
     index: int = 0
     logprobs: list[float] | None = None
+    top_logprobs: list[Likeliest] | None = None
     boxes: list[Box] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:

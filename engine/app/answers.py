@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Of a Result: what depends on the request alone, and what is there only where it was asked for.
 FIELDS = ("text", "token_ids", "prompt_tokens", "image_tokens", "finish_reason")
-ASKED = ("logprobs", "boxes")
+ASKED = ("logprobs", "top_logprobs", "boxes")
 
 # What an answer depends on: the digests of its request and its model, and the cache policy's spec.
 Origin = Mapping[str, str]

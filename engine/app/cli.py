@@ -90,6 +90,8 @@ def _explain(error: Exception) -> int:
 
 def _run(arguments: list[str]) -> int:
     need_stdout()
+    if arguments[:1] == ["serve"]:
+        return _serve(arguments[1:])
     flags, mode = parse_flags(arguments)
     need_folder()
     if flags.quiet:  # read when the hub's client is imported
@@ -97,6 +99,12 @@ def _run(arguments: list[str]) -> int:
     if flags.cache is not None:
         parse(flags.cache)
     return _MODES.get(mode, _answer)(flags)
+
+
+def _serve(arguments: list[str]) -> int:
+    from .serve_command import serve
+
+    return serve(arguments)
 
 
 def _answer(flags: argparse.Namespace) -> int:

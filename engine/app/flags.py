@@ -206,32 +206,7 @@ def build_parser() -> Parser:
         help="requests answered together (8)",
     )
     add("--raw", action="store_true", help="take the prompt verbatim, with no chat template")
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        "-m",
-        type=_name,
-        metavar="DIR_OR_ID",
-        help="folder or hub name (default: the embedded model)",
-    )
-    add("--revision", type=_name, metavar="SHA", help="branch, tag or commit of a hub model")
-    add("--offline", action="store_true", help="never download")
-    add(
-        "--weights",
-        default="auto",
-        choices=WEIGHTS,
-        help="round the decoder's weights to 8 or 4 bits, +head: the language head too",
-    )
-    add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
-    add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
-    add("--threads", type=_whole, metavar="N", help="threads (default: one for each core)")
-    add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
-    add(
-        "--vision-tower",
-        type=_name,
-        metavar="DIR_OR_ID",
-        help="vision tower of a model that leaves it out (default: the one that it names)",
-    )
+    add_model(parser)
     add = parser.add_argument_group("conversion").add_argument
     add(
         "--convert",
@@ -255,22 +230,7 @@ def build_parser() -> Parser:
         help="log-probabilities of tokens, in --json or --batch",
     )
     add("--no-stream", action="store_true", help="print the answer only when it is complete")
-    add = parser.add_argument_group("cache").add_argument
-    add(
-        "--cache",
-        metavar="SPEC",
-        help=f"{', '.join(POLICIES)}, with parameters; full is exact; default: {DEFAULT_CACHE}",
-    )
-    add(
-        "--sync-selection",
-        action="store_true",
-        help="on a GPU, rank cached tokens in order, not beside the model (same text)",
-    )
-    add(
-        "--graphs",
-        action="store_true",
-        help="on a GPU, replay decode steps from captured CUDA graphs (same text)",
-    )
+    add_cache(parser)
     add = parser.add_argument_group("information").add_argument
     add(
         "--compare",
@@ -297,3 +257,53 @@ def build_parser() -> Parser:
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="store_true", help="print the version, and leave")
     return parser
+
+
+def add_model(parser: Parser) -> None:
+    """The flags that say which model runs, and how."""
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        "-m",
+        type=_name,
+        metavar="DIR_OR_ID",
+        help="folder or hub name (default: the embedded model)",
+    )
+    add("--revision", type=_name, metavar="SHA", help="branch, tag or commit of a hub model")
+    add("--offline", action="store_true", help="never download")
+    add(
+        "--weights",
+        default="auto",
+        choices=WEIGHTS,
+        help="round the decoder's weights to 8 or 4 bits, +head: the language head too",
+    )
+    add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
+    add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
+    add("--threads", type=_whole, metavar="N", help="threads (default: one for each core)")
+    add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
+    add(
+        "--vision-tower",
+        type=_name,
+        metavar="DIR_OR_ID",
+        help="vision tower of a model that leaves it out (default: the one that it names)",
+    )
+
+
+def add_cache(parser: Parser) -> None:
+    """The flags of the cache."""
+    add = parser.add_argument_group("cache").add_argument
+    add(
+        "--cache",
+        metavar="SPEC",
+        help=f"{', '.join(POLICIES)}, with parameters; full is exact; default: {DEFAULT_CACHE}",
+    )
+    add(
+        "--sync-selection",
+        action="store_true",
+        help="on a GPU, rank cached tokens in order, not beside the model (same text)",
+    )
+    add(
+        "--graphs",
+        action="store_true",
+        help="on a GPU, replay decode steps from captured CUDA graphs (same text)",
+    )

@@ -144,12 +144,19 @@ def find_model(flags: argparse.Namespace) -> None:
 
 
 def load_engine(flags: argparse.Namespace, noise: Noise) -> Engine:
-    """The engine that the flags ask for, and what is to be said of it; torch is imported here."""
+    """The engine that the flags ask for, and what is to be said of it."""
+    engine = engine_of(flags)
+    noise.loaded(engine)
+    return engine
+
+
+def engine_of(flags: argparse.Namespace) -> Engine:
+    """The engine that the flags ask for; torch is imported here."""
     find_model(flags)
     import_engine()
     from ..engine import Engine
 
-    engine = Engine.load(
+    return Engine.load(
         flags.model,
         device=flags.device,
         dtype=flags.dtype,
@@ -163,5 +170,3 @@ def load_engine(flags: argparse.Namespace, noise: Noise) -> Engine:
         threads=flags.threads,
         weights=flags.weights,
     )
-    noise.loaded(engine)
-    return engine

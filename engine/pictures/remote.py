@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
@@ -55,13 +55,15 @@ def _allowed(url: str, allow_url: bool) -> bytes:
     return fetch(url)
 
 
-def fetch(url: str) -> bytes:
-    """Download at most 20 MB over https within 10 s and 3 redirects, from public addresses only.
+def fetch(url: str, hosts: Container[str] | None = None) -> bytes:
+    """Download at most 20 MB over https within 10 s and 3 redirects, from public addresses only,
+    and from ``hosts`` alone (None: from any).
 
     Raises ImageError saying which of these was not kept.
     """
     deadline = monotonic() + SECONDS
     for _ in range(REDIRECTS + 1):
+        _check_host(url, hosts)
         answer = _ask(url, deadline)
         if isinstance(answer, bytes):
             return answer
@@ -106,6 +108,14 @@ def _hung_up_at(deadline: float, sock: socket.socket) -> Iterator[None]:
     finally:
         timer.cancel()
     _left(deadline)
+
+
+def _check_host(url: str, hosts: Container[str] | None) -> None:
+    if hosts is not None and _check_url(url).hostname not in hosts:
+        raise ImageError(
+            f"{shorten(url)} lies on a host that pictures are not taken from",
+            hint="send the picture itself as a data: URL",
+        )
 
 
 def _check_url(url: str) -> SplitResult:

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..options import Options
 from ..pictures.boxes import parse_boxes
 from ..prompts.tokenizer import StreamDecoder, Tokenizer
-from ..result import FinishReason, Result, Timings
+from ..result import FinishReason, Likeliest, Result, Timings
 from .sampling import Sampler
 from .scheduler import Over
 from .turn import Turn
@@ -89,6 +89,7 @@ class Answer:
         self._boxes = boxes
         self._pieces: list[str] = []
         self._logprobs: list[float] = []
+        self._top: list[Likeliest] = []
 
     @property
     def text(self) -> str:
@@ -101,8 +102,21 @@ class Answer:
             _refuse_nan(logits)
         token = self._sampler.choose(logits)
         if self._options.logprobs:
-            self._logprobs.append(float(logits.log_softmax(-1)[token]))
+            self._score(logits.log_softmax(-1), token)
         return token
+
+    def _score(self, logprobs: Tensor, token: int) -> None:
+        """Note the log-probabilities ``[vocab]`` of a chosen token and of the likeliest ones."""
+        self._logprobs.append(float(logprobs[token]))
+        if self._options.top_logprobs:
+            best = logprobs.topk(min(self._options.top_logprobs, len(logprobs)))
+            self._top.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+
+    def scores(self, first: int = 0) -> list[tuple[int, float, Likeliest]]:
+        """Every token from number ``first`` on, its log-probability, and the likeliest ones."""
+        tokens = self.token_ids[first:]
+        top = self._top[first:] or [[] for _ in tokens]
+        return list(zip(tokens, self._logprobs[first:], top, strict=False))
 
     def take(self, token: int) -> str:
         """Add a chosen token; returns the text that is now certain, the rest of it at the end."""
@@ -150,6 +164,7 @@ class Answer:
             timings=timings,
             cache=cache,
             logprobs=self._logprobs[: len(self.token_ids)] if self._options.logprobs else None,
+            top_logprobs=self._top[: len(self.token_ids)] if self._options.top_logprobs else None,
             boxes=parse_boxes(self.text, turn.sizes[-1]) if self._boxes and turn.sizes else [],
         )
 

@@ -1,0 +1,1 @@
+"""HTTP: requests of many askers to one engine, and their answers as they come."""

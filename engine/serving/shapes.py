@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +73,14 @@ class Shapes:
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
-        return {"token": text, "bytes": [*text.encode()], "logprob": max(logprob, -9999.0)}
+        # Behind another token: by itself a word would lose the space before it.
+        lead = self.tokenizer.encode("a")[-1]
+        text = self.tokenizer.decode([lead, token])[len(self.tokenizer.decode([lead])) :]
+        found = re.fullmatch(r"<0x([0-9A-F]{2})>", self.tokenizer.spelling(token) or "")
+        # A part of a character has no text; SentencePiece spells its byte, of others it is unknown.
+        whole = None if "\ufffd" in text else [*text.encode()]
+        bytes_ = [int(found[1], 16)] if found else whole
+        return {"token": text, "bytes": bytes_, "logprob": max(logprob, -9999.0)}
 
 
 def usage(results: Sequence[Result]) -> dict[str, Any]:

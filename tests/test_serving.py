@@ -23,7 +23,7 @@ from tests.checkpoints import Shape
 from tests.oracle import noise
 
 pytest.importorskip("uvicorn")
-httpx = pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx2")  # which comes with openai
 openai = pytest.importorskip("openai")
 
 import uvicorn  # noqa: E402

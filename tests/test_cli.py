@@ -326,7 +326,7 @@ def test_refusals(
         ["-p", "x", "--model", "nobody/has-this", "--offline"],
         ["-p", "x", "--threads", "0"],
         ["nothing.png", "What?"],
-        ["serve"],
+        ["serve", "--rows", "0"],
         ["--version"],
     ],
 )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +39,7 @@ from engine.serving.worker import Worker  # noqa: E402
 
 SHAPE = Shape(kv_heads=2)
 KEY = "a-key"
+ROOT = Path(__file__).parents[1]
 
 
 def data_url(seed: int = 0) -> str:
@@ -480,3 +486,49 @@ def test_limits_are_those_of_the_server() -> None:
     with pytest.raises(RefusalError):
         parse(body, "tiny", replace(Limits(), tokens=49))
     assert parse(body, "tiny", Limits()).options["max_new_tokens"] == 50
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host", "0.0.0.0"], ("--api-key-file",)),
+        (["--rows", "0"], ("--rows is 0",)),
+        (["--port", "70000"], ("--port is 70000",)),
+        (["--image", "car.jpg"], ("--image",)),
+        (["--cache", "nope"], ("unknown cache policy",)),
+        (["--deadline", "0"], ("--deadline is 0",)),
+        (["--cache-gb", "-1"], ("--cache-gb is -1",)),
+    ],
+)
+def test_wrong_flags_are_refused_at_once(ask: Any, flags: list[str], words: tuple[str]) -> None:
+    asked_ = ask("serve", *flags)
+    assert asked_.code == 2
+    assert all(word in asked_.err for word in words)
+    assert asked_.err.count("\n") == 2
+
+
+def test_a_signal_lets_answers_end_and_takes_no_more(tmp_path: Path) -> None:
+    """The whole command: it says where it listens, answers, and drains on SIGTERM."""
+    command = [sys.executable, str(ROOT / "main.py"), "serve", "--port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        url = process.stderr.readline().split()[-1]
+        body = {
+            "messages": asked("Describe the picture in detail."),
+            "max_tokens": 600,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            said = list(lines)
+        assert "data: [DONE]" in said
+        assert '"finish_reason":"length"' in "".join(said)
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""

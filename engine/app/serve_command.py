@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Answers requests over HTTP, as OpenAI's chat completions have them: POST
 /v1/chat/completions, GET /v1/models, /health, /metrics, and a page to ask on at /. docs/serving.md
 has fields, limits and promises."""
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -156,6 +159,16 @@ def listen(server: Server, host: str, port: int, *, quiet: bool = False) -> int:
 
     class Listening(uvicorn.Server):
         """Says where it listens, and drains when it is told to end."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Uvicorn's own sends the signal again at the end: being told to end is no failure."""
+            before = {each: signal.signal(each, self.handle_exit) for each in ENDING}
+            try:
+                yield
+            finally:
+                for each, handler in before.items():
+                    signal.signal(each, handler)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             server.draining = True

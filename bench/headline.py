@@ -1,0 +1,208 @@
+"""Whole decode steps of a decoder of 7B width, of the full cache and of policies over it.
+
+    python -m bench.headline [--sizes 8 16] [--weights q4] [--image 2880]
+
+The A-VL paper's headline is a decode at 50.5 % of the original's time. What a policy can save
+depends on how many bytes of a step are keys and values: on the rows, the picture, the bits of the
+weights. Here are as many heads of keys as of queries, as in Vicuna, 8 of 32 layers, and no prefill:
+keys and values are random, so that logits have a standard deviation of 4 and heads are as peaked as
+a trained model's; how many values are read is printed. Every policy has its own rows and takes its
+steps in turn; *limit* is the ratio of the bytes that steps read, weights and attended keys and
+values: the ratio if a step were reading alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench import common
+from engine.cache.pool import Pool
+from engine.cache.prefill import Prefill
+from engine.cache.report import CacheReport, report
+from engine.cache.row import Row
+from engine.loading.preparing import prepare
+from engine.models.decoder import Decoder, DecoderConfig
+from engine.models.matrix import Linear, matrices
+from engine.ops.few_bits import FewBits, quantise
+from engine.policies.layout import Layout
+from engine.policies.received import Received
+from engine.policies.specs import parse
+from engine.running.stepping import Stepper, Stepping
+
+POLICIES = ("full", "sift", "sift:skip=0", "avl:prefill=1,text=1")
+SYSTEM, TEXT = 35, 35  # tokens before the picture and behind it
+PEAKED = 4.0  # standard deviation of logits
+WIDTH = {"vocab": 32000, "hidden": 4096, "heads": 32, "head_dim": 128, "mlp": 11008}
+NOTES = (
+    "Ratios are within blocks. At 50.5 % lies the paper's figure; where the limit is above it no "
+    "cache of this size can reach it.",
+)
+
+
+def make_decoder(layers: int, kv_heads: int, weights: str) -> Decoder:
+    """A decoder of random weights, its layers in few bits unless ``weights`` is bf16."""
+    config = DecoderConfig(
+        **WIDTH, layers=layers, kv_heads=kv_heads, rope_theta=10000.0, norm_eps=1e-5,
+        qkv_bias=False, tied_head=False, context=32768,
+    )  # fmt: skip
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    drawn: dict[tuple[tuple[int, ...], bool], torch.Tensor | FewBits] = {}
+    for name, module in decoder.named_modules():
+        few = weights != "bf16" and isinstance(module, Linear) and name != "head"
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            key = tuple(parameter.shape), few
+            if key not in drawn:
+                drawn[key] = random_weight(key[0], weights if few else "bf16")
+            put(module, leaf, drawn[key])
+    decoder.requires_grad_(False)
+    prepare(decoder, torch.device("cpu"))
+    return decoder
+
+
+def random_weight(shape: tuple[int, ...], weights: str) -> torch.Tensor | FewBits:
+    """A matrix, rounded to a format, or a norm's weights of 1."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    drawn = torch.randn(shape).mul_(0.02)
+    return drawn.bfloat16() if weights == "bf16" else quantise(drawn, weights)
+
+
+def put(module: torch.nn.Module, leaf: str, drawn: torch.Tensor | FewBits) -> None:
+    """Give a layer numbers of its own: every layer's are read from memory."""
+    if isinstance(drawn, torch.Tensor):
+        module.register_parameter(leaf, torch.nn.Parameter(drawn.clone(), requires_grad=False))
+        return
+    scale = None if drawn.scale is None else drawn.scale.clone()
+    assert isinstance(module, Linear)
+    module.quantised(replace(drawn, codes=drawn.codes.clone(), scale=scale))
+
+
+class Given(Prefill):
+    """A prefill that is given keys and values in place of computing them."""
+
+    def fill(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Choose and store one layer's."""
+        self._keep(layer, k, v, self._turn, Received(q, k))
+
+
+def filled(pools: Sequence[Pool], spec: str, image: int, steps: int, seed: int) -> Row:
+    """A row with one picture, whose keys and values are random."""
+    generator = torch.Generator().manual_seed(seed)
+    spans = [(SYSTEM, SYSTEM + image)]
+    layout = Layout.of_tokens(SYSTEM + image + TEXT, spans, torch.device("cpu"))
+    kv_heads, head_dim = pools[0].k.shape[1:]
+    with Given(pools, parse(spec), layout, steps) as step:
+        for layer in range(len(pools)):
+            k, v = torch.randn(2, layout.columns, kv_heads, head_dim, generator=generator)
+            q = torch.randn(1, kv_heads, head_dim, generator=generator)
+            # Queries of the decoder have a deviation of 0.02 * sqrt(hidden).
+            k *= PEAKED / (0.02 * WIDTH["hidden"] ** 0.5)
+            step.fill(layer, q.bfloat16(), k.bfloat16(), v.bfloat16())
+    return step.row
+
+
+class Cell:
+    """Rows under one policy in the middle of answers."""
+
+    def __init__(self, decoder: Decoder, spec: str, rows: int, image: int, steps: int) -> None:
+        config, weight = decoder.config, decoder.norm.weight
+        given = config.kv_heads, config.head_dim, weight.dtype, weight.device
+        self.spec, self.rows, self.decoder = spec, rows, decoder
+        self.pools = [Pool(*given) for _ in range(config.layers)]
+        # The stepper asks a model for nothing but its decoder.
+        model: Any = SimpleNamespace(decoder=decoder)
+        self.stepper = Stepper(model, self.pools, Stepping())
+        for seed in range(rows):
+            self.stepper.join(filled(self.pools, spec, image, steps + 4, seed))
+        self.go_on(2)
+
+    def go_on(self, steps: int) -> float:
+        """Seconds of a step, mean of so many."""
+        tokens, began = torch.zeros(self.rows, dtype=torch.int64), perf_counter()
+        for _ in range(steps):
+            logits = self.stepper.step(tokens)
+        seconds = (perf_counter() - began) / steps
+        assert logits.isfinite().all()
+        return seconds
+
+    def end(self) -> tuple[float, CacheReport]:
+        """Bytes that a step has read, and what the last row held."""
+        reports = [report(self.stepper.leave(0), self.pools) for _ in range(self.rows)]
+        weights = sum(matrix.bytes_read(self.rows) for matrix in matrices(self.decoder))
+        return weights + sum(map(self._read, reports)), reports[-1]
+
+    def _read(self, cache: CacheReport) -> float:
+        """Bytes of keys and values that a step has read of a row: the picture's, and all text."""
+        token = sum(pool.slot_bytes for pool in self.pools)
+        text = cache.bytes_full / token - cache.image_tokens
+        return token * (cache.image_read_share * cache.image_tokens + text)
+
+
+def measure(decoder: Decoder, rows: int, args: Any) -> list[dict[str, Any]]:
+    """A line for every policy at so many rows."""
+    steps = args.steps * args.blocks
+    cells = [Cell(decoder, spec, rows, args.image, steps) for spec in args.cache]
+    seconds: dict[str, list[float]] = {cell.spec: [] for cell in cells}
+    for block in common.progress(range(args.blocks), f"blocks of {rows} rows"):
+        for cell in cells[:: 1 if block % 2 == 0 else -1]:
+            seconds[cell.spec].append(cell.go_on(args.steps))
+    ends = {cell.spec: cell.end() for cell in cells}
+    first = args.cache[0]
+    lines = []
+    for spec, spent in seconds.items():
+        read, cache = ends[spec]
+        ratio, limit = common.paired_ratio(spent, seconds[first]), read / ends[first][0]
+        lines.append(
+            {
+                "rows": rows,
+                "policy": spec,
+                "ms per step": round(1e3 * statistics.median(spent), 1),
+                "tokens/s in all": round(rows / statistics.median(spent), 1),
+                f"step / {first}": round(ratio["ratio"], 3),
+                "95 %": common.interval(ratio),
+                "limit": round(limit, 3),
+                "beside the limit": round(ratio["ratio"] / limit, 2),
+                "picture stored %": round(100 * cache.image_stored_share, 1),
+                "picture read %": round(100 * cache.image_read_share, 1),
+                "values read %": round(100 * cache.values_read, 1),
+                "GB read": round(read / 1e9, 2),
+            }
+        )
+    return lines
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure, print and write the report."""
+    parser = common.make_parser(__doc__, name="headline")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 16], help="rows")
+    parser.add_argument("--weights", default="q4", choices=("bf16", "q8", "q4"))
+    parser.add_argument("--image", type=int, default=2880, help="image tokens of a row")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=32)
+    parser.add_argument("--cache", action="append", help="policies, the first beside all others")
+    parser.add_argument("--steps", type=int, default=6, help="of a block: whole cycles of K = 3")
+    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = common.read_options(parser)
+    args.cache = args.cache or [*POLICIES]
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    decoder = make_decoder(args.layers, args.kv_heads, args.weights)
+    lines = [line for rows in args.sizes for line in measure(decoder, rows, args)]
+    settings = {"weights": args.weights, "layers": args.layers, "kv heads": args.kv_heads}
+    settings |= {"image tokens": args.image, "threads": args.threads, "seed": 0, "dtype": "bf16"}
+    path = common.write_report(args.name, settings, lines, NOTES, args.out)
+    print(path.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()

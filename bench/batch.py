@@ -47,11 +47,13 @@ def main() -> None:
     options = read_options()
     torch.set_num_threads(options.threads)
     folder = subject.checkpoint(options)
-    engine = Engine.load(folder, device=options.device, dtype=options.dtype, offline=True)
+    given = {"device": options.device, "dtype": options.dtype, "weights": options.weights}
+    engine = Engine.load(folder, offline=True, **given)
     plan = Plan(options.cache, options.sizes, options.tokens, options.blocks)
     rows, notes = throughput(engine, subject.picture(options), plan)
     settings = {
-        key: getattr(options, key) for key in ("dtype", "threads", "tokens", "blocks", "device")
+        key: getattr(options, key)
+        for key in ("dtype", "weights", "threads", "tokens", "blocks", "device")
     }
     settings |= subject.about(options)
     path = write_report(options.name, settings, rows, notes, options.out)
@@ -64,6 +66,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--cache", action="append", help="policies (default: full, avl)")
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--weights", default="auto", help="as Engine.load has it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(

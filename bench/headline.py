@@ -6,9 +6,9 @@ The A-VL paper's headline is a decode at 50.5 % of the original's time. What a p
 depends on how many bytes of a step are keys and values: on the rows, the picture, the bits of the
 weights. Here are as many heads of keys as of queries, as in Vicuna, 8 of 32 layers, and no prefill:
 keys and values are random, so peaked that a tenth of the tokens holds nine tenths of a head's
-attention, as in trained models (docs/quality.md); how many values are read is printed. Every policy has its own rows and takes its
-steps in turn; *limit* is the ratio of the bytes that steps read, weights and attended keys and
-values: the ratio if a step were reading alone.
+attention, as in trained models (docs/quality.md); how many values are read is printed. Every policy
+has its own rows and takes its steps in turn; *limit* is the ratio of the bytes that steps read,
+weights and attended keys and values: the ratio if a step were reading alone.
 """
 
 from __future__ import annotations

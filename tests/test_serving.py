@@ -211,12 +211,86 @@ def test_requests_together_are_requests_alone(engine: Engine, server: Any) -> No
         thread.join()
     for n, body in enumerate(bodies):
         alone = engine.with_cache(body["cache"] or engine.policy)
+        if alone.policy.name == "sift" and n % 3:  # over the stored beginning, again
+            assert found[n] == post(server, body).json()["choices"][0]["message"]["content"]
+            continue
         pictures = [data_url(n)] * (n % 3)
         options = {"max_new_tokens": 4 + n, "temperature": 0.8 * (n % 2), "seed": n}
         messages = [{"role": "user", "content": [*[{"type": "image"}] * len(pictures)]}]
         messages[0]["content"].append({"type": "text", "text": f"What is in {n}?" + "!" * n})
         result = alone.generate(messages, pictures, ignore_eos=True, **options)
         assert found[n] == result.text, n
+
+
+# -- one picture, many questions -------------------------------------------------------------------
+
+
+def ask_about(server: Any, text: str, spec: str, seed: int = 3, **options: Any) -> Any:
+    body = {"messages": asked(text, data_url(seed)), "max_tokens": 8, "ignore_eos": True}
+    answer = post(server, body | {"cache": spec}, **options).json()
+    return answer["choices"][0]["message"]["content"], answer["usage"]
+
+
+@pytest.mark.parametrize("spec", ["full", "sift:format=k16v16,skip=0"])
+def test_questions_about_one_picture_read_it_once(engine: Engine, spec: str) -> None:
+    """In 16 bits or more each answer is the plain one's; the second prefill is the question's."""
+    with serving(engine) as server:
+        for number, text in enumerate(("What is it?", "And what else is there?", "Why?")):
+            said, usage = ask_about(server, text, spec)
+            alone = engine.with_cache(spec).generate(
+                text, [data_url(3)], max_new_tokens=8, ignore_eos=True
+            )
+            assert said == alone.text
+            assert usage["prompt_tokens"] == alone.prompt_tokens
+            details = usage["prompt_tokens_details"]
+            assert details["image_tokens"] == alone.image_tokens
+            assert details["cached_tokens"] > alone.image_tokens
+            assert server.worker.now()["prefix_misses"] == 1
+            assert server.worker.now()["prefix_hits"] == number + 1
+
+
+def test_few_bits_are_shared_in_place_and_answers_repeat(engine: Engine) -> None:
+    with serving(engine) as server:
+        first = ask_about(server, "What is it?", "sift")[0]
+        pages = [len(pool.of("k4v4").data) for pool in server.worker._scheduler.pools]
+        other = ask_about(server, "And what else is there?", "sift")[0]
+        assert ask_about(server, "What is it?", "sift")[0] == first
+        assert ask_about(server, "And what else is there?", "sift")[0] == other
+        assert [len(pool.of("k4v4").data) for pool in server.worker._scheduler.pools] == pages
+
+
+def test_policies_that_choose_by_the_question_share_nothing(engine: Engine) -> None:
+    with serving(engine) as server:
+        for spec in ("avl:floor=4", "h2o", "zipvl"):
+            for _ in range(2):
+                details = ask_about(server, "What?", spec)[1]["prompt_tokens_details"]
+                assert details["cached_tokens"] == 0 < details["image_tokens"]
+
+
+def test_nobody_learns_what_others_have_asked(engine: Engine) -> None:
+    """Beginnings are kept by key."""
+    with serving(engine, keys=("other", KEY)) as server:
+        for key in (KEY, "other", KEY):
+            ask_about(server, "What?", "sift", headers={"authorization": f"Bearer {key}"})
+        assert server.worker.now()["prefix_misses"] == 2
+
+
+def test_kept_beginnings_make_room(engine: Engine) -> None:
+    """By bytes, the oldest first; and wherever a request needs the room."""
+    per_slot = engine.model.decoder.config.kv_bytes_per_token * 4
+    with serving(engine, budget=200 * per_slot, rows=1) as server:
+        for seed in range(5):
+            ask_about(server, "What?", "full", seed)
+        assert server.worker.now()["prefix_misses"] == 5
+        assert 0 < server.worker.now()["shared_bytes"] < 200 * per_slot
+        said = ask_about(server, "What?", "full", 4)[0]
+        alone = engine.generate("What?", [data_url(4)], max_new_tokens=8, ignore_eos=True)
+        assert said == alone.text
+        settled(server)
+        while server.worker._prefixes.drop():
+            pass
+        for pool in server.worker._scheduler.pools:
+            assert pool.holes.free == [(0, 400)]
 
 
 def test_models_health_metrics_and_the_page(server: Any, client: Any) -> None:

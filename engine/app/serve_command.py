@@ -72,6 +72,13 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
         help="keys and values, claimed at once (default: as used)",
     )
     add(
+        "--shared-gb",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="pictures that are kept for further questions (1); 0: none",
+    )
+    add(
         "--deadline",
         type=float,
         default=600.0,
@@ -112,6 +119,8 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
             raise OptionError(f"--{name.replace('_', '-')} is {value}", hint=f"use {low} to {high}")
     if not flags.deadline > 0:
         raise OptionError(f"--deadline is {flags.deadline}", hint="use seconds above 0")
+    if not 0 <= flags.shared_gb < 1e6:
+        raise OptionError(f"--shared-gb is {flags.shared_gb}", hint="use gigabytes, or 0")
     if flags.cache_gb is not None and not 0 < flags.cache_gb < 1e6:
         raise OptionError(f"--cache-gb is {flags.cache_gb}", hint="use gigabytes above 0")
     return flags
@@ -134,7 +143,8 @@ def _run(flags: argparse.Namespace, engine: Engine, keys: tuple[str, ...]) -> in
     from ..serving.worker import Worker
 
     budget = None if flags.cache_gb is None else int(flags.cache_gb * 1e9)
-    worker = Worker(engine, flags.rows, budget, flags.queue, flags.slices)
+    shared = int(flags.shared_gb * 1e9)
+    worker = Worker(engine, flags.rows, budget, flags.queue, flags.slices, shared)
     settings = Settings(
         flags.name or engine.name,
         keys,

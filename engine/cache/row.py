@@ -136,6 +136,11 @@ class Stored:
         packed = [part.tokens * pool.of(part.format).slot_bytes for part in self.parts]
         return columns * pool.slot_bytes + sum(packed)
 
+    def share(self) -> Stored:
+        """The same for one more holder, who only reads it."""
+        parts = tuple(replace(part, extent=part.extent.share()) for part in self.parts)
+        return replace(self, extent=self.extent.share(), parts=parts)
+
     def give(self) -> None:
         """Give back all of it."""
         self.extent.give()
@@ -174,6 +179,12 @@ class Row:
     def seen(self) -> int:
         """Tokens seen, which is also the next position."""
         return self.layers[0].layout.seen if self.layers else 0
+
+    def share(self) -> Row:
+        """The same for a sequence that begins with it: a turn on top of it copies or shares what it
+        keeps, and gives this back.
+        """
+        return replace(self, layers=[stored.share() for stored in self.layers], observer=None)
 
     def give(self) -> None:
         """Give back all that the sequence holds of the pools."""

@@ -55,6 +55,13 @@ class Policy:
         """Raise OptionError if this policy is of a layer that a model of ``layers`` lacks."""
 
     @property
+    def impartial(self) -> bool:
+        """Whether what is stored of a picture depends on no later token, so that whatever is asked
+        about it may begin with the same keys and values.
+        """
+        return not self.stores
+
+    @property
     def in_one_piece(self) -> bool:
         """Whether all tokens of a prefill must pass a layer at once: ``attending`` is asked."""
         return False

@@ -38,6 +38,11 @@ class Sift(Policy):
         check_bits(self, "format")
         check_share(self, "skip")
 
+    @property
+    def impartial(self) -> bool:
+        """Nothing is chosen."""
+        return True
+
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """All columns, pictures in their format."""
         from .layout import InFormat, Kept

@@ -183,6 +183,11 @@ class Scheduler:
             self._take_out(job)
             self._give(job)
 
+    @property
+    def blocked(self) -> bool:
+        """Whether the next prompt has a place, but no room in the pools."""
+        return bool(self.waiting) and len(self.running) < self.rows and not self._readable()
+
     def _readable(self) -> bool:
         """Whether the next prompt can be read now, or refused."""
         if not self.waiting or len(self.running) == self.rows:

@@ -119,7 +119,7 @@ class Server:
         asking = self._parsed(await request.body())
         images = [await self._opened(url) for url in asking.pictures]
         news: asyncio.Queue[News] = asyncio.Queue()
-        ticket = self._ticket(asking, images, news)
+        ticket = self._ticket(asking, images, news, request.scope.get("asker", ""))
         self.worker.submit(ticket)
         name = f"chatcmpl-{secrets.token_hex(12)}"
         tokenizer = self.worker.engine.tokenizer
@@ -154,7 +154,7 @@ class Server:
                 raise refusal_of(error) from None
 
     def _ticket(
-        self, asking: Asking, images: list[Image.Image], news: asyncio.Queue[News]
+        self, asking: Asking, images: list[Image.Image], news: asyncio.Queue[News], asker: str
     ) -> Ticket:
         """A ticket whose news come into a queue of this loop."""
         loop = asyncio.get_running_loop()
@@ -168,7 +168,8 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(put, item)
 
-        ticket = Ticket(asking, images, tell, time.monotonic() + self.settings.seconds)
+        deadline = time.monotonic() + self.settings.seconds
+        ticket = Ticket(asking, images, tell, deadline, asker)
         return ticket
 
     async def _first(self, request: Request, ticket: Ticket, news: asyncio.Queue[News]) -> News:
@@ -188,6 +189,7 @@ class Server:
     ) -> Response:
         """All answers at once."""
         results: dict[int, Result] = {}
+        cached = 0
         scores: dict[int, Scores] = {choice: [] for choice in range(ticket.asking.choices)}
         while len(results) < ticket.asking.choices:
             item = await self._next(request, ticket, news)
@@ -195,10 +197,10 @@ class Server:
                 raise item
             scores[item.choice] += item.scores
             if isinstance(item, Finished):
-                results[item.choice] = item.result
+                results[item.choice], cached = item.result, item.cached
         ordered = [results[choice] for choice in sorted(results)]
         told = [scores[choice] for choice in sorted(scores)] if ticket.asking.logprobs else None
-        return JSONResponse(shapes.completion(ordered, told), headers=headers)
+        return JSONResponse(shapes.completion(ordered, cached, told), headers=headers)
 
     async def _next(self, request: Request, ticket: Ticket, news: asyncio.Queue[News]) -> News:
         """The next news; the ticket is given up if the client has gone meanwhile."""
@@ -221,7 +223,7 @@ async def _chunks(
     for choice in range(asking.choices):
         yield shapes.chunk(choice, {"role": "assistant", "content": ""}, usage=asking.usage)
     results: dict[int, Result] = {}
-    item = first
+    item, cached = first, 0
     while True:
         if isinstance(item, RefusalError):  # the status is out already
             yield item.body
@@ -230,11 +232,11 @@ async def _chunks(
             delta = {"content": item.text}
             yield shapes.chunk(item.choice, delta, None, item.scores, usage=asking.usage)
         else:
-            results[item.choice] = item.result
+            results[item.choice], cached = item.result, item.cached
             reason = item.result.finish_reason
             yield shapes.chunk(item.choice, {}, reason, item.scores, usage=asking.usage)
         if len(results) == asking.choices:
             break
         item = await news.get()
     if asking.usage:
-        yield shapes.counts([results[choice] for choice in sorted(results)])
+        yield shapes.counts([results[choice] for choice in sorted(results)], cached)

@@ -20,7 +20,10 @@ _HELP = {
     "queue_seconds": "from the request's arrival until it is begun",
     "requests_running": "answers in the making",
     "requests_waiting": "requests that are not begun",
-    "cache_bytes": "bytes of keys and values that answers in the making hold room for",
+    "cache_bytes": "bytes of the pools of keys and values",
+    "shared_bytes": "of them those of pictures that others may ask about",
+    "prefix_hits": "prompts whose beginning was there",
+    "prefix_misses": "prompts whose beginning was read",
 }
 
 

@@ -25,7 +25,7 @@ class Shapes:
     tokenizer: Tokenizer
 
     def completion(
-        self, results: Sequence[Result], scores: Sequence[Scores] | None
+        self, results: Sequence[Result], cached: int, scores: Sequence[Scores] | None
     ) -> dict[str, Any]:
         """The whole response; ``scores`` by answer where they are wanted."""
         choices = [
@@ -37,7 +37,7 @@ class Shapes:
             }
             for index, result in enumerate(results)
         ]
-        return self._head("chat.completion") | {"choices": choices, "usage": usage(results)}
+        return self._head("chat.completion") | {"choices": choices, "usage": usage(results, cached)}
 
     def chunk(
         self,
@@ -58,9 +58,12 @@ class Shapes:
         head = self._head("chat.completion.chunk") | {"choices": [choice]}
         return head | ({"usage": None} if usage else {})
 
-    def counts(self, results: Sequence[Result]) -> dict[str, Any]:
+    def counts(self, results: Sequence[Result], cached: int) -> dict[str, Any]:
         """The last chunk: no piece of an answer, but what all of it took."""
-        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage(results)}
+        return self._head("chat.completion.chunk") | {
+            "choices": [],
+            "usage": usage(results, cached),
+        }
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -83,8 +86,10 @@ class Shapes:
         return {"token": text, "bytes": bytes_, "logprob": max(logprob, -9999.0)}
 
 
-def usage(results: Sequence[Result]) -> dict[str, Any]:
-    """Tokens of a request and its answers; ``cache`` is what the first answer held."""
+def usage(results: Sequence[Result], cached: int) -> dict[str, Any]:
+    """Tokens of a request and its answers; ``cache`` is what the first answer held, and ``cached``
+    how many of the prompt's tokens were there already.
+    """
     first = results[0]
     prompt, said = first.prompt_tokens, sum(len(result.token_ids) for result in results)
     cache = first.cache
@@ -92,7 +97,7 @@ def usage(results: Sequence[Result]) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": said,
         "total_tokens": prompt + said,
-        "prompt_tokens_details": {"image_tokens": first.image_tokens, "cached_tokens": 0},
+        "prompt_tokens_details": {"image_tokens": first.image_tokens, "cached_tokens": cached},
         "cache": {
             "policy": cache.policy,
             "stored_share": round(cache.stored_share, 4),

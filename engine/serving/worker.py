@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition, Event, Thread
 from time import monotonic
 from typing import Any
@@ -25,6 +25,7 @@ from ..running.generation import Answer, result_of
 from ..running.scheduler import Event as SchedulerEvent
 from ..running.scheduler import Job, Over, Said, Scheduler
 from .metrics import Metrics
+from .prefixes import Prefixes
 from .refusal import RefusalError, refusal_of
 from .request import Asking
 
@@ -42,11 +43,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """One of the answers is complete; ``scores`` are those that no piece has told."""
+    """One of the answers is complete.
+
+    ``scores`` are those that no piece has told, ``cached`` how many tokens of the prompt were there
+    already.
+    """
 
     choice: int
     result: Result
     scores: Scores = field(default_factory=list)
+    cached: int = 0
 
 
 News = Piece | Finished | RefusalError
@@ -61,6 +67,7 @@ class Ticket:
         images: its pictures, decoded.
         tell: is called in the engine's thread with whatever comes of it.
         deadline: of ``monotonic``; what is not over by then is given up.
+        asker: whose request it is; nothing that is stored is shared with others.
         cancel: set by whoever wants no more of it.
         arrived: when it came.
     """
@@ -69,6 +76,7 @@ class Ticket:
     images: list[Image.Image]
     tell: Callable[[News], None]
     deadline: float
+    asker: str = ""
     cancel: Event = field(default_factory=Event)
     arrived: float = field(default_factory=monotonic)
     encoded: list[EncodedImage] = field(default_factory=list)
@@ -76,6 +84,8 @@ class Ticket:
     told: dict[int, int] = field(default_factory=dict)  # by choice, tokens whose scores are out
     last: dict[int, float] = field(default_factory=dict)  # by choice, when a token came
     left: int = 0
+    read: tuple[int, int] = (0, 0)  # tokens of the prompt, and image tokens among them
+    cached: int = 0  # tokens of the prompt that were there already
 
 
 class Worker:
@@ -88,10 +98,11 @@ class Worker:
         budget: int | None,
         queue: int,
         slices: int = 1,
+        shared: int = 1 << 30,
         metrics: Metrics | None = None,
     ) -> None:
-        """``queue``: requests that may wait beside those that are answered; the rest is as for
-        ``Engine.scheduler``.
+        """``queue``: requests that may wait beside those that are answered; ``shared``: bytes of
+        prompts' beginnings that are kept (``Prefixes``); the rest is as for ``Engine.scheduler``.
         """
         self.engine, self.metrics = engine, metrics or Metrics()
         self._rows, self._budget, self._slices, self._queue = rows, budget, slices, queue
@@ -99,7 +110,8 @@ class Worker:
         self._begun: list[Ticket] = []
         self._changed = Condition()
         self._closing = False
-        self._scheduler = self._new_scheduler()
+        self._shared = shared
+        self._renew()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -136,12 +148,19 @@ class Worker:
             "requests_running": len(scheduler.running),
             "requests_waiting": len(self._waiting) + len(scheduler.waiting),
             "cache_bytes": slots,
+            "shared_bytes": self._prefixes.nbytes,
+            "prefix_hits": self._prefixes.hits,
+            "prefix_misses": self._prefixes.misses,
         }
 
     # -- in the engine's thread --------------------------------------------------------------------
 
-    def _new_scheduler(self) -> Scheduler:
-        return self.engine.scheduler(self._rows, self._budget, self._slices)
+    def _renew(self) -> None:
+        """Begin with empty pools."""
+        self._scheduler: Scheduler = self.engine.scheduler(self._rows, self._budget, self._slices)
+        self._prefixes = Prefixes(self._scheduler.pools, self._shared)
+        self._readings: dict[Job, bytes] = {}  # of beginnings
+        self._held: dict[bytes, list[Ticket]] = {}  # until their beginning is read
 
     def _run(self) -> None:
         while self._wait():
@@ -211,10 +230,36 @@ class Worker:
             ticket.told[choice] = 0
         ticket.left = len(ticket.jobs)
         first = next(iter(ticket.jobs))
-        self.metrics.count("prompt_tokens_total", len(first.turn.token_ids))
-        self.metrics.count("image_tokens_total", first.turn.image_tokens)
+        ticket.read = len(first.turn.token_ids), first.turn.image_tokens
+        self.metrics.count("prompt_tokens_total", ticket.read[0])
+        self.metrics.count("image_tokens_total", ticket.read[1])
+        beginning = self._prefixes.reading(first, ticket.asker)
+        if beginning is None:
+            self._submit(ticket)
+            return
+        key, reading = beginning
+        self._held.setdefault(key, []).append(ticket)
+        if len(self._held[key]) == 1:
+            self._readings[reading] = key
+            self._scheduler.submit(reading)
+
+    def _submit(self, ticket: Ticket) -> None:
         for job in ticket.jobs:
+            ticket.cached = self._prefixes.begin(job, ticket.asker)
             self._scheduler.submit(job)
+
+    def _has_read(self, event: Over) -> None:
+        """A beginning is read: those that it was read for go on."""
+        key, job = self._readings.pop(event.job), event.job
+        waiting = [ticket for ticket in self._held.pop(key) if ticket in self._begun]
+        if job.failed:
+            for ticket in waiting:
+                self._refuse(ticket, refusal_of(job.failed))
+            return
+        assert job.row is not None, "what has been read is a row"
+        self._prefixes.put(key, job.row)
+        for ticket in waiting:
+            self._submit(ticket)
 
     def _room(self, engine: Engine, ticket: Ticket) -> int:
         """How long an answer may get where the request does not say."""
@@ -229,19 +274,27 @@ class Worker:
         return min(left, _UNSAID)
 
     def _step(self) -> None:
+        scheduler = self._scheduler
+        # What is kept for those that may come makes room for those that are here.
+        while scheduler.blocked and self._prefixes.drop():
+            pass
         try:
-            events = self._scheduler.step()
+            events = scheduler.step()
         except CapacityError as error:  # none of the rows can go on
             lost = refusal_of(error)
             for ticket in [t for t in self._begun if t.jobs]:
                 self._refuse(ticket, lost)
-            self._scheduler = self._new_scheduler()
+            self._renew()
             return
         self._tell(events)
 
     def _tell(self, events: Iterable[SchedulerEvent]) -> None:
         """Hand on what a step has brought."""
         for event in events:
+            if event.job in self._readings:
+                if isinstance(event, Over):
+                    self._has_read(event)
+                continue
             ticket = next((t for t in self._begun if event.job in t.jobs), None)
             if ticket is None:  # refused meanwhile
                 continue
@@ -275,7 +328,10 @@ class Worker:
             return
         self.metrics.count("requests_total", finish_reason=result.finish_reason)
         self.metrics.count("generation_tokens_total", len(result.token_ids))
-        ticket.tell(Finished(choice, result, self._scores(ticket, event.job)))
+        prompt, image = ticket.read
+        result = replace(result, prompt_tokens=prompt, image_tokens=image)
+        scores = self._scores(ticket, event.job)
+        ticket.tell(Finished(choice, result, scores, ticket.cached))
         ticket.left -= 1
         if not ticket.left:
             self._drop(ticket)

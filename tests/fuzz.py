@@ -38,11 +38,15 @@ from engine.app.batch_file import BatchRun
 from engine.app.job import Job
 from engine.checkpoint.tensors import Checkpoint
 from engine.engine import Engine
-from engine.errors import EngineError
+from engine.errors import EngineError, OptionError
 from engine.loading.families import recognise
+from engine.options import make_options
 from engine.pictures.image import open_image
 from engine.policies.specs import parse
 from engine.prompts.tokenizer import StreamDecoder, Tokenizer
+from engine.serving.refusal import RefusalError
+from engine.serving.request import Limits
+from engine.serving.request import parse as parse_request
 from tests.checkpoints import Shape, write_llava
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -262,11 +266,47 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "tiktoken": _tiktoken,
         "batch": _batch,
         "cache-spec": _cache_spec,
+        "request": _request,
     }
     for name, maker in makers.items():
         (folder / name).mkdir()
         targets[name] = maker(folder / name)
     return targets | _configs(folder)
+
+
+def _request(folder: Path) -> Target:
+    """The body of a chat completion."""
+    parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+    content = [*parts, {"type": "text", "text": "What?"}]
+    plain: dict[str, Any] = {"model": "it", "messages": [{"role": "user", "content": "Hi"}]}
+    rich = plain | {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": content},
+        ],
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "stop": ["x"],
+        "n": 2,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "cache": "avl:core=none",
+    }
+
+    def read(content: bytes) -> None:
+        try:
+            asking = parse_request(json.loads(content), "it", Limits())
+        except (ValueError, RecursionError):
+            raise OptionError("the body is no JSON") from None
+        except RefusalError as refusal:
+            json.dumps(refusal.body)
+            raise OptionError(refusal.message) from None
+        make_options(**{"max_new_tokens": 1, **asking.options})
+        assert sum(map(len, asking.pictures)) < 1000
+
+    return Target([json.dumps(plain).encode(), json.dumps(rich).encode()], read, mutate_json)
 
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")

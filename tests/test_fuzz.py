@@ -24,6 +24,7 @@ NAMES = (
         "index",
         "cache-spec",
         "batch",
+        "request",
     ),
     *("tokenizer-json", "tokenizer-config", "tokenizer-model", "tiktoken"),
     *("llava-config", "llava-preprocessor-config", "llava-generation-config"),

@@ -543,7 +543,7 @@ FIELDS = ("model", "messages", "n", "stop", "seed", "stream", "stream_options", 
 MORE = ("temperature", "top_p", "top_k", "max_tokens", "top_logprobs", "cache", "ignore_eos")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from([*FIELDS, *MORE]) | st.text(max_size=6), values))
 def test_any_body_is_read_or_refused(body: dict[str, Any]) -> None:
     refusal = None

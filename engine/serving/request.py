@@ -240,7 +240,7 @@ def _message(item: object, number: int, pictures: list[str], urls: bool) -> dict
     if not isinstance(item, dict):
         raise wrong(where, "is no object")
     role, content = item.get("role"), item.get("content")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise wrong(f"{where}.role", f"is {_shown(role)}, use {', '.join(_ROLES)}")
     for name in item.keys() - {"role", "content", "name"}:
         if item[name] not in (None, [], {}):

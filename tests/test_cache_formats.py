@@ -327,3 +327,22 @@ def test_what_is_reported_has_the_bits_that_are_there() -> None:
     formats = report(row, run.pools).formats
     assert set(formats) == {"fp32", "k4v4", "k16v4"}
     assert formats["k4v4"] == 3 * 73 * run.pools[0].of("k4v4").slot_bytes
+
+
+@pytest.mark.parametrize("spec", ["h2o", "snapkv:keep=0.4,window=4", "streaming", "random", "avl"])
+def test_pictures_are_counted_wherever_they_lie(spec: str) -> None:
+    """Policies that take pictures for text hold of them what their positions say."""
+    run = CacheRun(seeded_decoder(3), parse(spec))
+    run.prefill(embeddings(90, 0), SPANS, 8)
+    run.decode(embeddings(1, 1))
+    row = run.settle()
+    assert row is not None
+    inside = 0.0
+    for stored in row.layers:
+        heads = stored.layout.positions.tolist()
+        inside += sum(any(s <= p < e for s, e in SPANS) for head in heads for p in head) / len(
+            heads
+        )
+    counted = report(row, run.pools)
+    assert counted.image_stored_share == pytest.approx(inside / (4 * 73), abs=1e-4)
+    assert 0 < counted.image_stored_share < 1

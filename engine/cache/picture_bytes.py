@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from ..ops.formats import format_of
 from .pool import Pool
 from .row import Row, Stored
@@ -34,23 +37,28 @@ class PictureBytes:
 
 @dataclass(frozen=True)
 class _Held:
-    """Image tokens that a layer holds in one format, and how many of them are core."""
+    """Image tokens that a layer holds in one format, and how many of them are core.
+
+    Means over heads, where these hold different ones.
+    """
 
     format: str
     packed: bool
-    tokens: int
-    core: int
+    tokens: float
+    core: float
     key: int  # bytes of a token's keys
     value: int
 
 
 def picture_bytes(row: Row, pools: Sequence[Pool]) -> PictureBytes:
     """Count what ``row`` (settled) holds and has read."""
-    held = [list(_of_layer(*both)) for both in zip(pools, row.layers, strict=True)]
+    spans = row.image_spans
+    held = [list(_of_layer(*both, spans)) for both in zip(pools, row.layers, strict=True)]
     everything = [each for layer in held for each in layer]
     stored: dict[str, int] = {}
     for each in everything:
-        stored[each.format] = stored.get(each.format, 0) + each.tokens * (each.key + each.value)
+        bytes_ = round(each.tokens * (each.key + each.value))
+        stored[each.format] = stored.get(each.format, 0) + bytes_
     full_steps, core_steps = row.lists
     steps = full_steps + core_steps
     left_out, values_read = _sifted(row, pools, held)
@@ -68,8 +76,21 @@ def picture_bytes(row: Row, pools: Sequence[Pool]) -> PictureBytes:
     )
 
 
-def _of_layer(pool: Pool, stored: Stored) -> Iterator[_Held]:
-    tokens = int((stored.layout.image_of >= 0).sum())
+def images_among(positions: Tensor, spans: Sequence[tuple[int, int]]) -> float:
+    """How many of ``positions [heads, n]`` are image tokens, mean over heads: also where a policy
+    takes pictures for text.
+
+    >>> images_among(torch.tensor([[0, 1, 2, 9], [0, 5, 6, 9]]), [(1, 4), (9, 10)])
+    2.0
+    """
+    inside = torch.zeros_like(positions, dtype=torch.bool)
+    for start, end in spans:
+        inside |= (positions >= start) & (positions < end)
+    return float(inside.sum()) / len(positions)
+
+
+def _of_layer(pool: Pool, stored: Stored, spans: Sequence[tuple[int, int]]) -> Iterator[_Held]:
+    tokens = images_among(stored.layout.positions, spans)
     core = tokens if stored.core is None else len(stored.core)
     half = pool.slot_bytes // 2
     yield _Held(format_of(pool.k.dtype).name, False, tokens, core, half, half)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from .picture_bytes import picture_bytes
+from .picture_bytes import images_among, picture_bytes
 from .pool import Pool
 from .row import Row, Stored
 
@@ -74,7 +72,8 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
         none = Spread(0.0, 0.0, 0.0)
         counts = 0, none, none, none, none
         return CacheReport(row.policy.spec, *counts, 0.0, 0.0, 0, allocated_bytes(pools), 0)
-    images = [_image_tokens(stored, row.image_spans) for stored in row.layers]
+    spans = row.image_spans
+    images = [images_among(each.whole_layout().positions, spans) for each in row.layers]
     total = sum(end - start for start, end in row.image_spans)
     core = [
         images[layer] if stored.core is None else float(_core_tokens(stored))
@@ -107,15 +106,6 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
 def _core_tokens(stored: Stored) -> int:
     cores = [stored.core, *(part.core for part in stored.parts)]
     return sum(len(core) for core in cores if core is not None)
-
-
-def _image_tokens(stored: Stored, spans: list[tuple[int, int]]) -> float:
-    """Image tokens in a layer, by the positions it holds, averaged over its heads."""
-    positions = stored.whole_layout().positions
-    inside = torch.zeros_like(positions, dtype=torch.bool)
-    for start, end in spans:
-        inside |= (positions >= start) & (positions < end)
-    return float(inside.sum()) / len(positions)
 
 
 def _text_tokens(stored: Stored, spans: list[tuple[int, int]]) -> float:

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -31,6 +32,7 @@ int avl::cuda_pv(const AttentionArgs&, void*) {
 #else
 #define AVL_EMULATED
 #include "../../cuda/launch.cu"
+#include "../../cuda/sift.cu"
 #endif
 #define AVL_ISA plain
 #include "../../cuda/cpu/policy.h"
@@ -406,9 +408,12 @@ void check_policy(const PolicyKernels& kernels) {
 
 }  // namespace
 
+using Attention = std::function<int(const AttentionArgs&)>;
+
 // Tokens of pages in a buffer of exactly their size, all numbers alike: every mean of them is that
 // number, whatever is left unread. Values by the definition are held to by tests/test_pages.py.
-void check_pages(const CpuKernels& kernels, DType key, DType value, int head_dim, bool sifts) {
+void check_pages(const char* name, const Attention& attention, DType key, DType value, int head_dim,
+                 bool sifts) {
   const int kv_heads = 3, rows = 2, tokens = 2 * PAGE - 5, wide = (head_dim + 31) / 32 * 32;
   auto side = [&](DType format, bool by_channel) {
     Side s{format, 0, 0, 0};
@@ -457,6 +462,7 @@ void check_pages(const CpuKernels& kernels, DType key, DType value, int head_dim
   auto sieve = filled<float>(rows * kv_heads * tokens, 0.0f);
   auto chosen = filled<int32_t>(rows * kv_heads * tokens, 0);
   auto rest = filled<float>(rows * kv_heads * (MAX_TIERS + 1) * 2, 0.0f);
+  auto tickets = filled<int32_t>(rows * kv_heads, 0);
   auto most = filled<float>(rows, 0.2f), spent = filled<float>(rows * kv_heads * 2, 0.0f);
   int32_t error = 0;
   AttentionArgs a{};
@@ -464,26 +470,36 @@ void check_pages(const CpuKernels& kernels, DType key, DType value, int head_dim
   a.width = tokens, a.tier_count = 1, a.scale = 1, a.q = q.get(), a.out = out.get();
   a.q_row = kv_heads * head_dim, a.q_head = head_dim, a.lse = lse.get(), a.error = &error;
   a.threads = 2, a.splits = 2, a.partials = partials.get();
+  a.tickets = tickets.get(), a.sieve = sieve.get();
   Tier& t = a.tiers[0];
   t.k = data.get(), t.v = data.get() + PAGE * k.block + channels;
   t.pool_slots = 2 * PAGE, t.width = tokens, t.paged = 1, t.key = k, t.value = v, t.page = page;
   if (sifts) {
     t.sifting = {most.get(), mean.get(), spent.get(), kv_heads * head_dim, 2 * kv_heads};
-    a.sieve = sieve.get(), a.chosen = chosen.get(), a.rest = rest.get();
+    a.chosen = chosen.get(), a.rest = rest.get();
+  } else if (name) {
+    a.sieve = nullptr;  // which tells a CPU that nothing is sifted
   }
-  const Case c{DType::f32, rows, kv_heads, 1, head_dim, tokens, false, 2, 1, kernels.name};
-  expect(c, "pages", "status", kernels.attention(a), 0, 0);
+  const Case c{DType::f32, rows, kv_heads, 1, head_dim, tokens, false, 2, 1, name};
+  expect(c, "pages", "status", attention(a), 0, 0);
   for (size_t i = 0; i < size; ++i) expect(c, "pages", "out", out[i], one, 1e-5);
   const float logit = 0.5f * one * head_dim;
   for (int i = 0; i < rows * kv_heads; ++i)
     expect(c, "pages", "lse", lse[i], logit + std::log(float(tokens)), 0.02 * logit + 1e-4);
+  for (int i = 0; i < rows * kv_heads; ++i)
+    if (tickets[i]) mistake(c, "pages", "ticket left at", tickets[i], 0);
 }
 
-void check_pages(const CpuKernels& kernels) {
+// In the emulator each case with another order of the threads.
+void check_pages(const char* name, const Attention& attention) {
+  int number = 0;
   for (DType key : {DType::f32, DType::q8, DType::q4, DType::q2})
     for (DType value : {DType::f32, DType::q8, DType::q4, DType::q2})
       for (int head_dim : {16, 32, 64, 80, 96, 128})
-        for (bool sifts : {false, true}) check_pages(kernels, key, value, head_dim, sifts);
+        for (bool sifts : {false, true}) {
+          emulator::order = number++ % 3;
+          check_pages(name, attention, key, value, head_dim, sifts);
+        }
 }
 
 int main(int argc, char** argv) {
@@ -512,10 +528,12 @@ int main(int argc, char** argv) {
   if (which == "cpu")
     for (const char* isa : ISAS)
       if (const CpuKernels* kernels = cpu_kernels(isa))
-        check_products(isa), check_policy(kernels->policy), check_pages(*kernels);
+        check_products(isa), check_policy(kernels->policy), check_pages(isa, kernels->attention);
 #ifndef AVL_CPU_ONLY
   for (emulator::order = 0; which != "cpu" && emulator::order < 3; ++emulator::order)
     check_policy({cuda_rank, cuda_age});
+  if (which != "cpu")
+    check_pages(nullptr, [](const AttentionArgs& a) { return cuda_attention(a, nullptr); });
 #endif
   std::printf("%s: %d mistakes\n", which.c_str(), mistakes);
   return mistakes > 0;

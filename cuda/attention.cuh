@@ -58,30 +58,36 @@ __device__ __forceinline__ void load_query(const AttentionArgs& a, const Place& 
 }
 
 // Turn the logits of N rows into their weights under a new running maximum, and rescale what was
-// summed; returns the factor. A logit that is no number becomes a weight that is none.
+// summed, which `keep` says; false where there is nothing yet.
 template <int N>
-__device__ __forceinline__ float soften(Running& r, float (&logit)[N]) {
+__device__ __forceinline__ bool soften(Running& r, float (&logit)[N], float& keep) {
   float m = r.m;
 #pragma unroll
   for (int u = 0; u < N; ++u) m = fmaxf(m, logit[u]);
-  const float top = m == AVL_LOWEST ? 0 : m;  // nothing yet: -inf minus -inf would be NaN
-  const float keep = __expf(r.m - top);
+  if (m == AVL_LOWEST) {  // -inf minus -inf would be NaN, which only a logit that is NaN may become
+#pragma unroll
+    for (int u = 0; u < N; ++u)
+      if (logit[u] != logit[u]) r.l = logit[u];
+    return false;
+  }
+  keep = __expf(r.m - m);
   r.m = m;
   r.l *= keep;
 #pragma unroll
   for (int i = 0; i < CHUNK; ++i) r.acc[i] *= keep;
 #pragma unroll
   for (int u = 0; u < N; ++u) {
-    logit[u] = __expf(logit[u] - top);
+    logit[u] = __expf(logit[u] - m);
     r.l += logit[u];
   }
-  return keep;
+  return true;
 }
 
 // Take in N rows whose logits are known, which become weights.
 template <class T, int N>
 __device__ __forceinline__ void absorb(Running& r, float (&logit)[N], const Eight<T> (&v)[N]) {
-  soften(r, logit);
+  float keep;
+  if (!soften(r, logit, keep)) return;
 #pragma unroll
   for (int u = 0; u < N; ++u)
 #pragma unroll

@@ -86,6 +86,10 @@ __device__ __forceinline__ float number(const Eight<T>& x, int i) {
 __device__ __forceinline__ float small(uint32_t bits) {
   return float_of(0x4b000000u | bits) - 8388608.0f;
 }
+// That of byte i of a word: one instruction puts the byte where `bits` are.
+__device__ __forceinline__ float small_byte(uint32_t word, int i) {
+  return float_of(__byte_perm(word, 0x4b000000u, 0x7440 + i)) - 8388608.0f;
+}
 
 // Numbers that one thread moves at once: 16 bytes where the rows allow it, else a single number.
 template <class T, int N>

@@ -277,7 +277,7 @@ struct FewValues {
     const uint32_t low = (row.codes.x >> spot.shift & spot.mask) ^ spot.flip;
     const uint32_t high = (row.codes.y >> spot.shift & spot.mask) ^ spot.flip;
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) x[i] = small((i < 4 ? low : high) >> i % 4 * 8 & 255);
+    for (int i = 0; i < CHUNK; ++i) x[i] = small_byte(i < 4 ? low : high, i % 4);
   }
 };
 

@@ -277,7 +277,12 @@ __device__ __forceinline__ void mix_list(const AttentionArgs& a, const List& lis
             slot >= 0 && g < p.heads ? logits[unsigned(g * a.width + entry)] : AVL_LOWEST;
     }
 #pragma unroll
-    for (int g = 0; g < G; ++g) zeros[g] *= soften(run[g], weight[g]);
+    for (int g = 0; g < G; ++g) {
+      float keep = 0;
+      if (!soften(run[g], weight[g], keep))
+        for (float& each : weight[g]) each = 0;
+      zeros[g] *= keep;
+    }
 #pragma unroll
     for (int u = 0; u < N; ++u) {
       float x[CHUNK];

@@ -254,6 +254,13 @@ inline int __dp2a_hi(int a, int b, int sum) {
   return sum + emulator::half_of(a, 0) * emulator::byte_of(b, 2) +
          emulator::half_of(a, 1) * emulator::byte_of(b, 3);
 }
+// Four of the eight bytes of two words: which ones, the digits of `places` say.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t places) {
+  const uint64_t both = uint64_t(high) << 32 | low;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= (both >> (places >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return word;
+}
 inline int __float2int_rn(float x) {
   return x == x ? static_cast<int>(std::lrint(x)) : 0;
 }

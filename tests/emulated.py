@@ -9,9 +9,10 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from engine.ops import native
 
@@ -50,15 +51,19 @@ def build_native(folder: Path, root: Path = ROOT) -> ModuleType:
 
 @contextmanager
 def standing_in(module: ModuleType, order: int = 0) -> Iterator[None]:
-    """Plans that are made here are a GPU's, of tensors on the CPU; to be run on stream 0.
+    """Attention planned here is a GPU's, of tensors on the CPU; all else is as it was.
 
     Threads of a block run forward, backward or shuffled (``order`` 0, 1, 2).
     """
     ctypes.CDLL(module.__file__).set_order(order)
+    real, problem = native.load()
+    mixed = SimpleNamespace(**vars(real or module) | {"AttentionPlan": module.AttentionPlan})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "load", lambda: (module, ""))
+        patch.setattr(native, "load", lambda: (mixed, problem))
         patch.setattr(native, "_on_gpu", lambda tensor: True)
         patch.setattr(native, "_multiprocessors", lambda device: MULTIPROCESSORS)
+        stream = SimpleNamespace(cuda_stream=0)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
         yield
 
 

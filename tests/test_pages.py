@@ -88,7 +88,7 @@ def attend(backend: str, q: Tensor, tiers: list[Tier]) -> AttentionResult:
     device = device_of(backend)
     moved = [on(device, tier) for tier in tiers]
     plan = poisoned(AttentionPlan(q.to(device), moved, want_logits=True, isa=isa_of(backend)))
-    run(plan, backend)
+    run(plan)
     for tier, there in zip(tiers, moved, strict=True):
         if tier.sifting and there.sifting:
             tier.sifting.spent.copy_(there.sifting.spent)
@@ -342,7 +342,7 @@ def test_a_plan_reads_its_pages_anew(compiled: str) -> None:
     tiers = [on(device, part.tier) for part in parts]
     queries = q.to(device)
     plan = AttentionPlan(queries, tiers, want_logits=True, isa=isa_of(compiled))
-    run(plan, compiled)
+    run(plan)
     queries.copy_(other_q)
     for tier, other in zip(tiers, others, strict=True):
         pairs = [(tier.k, other.tier.k), (tier.v, other.tier.v), (tier.slots, other.tier.slots)]
@@ -355,7 +355,7 @@ def test_a_plan_reads_its_pages_anew(compiled: str) -> None:
     want = attend("torch", other_q, [other.tier for other in others])
     results = []
     for _ in range(2):
-        run(poisoned(plan), compiled)
+        run(poisoned(plan))
         results.append([tensor.cpu().clone() for tensor in plan.result()])
     for once, again, defined in zip(*results, want, strict=True):
         assert torch.equal(once, again)
@@ -374,7 +374,7 @@ def test_plans_share_memory_to_work_in(compiled: str) -> None:
         plan = AttentionPlan(q.to(device), [tier], isa=isa, scratch=scratch)
         cases.append((plan, attend("torch", q, [part.tier]).out))
     for plan, want in [*cases, *cases[::-1]]:
-        run(poisoned(plan), compiled)
+        run(poisoned(plan))
         torch.testing.assert_close(plan.result().out.cpu(), want, rtol=1e-4, atol=1e-4)
 
 

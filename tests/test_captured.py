@@ -22,15 +22,10 @@ from tests.checkpoints import Shape
 from tests.emulated import standing_in
 from tests.oracle import noise
 from tests.pretend_cuda import PretendCuda
-from tests.rows import Rows, state
+from tests.rows import FORMATS, Rows, state
 from tests.session import Session
 
 SHAPE = Shape(kv_heads=2)
-FORMATS = [
-    "sift:format=k4v4,skip=0.1",
-    "sift:format=k2v2,skip=0",
-    "avl:floor=3,format=k8v4,minor=k4v2,skip=0.2",
-]
 POLICIES = [
     *FORMATS,
     "full",
@@ -120,14 +115,6 @@ def test_no_slot_is_an_error_before_anything_is_written() -> None:
     assert [row.seen for row in batch.settle()] == [43, 20]
 
 
-@torch.inference_mode()
-def forced(batch: Rows, steps: int = 15) -> torch.Tensor:
-    """Logits ``[steps, rows, vocab]`` of the same tokens whoever decodes them."""
-    batch.go(0)
-    tokens = torch.tensor([5 + r for r in range(len(batch.rows))], device=batch.device)
-    return torch.stack([batch.stepper.step(tokens + step).cpu() for step in range(steps)])
-
-
 @pytest.mark.parametrize("spec", [*FORMATS, "avl:floor=3"])
 def test_steps_of_a_gpus_kernels_are_a_cpus(spec: str, emulated_native: ModuleType) -> None:
     """Captured steps with attention in the emulator, all layers in the same scratch memory.
@@ -135,10 +122,10 @@ def test_steps_of_a_gpus_kernels_are_a_cpus(spec: str, emulated_native: ModuleTy
     Sums in another order may round a query otherwise beside keys in few bits.
     """
     expected = Rows(spec, [0, 1, 2], 20, graphs=False)
-    want = forced(expected)
+    want = expected.forced(15)
     with standing_in(emulated_native, order=2):
         batch = Rows(spec, [0, 1, 2], 20, graphs=True)
-        got = forced(batch)
+        got = batch.forced(15)
         assert batch.stepper.eager_because is None
     torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
     for mine, theirs in zip(batch.settle(), expected.settle(), strict=True):

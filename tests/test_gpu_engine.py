@@ -87,7 +87,7 @@ def test_rows_on_the_device_are_those_on_a_cpu(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_formats_on_the_device_are_those_on_a_cpu(spec: str) -> None:
-    """Replayed and eager; keys are rounded alike, but one that lies between two codes may not be."""
+    """Replayed and eager; a number that lies between two codes may become either."""
     want = Rows(spec, [0, 1, 2, 3], 20).forced(15)
     eager = Rows(spec, [0, 1, 2, 3], 20, device="cuda", selection="sync")
     replayed = Rows(spec, [0, 1, 2, 3], 20, device="cuda", graphs=True)

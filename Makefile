@@ -3,7 +3,7 @@
 # make test-slow   the tests that take minutes
 # make fuzz        hours of fuzzing: MINUTES=60 SEED=7 TARGET=png; findings go to tests/corpus
 # make gpu-check   on a machine with a CUDA device: build, run the GPU tests, write gpu-results/
-# make gpu-bench   there too: build, then measure PART=1 to 6; RESUME=folder of an earlier report
+# make gpu-bench   there too: build, then measure PART=1 to 7; RESUME=folder of an earlier report
 #                  (either with DRY=1: walk through it on a CPU, nothing built or measured)
 # make lock        renew constraints.txt: the newest versions that pyproject.toml allows
 # make bench       a quick set of measurements, under ten minutes on two cores; into build/bench/

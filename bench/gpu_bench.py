@@ -6,6 +6,7 @@
 
     1 kernels   2 decode, 7B   3 decode, 13B   4 transformers beside ours
     5 memory, and throughput at equal memory   6 forms of selection, fused kernels
+    7 the cache in few bits
 
 Models have real shapes and seeded weights made on the device; nothing is read from disk. A report
 is written after every cell, so that a run that is stopped goes on where it was: run it again, or
@@ -71,7 +72,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="start no cell after so many")
     options = parser.parse_args(arguments)
     if not options.predict and options.part is None:
-        parser.error("which part? --part 1 to 6, or --predict")
+        parser.error("which part? --part 1 to 7, or --predict")
     options.name = options.name or f"gpu-bench-{options.part}{'-dry' if options.dry else ''}"
     options.out = options.out or default_folder(options.dry)
     return options

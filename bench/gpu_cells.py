@@ -172,7 +172,7 @@ class StepCell:
 
     def _bytes(self, way: Way) -> float:
         """What a contestant needs beside the weights, with room for growing and for the prefill."""
-        kv = way.batch * predict.stored(way.policy, self.prompt)
+        kv = way.batch * predict.held(way.policy, self.prompt)
         at_once = way.batch if way.side != "ours" else 1
         scratch = at_once * self.prompt.read * 2 * (3 * self.shape.mlp + 6 * self.shape.hidden)
         return 1.05 * kv * self.shape.layers * self.shape.layer_kv + scratch + GB

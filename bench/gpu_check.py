@@ -38,9 +38,10 @@ BUDGET_S = 570
 KEPT_LINES = 15  # of a step's output, in the report
 FOUND = 9  # what compute-sanitizer exits with when it found something
 # Small cases of every kernel. Under the sanitizer each takes seconds.
-SANITIZED_FILES = ("test_attention.py", "test_fused.py", "test_ranking.py")
+SANITIZED_FILES = ("test_attention.py", "test_fused.py", "test_pages.py", "test_ranking.py")
 SANITIZED = (
-    "((sanitize and (bfloat16 or products)) or takes_the_highest or accumulates_and_evicts)"
+    "((sanitize and (bfloat16 or products)) or takes_the_highest or accumulates_and_evicts"
+    " or (sanitize_pages and (k4v2 or k2v4) and (17 or 129)) or (sanitize_sifting and k4v2 and 33))"
     " and not (575 or 1296 or 2056 or 2880 or 4096 or 5121)"
 )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from bench import predict
 from bench.gpu_cells import Cell, MemoryCell, Rounds, StepCell
+from bench.gpu_formats import format_cell
 from bench.gpu_fused import fused_cells
 from bench.gpu_kernels import attention_cell, policy_cell, product_cell
 from bench.predict import SEVEN, THIRTEEN, TOY, Prompt, Shape, Way
@@ -146,11 +147,28 @@ def form_cells(scale: Scale) -> list[Cell]:
     ]
 
 
+def packed_cells(scale: Scale) -> list[Cell]:
+    """Part 7: the cache in few bits, one layer's attention and whole steps.
+
+    Steps leave no values unread: seeded weights attend to everything nearly alike.
+    """
+    tokens = (48,) if scale.dry else (2880, 576)
+    cells: list[Cell] = [
+        format_cell(rows, count, scale.dry) for count in tokens for rows in scale.batches
+    ]
+    packed = [Way(policy=policy) for policy in predict.PACKED]
+    for batch in scale.batches:
+        ways = [replace(way, batch=batch, graphs=True) for way in (FULL, *packed)]
+        cells.append(scale.cell(scale.small, scale.images[0], ways, None))
+    return cells
+
+
 def check_cells(scale: Scale) -> list[Cell]:
     """The small table of `make gpu-check`."""
     tokens = 48 if scale.dry else 2880
     return [
         *(attention_cell(rows, tokens, scale.dry) for rows in scale.batches),
+        format_cell(scale.batches[1], tokens, scale.dry),
         *decode_cells(replace(scale, batches=(1,)), scale.small, scale.images[:1]),
     ]
 
@@ -163,4 +181,5 @@ PARTS: dict[str, tuple[str, Callable[[Scale], list[Cell]]]] = {
     "4": ("transformers beside ours", peer_cells),
     "5": ("memory, and throughput at equal memory", memory_cells),
     "6": ("forms of selection, fused kernels", form_cells),
+    "7": ("the cache in few bits", packed_cells),
 }

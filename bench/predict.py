@@ -38,6 +38,13 @@ PEER_STREAM = 0.80  # of the read peak, over weights and three passes over the w
 SECONDARY, CORE, EVERY, TEXT, TEXT_FLOOR = 0.45, 0.30, 3, 0.70, 20
 
 
+# -- policies that keep everything, pictures in few bits ------------------------------------------
+PACKED = {  # of a picture's 16-bit bytes, scales included, at heads of 128
+    "sift:format=k8v8,skip=0": 130 / 256,
+    "sift:format=k4v4,skip=0": 80 / 256,
+}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A decoder's sizes; weights and cache are in 16 bits."""
@@ -134,24 +141,32 @@ class Way:
 
 def kept_text(policy: str, text: int) -> int:
     """Text tokens after the picture that stay when ``text`` have been seen."""
-    if policy == "full":
+    if policy == "full" or policy in PACKED:
         return text
     return min(text, max(TEXT_FLOOR, round(TEXT * text)))
 
 
 def attended(policy: str, prompt: Prompt, generated: float) -> list[float]:
-    """Tokens of a row that each step of one K-cycle multiplies with."""
+    """Tokens of a row that each step of one K-cycle reads: in 16 bits, or of as many bytes."""
     text = kept_text(policy, round(prompt.after + generated))
-    tiers = [1.0] * EVERY if policy == "full" else [CORE] * (EVERY - 1) + [SECONDARY]
+    whole = 1.0 if policy == "full" else PACKED.get(policy)
+    tiers = [whole] * EVERY if whole else [CORE] * (EVERY - 1) + [SECONDARY]
     return [prompt.before + int(tier * prompt.image) + text for tier in tiers]
 
 
 def stored(policy: str, prompt: Prompt) -> int:
-    """Slots of a row in each layer once all new tokens are there."""
+    """Slots of a row in each layer's plain pool once all new tokens are there."""
     if policy == "full":
         return prompt.length
+    if policy in PACKED:
+        return prompt.length - prompt.image
     image, free = int(SECONDARY * prompt.image), 1  # a token is written before one is evicted
     return prompt.before + image + kept_text(policy, prompt.after + prompt.new) + free
+
+
+def held(policy: str, prompt: Prompt) -> float:
+    """The same with what lies in few bits, as slots of as many bytes."""
+    return stored(policy, prompt) + PACKED.get(policy, 0) * prompt.image
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -160,6 +175,11 @@ def stored(policy: str, prompt: Prompt) -> int:
 def attention(read: float) -> float:
     """Seconds of our attention over ``read`` bytes of keys and values."""
     return ATTENTION_FIXED + read / (STREAM * READ_PEAK)
+
+
+def sifted(read: float) -> float:
+    """Seconds where values are chosen: keys, the choice and values have launches of their own."""
+    return attention(read) + SMALL_FIXED + ATTENTION_FIXED
 
 
 def sdpa(read: float) -> float:
@@ -219,7 +239,7 @@ def step(shape: Shape, way: Way, prompt: Prompt, generated: float) -> float:
 
 def selecting(shape: Shape, way: Way, prompt: Prompt) -> float:
     """Seconds that choosing adds to a step, mean over a K-cycle."""
-    if way.policy == "full":
+    if way.policy == "full" or way.policy in PACKED:
         return 0.0
     if way.selection == "layers":  # two events between the streams for each layer
         return shape.layers * 2 * GAP

@@ -59,18 +59,19 @@ struct AttentionArgs {
   float scale;
   const void* q;
   int64_t q_row, q_head;
-  void* out;         // [rows, heads, head_dim] contiguous
-  float* logits;     // [rows, heads, width] or null
-  float* lse;        // [rows, heads] or null
-  const float* p;    // pv only: [rows, heads, width]
-  int32_t* error;    // set to 1 + i where a slot or a count of tier i is out of range; never reset
-  int32_t threads;   // CPU
-  int32_t device;    // CUDA: which
-  int32_t splits;    // CUDA: thread blocks along one list
-  float* partials;   // CUDA: [rows, heads, splits, head_dim + 2] when splits > 1
-  float* sieve;      // CPU, where a tier is sifted: [rows, heads, width], its logits
-  int32_t* chosen;   // ... [rows, kv_heads, width], entries whose values are read
-  float* rest;       // ... [rows, heads, MAX_TIERS + 1, 2], see cpu/sift.h
+  void* out;        // [rows, heads, head_dim] contiguous
+  float* logits;    // [rows, heads, width] or null
+  float* lse;       // [rows, heads] or null
+  const float* p;   // pv only: [rows, heads, width]
+  int32_t* error;   // set to 1 + i where a slot or a count of tier i is out of range; never reset
+  int32_t threads;  // CPU
+  int32_t device;   // CUDA: which
+  int32_t splits;   // CUDA: thread blocks along one list
+  float* partials;  // CUDA: [rows, heads, splits, head_dim + 2] when splits > 1
+  float* sieve;     // over pages on CUDA, and where a tier is sifted: [rows, heads, width], logits
+  int32_t*
+      chosen;   // where a tier is sifted: [rows, kv_heads, width], entries whose values are read
+  float* rest;  // ... [rows, heads, MAX_TIERS + 1, 2], see cpu/sift.h and sift.cuh
   int32_t* tickets;  // CUDA: [rows, heads], zero before and after every run
 };
 

@@ -28,12 +28,13 @@ struct Place {
   int begin, end;                 // of all tiers' lists as one
 };
 
-template <int G>
-__device__ __forceinline__ Place place_of(const AttentionArgs& a, int chunks) {
+// `count` says how many entries of a tier, a row and a kv head there are.
+template <int G, class Count>
+__device__ __forceinline__ Place place_of(const AttentionArgs& a, int chunks, const Count& count) {
   const int group = a.heads / a.kv_heads, kv_head = blockIdx.y / chunks;
   const int first = blockIdx.y % chunks * G;
   int64_t n = 0, split = blockIdx.x;
-  for (int tier = 0; tier < a.tier_count; ++tier) n += List(a, tier, blockIdx.z, kv_head).count;
+  for (int tier = 0; tier < a.tier_count; ++tier) n += count(tier, blockIdx.z, kv_head);
   Place p;
   p.row = blockIdx.z;
   p.kv_head = kv_head;
@@ -56,26 +57,41 @@ __device__ __forceinline__ void load_query(const AttentionArgs& a, const Place& 
   }
 }
 
-// Take in N rows whose logits are known: rescale what was summed, add the new rows.
-template <class T, int N>
-__device__ __forceinline__ void absorb(Running& r, const float (&logit)[N],
-                                       const Eight<T> (&v)[N]) {
+// Turn the logits of N rows into their weights under a new running maximum, and rescale what was
+// summed, which `keep` says; false where there is nothing yet.
+template <int N>
+__device__ __forceinline__ bool soften(Running& r, float (&logit)[N], float& keep) {
   float m = r.m;
 #pragma unroll
   for (int u = 0; u < N; ++u) m = fmaxf(m, logit[u]);
-  if (m == AVL_LOWEST) return;  // nothing yet: -inf minus -inf would be NaN
-  const float keep = __expf(r.m - m);
+  if (m == AVL_LOWEST) {  // -inf minus -inf would be NaN, which only a logit that is NaN may become
+#pragma unroll
+    for (int u = 0; u < N; ++u)
+      if (logit[u] != logit[u]) r.l = logit[u];
+    return false;
+  }
+  keep = __expf(r.m - m);
   r.m = m;
   r.l *= keep;
 #pragma unroll
   for (int i = 0; i < CHUNK; ++i) r.acc[i] *= keep;
 #pragma unroll
   for (int u = 0; u < N; ++u) {
-    const float weight = __expf(logit[u] - m);
-    r.l += weight;
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) r.acc[i] += weight * number(v[u], i);
+    logit[u] = __expf(logit[u] - m);
+    r.l += logit[u];
   }
+  return true;
+}
+
+// Take in N rows whose logits are known, which become weights.
+template <class T, int N>
+__device__ __forceinline__ void absorb(Running& r, float (&logit)[N], const Eight<T> (&v)[N]) {
+  float keep;
+  if (!soften(r, logit, keep)) return;
+#pragma unroll
+  for (int u = 0; u < N; ++u)
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) r.acc[i] += logit[u] * number(v[u], i);
 }
 
 // Take in a block's part of one tier's list, `before` entries behind the beginning of all lists.
@@ -144,13 +160,16 @@ __device__ __forceinline__ void join_groups(const Running& mine, float& m, float
   }
 }
 
+// Write a head's result; returns its lse.
 template <class T>
-__device__ __forceinline__ void write_head(const AttentionArgs& a, int row, int head, float m,
-                                           float l, float acc) {
+__device__ __forceinline__ float write_head(const AttentionArgs& a, int row, int head, float m,
+                                            float l, float acc) {
   const int64_t at = int64_t(row) * a.heads + head;
   if (int(threadIdx.x) < a.head_dim)
     static_cast<T*>(a.out)[at * a.head_dim + threadIdx.x] = from_float<T>(l == 0 ? 0 : acc / l);
-  if (a.lse && threadIdx.x == 0) a.lse[at] = l == 0 ? AVL_LOWEST : m + logf(l);
+  const float lse = l == 0 ? AVL_LOWEST : m + logf(l);
+  if (a.lse && threadIdx.x == 0) a.lse[at] = lse;
+  return lse;
 }
 
 // What one split found for one head: [m, l, acc...] in global memory.
@@ -160,7 +179,7 @@ __device__ __forceinline__ float* partial_of(const AttentionArgs& a, int row, in
 }
 
 template <class T>
-__device__ __forceinline__ void merge_splits(const AttentionArgs& a, int row, int head) {
+__device__ __forceinline__ float merge_splits(const AttentionArgs& a, int row, int head) {
   float m = AVL_LOWEST, l = 0, acc = 0;
   for (int s = 0; s < int(gridDim.x); ++s) m = fmaxf(m, __ldcg(partial_of(a, row, head, s)));
   for (int s = 0; s < int(gridDim.x); ++s) {
@@ -170,7 +189,33 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& a, int row, in
     l += share * __ldcg(part + 1);
     if (int(threadIdx.x) < a.head_dim) acc += share * __ldcg(part + 2 + threadIdx.x);
   }
-  write_head<T>(a, row, head, m, l, acc);
+  return write_head<T>(a, row, head, m, l, acc);
+}
+
+// Join what the groups of a block have found, and in the last of the splits what these have. What
+// is written is told to `written`, head by head.
+template <class T, int LANES, int G, class Written>
+__device__ __forceinline__ void finish(const AttentionArgs& a, const Place& p,
+                                       const Running (&run)[G], const Written& written) {
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    if (g >= p.heads) break;
+    float m, l, acc;
+    join_groups<LANES>(run[g], m, l, acc);
+    if (gridDim.x == 1) {
+      written(p.head + g, write_head<T>(a, p.row, p.head + g, m, l, acc));
+      continue;
+    }
+    float* part = partial_of(a, p.row, p.head + g, blockIdx.x);
+    if (int(threadIdx.x) < a.head_dim) part[2 + threadIdx.x] = acc;
+    if (threadIdx.x == 0) {
+      part[0] = m;
+      part[1] = l;
+    }
+  }
+  if (gridDim.x == 1) return;
+  if (!last_to_arrive(a.tickets + int64_t(p.row) * a.heads + p.head, gridDim.x)) return;
+  for (int g = 0; g < p.heads; ++g) written(p.head + g, merge_splits<T>(a, p.row, p.head + g));
 }
 
 // Entries beyond a list's count get -inf, each split filling its share of the width.
@@ -204,31 +249,16 @@ template <class T, int LANES, int G>
 __global__ void __launch_bounds__(THREADS, G == 1 ? 3 : 2)
     attention_kernel(const __grid_constant__ AttentionArgs a, int chunks) {
   __shared__ Place p;
-  if (threadIdx.x == 0) p = place_of<G>(a, chunks);
+  if (threadIdx.x == 0)
+    p = place_of<G>(a, chunks, [&](int tier, int row, int kv_head) {
+      return List(a, tier, row, kv_head).count;
+    });
   __syncthreads();
   Running run[G];
 #pragma unroll
   for (int g = 0; g < G; ++g) run[g] = Running{AVL_LOWEST, 0, {}};
   walk_tiers<T, LANES, G>(a, p, run);
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    if (g >= p.heads) break;
-    float m, l, acc;
-    join_groups<LANES>(run[g], m, l, acc);
-    if (gridDim.x == 1) {
-      write_head<T>(a, p.row, p.head + g, m, l, acc);
-      continue;
-    }
-    float* part = partial_of(a, p.row, p.head + g, blockIdx.x);
-    if (int(threadIdx.x) < a.head_dim) part[2 + threadIdx.x] = acc;
-    if (threadIdx.x == 0) {
-      part[0] = m;
-      part[1] = l;
-    }
-  }
-  if (gridDim.x == 1) return;
-  if (!last_to_arrive(a.tickets + int64_t(p.row) * a.heads + p.head, gridDim.x)) return;
-  for (int g = 0; g < p.heads; ++g) merge_splits<T>(a, p.row, p.head + g);
+  finish<T, LANES, G>(a, p, run, [](int, float) {});
 }
 
 }  // namespace avl

@@ -8,6 +8,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <memory>
 #include <tuple>
@@ -61,6 +62,7 @@ class AttentionPlan {
     read_addresses(f);
     if (cuda_) {
       check_alignment();
+      check_stages();
     } else {
       a_.error = &error_;
       const int64_t numbers = int64_t(a_.rows) * a_.width * a_.kv_heads * a_.head_dim;
@@ -178,12 +180,28 @@ class AttentionPlan {
     a_.error = address<int32_t>(f, "error");
     a_.partials = address<float>(f, "partials");
     a_.tickets = address<int32_t>(f, "tickets");
+    a_.sieve = address<float>(f, "sieve");
+    a_.chosen = address<int32_t>(f, "chosen");
+    a_.rest = address<float>(f, "rest");
     const bool empty = a_.rows == 0 || a_.width == 0;
     require(empty || op_ == "pv" || a_.q, "q must not be null");
     require(empty || op_ == "qk" || a_.out, "out must not be null");
     require(empty || op_ != "qk" || a_.logits, "logits must not be null");
     require(empty || op_ != "pv" || a_.p, "p must not be null");
     require(op_ == "pv" || op_ == "qk" || op_ == "attention", "no such operator: " + op_);
+  }
+
+  // What the CUDA kernels need over pages, and where a tier is sifted.
+  void check_stages() const {
+    const bool empty = a_.rows == 0 || a_.width == 0;
+    for (const Tier& t : a_.tiers) {
+      require(empty || !(t.paged || t.sifting.most) || a_.sieve || a_.logits,
+              "sieve must not be null");
+      require(!t.sifting.most || (a_.chosen && a_.rest), "chosen and rest must not be null");
+      const int64_t longest = std::max(t.k_slot, t.v_slot);
+      require(std::max(t.page, PAGE * bytes_of(a_.dtype, longest)) <= INT32_MAX || !in_stages(a_),
+              "tokens are too far apart");
+    }
   }
 
   // The CUDA kernels load 16 bytes at a time.
@@ -194,8 +212,10 @@ class AttentionPlan {
       all |= reinterpret_cast<uintptr_t>(t.k) | reinterpret_cast<uintptr_t>(t.v);
       for (int64_t stride : {int64_t(t.k_slot), t.k_head, int64_t(t.v_slot), t.v_head})
         all |= bytes_of(a_.dtype, stride);
+      all |= t.page | t.key.block | t.value.block;
+      all |= reinterpret_cast<uintptr_t>(t.sifting.mean) | bytes_of(DType::f32, t.sifting.mean_row);
     }
-    require(all % 16 == 0, "q, k and v must lie on 16-byte boundaries");
+    require(all % 16 == 0, "q, k, v and means must lie on 16-byte boundaries");
   }
 
   int run_cpu() {

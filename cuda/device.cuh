@@ -1,4 +1,4 @@
-// What every kernel uses: 16-byte loads of eight numbers, sums over a group of lanes, the ticket.
+// What every kernel uses: loads of eight numbers, sums over lanes and blocks, lists, the ticket.
 //
 // The same source runs on a GPU and, with AVL_EMULATED, on the host (emulator/block.h).
 #pragma once
@@ -40,6 +40,18 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 #endif
 }
 
+__device__ __forceinline__ uint2 load_once(const uint2* p) {
+#ifdef AVL_EMULATED
+  return *p;
+#else
+  uint2 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(x.x), "=r"(x.y)
+               : "l"(p));
+  return x;
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ Eight<T> load_eight(const T* p) {
   Eight<T> x;
@@ -69,6 +81,16 @@ __device__ __forceinline__ float number(const Eight<T>& x, int i) {
   return to_float(T{static_cast<uint16_t>(i % 2 ? pair >> 16 : pair & 0xffff)});
 }
 
+// The number that the code `bits` < 2^23 stands for: 2^23 + bits, less 2^23. Faster than a
+// conversion, of which a multiprocessor does a quarter as many.
+__device__ __forceinline__ float small(uint32_t bits) {
+  return float_of(0x4b000000u | bits) - 8388608.0f;
+}
+// That of byte i of a word: one instruction puts the byte where `bits` are.
+__device__ __forceinline__ float small_byte(uint32_t word, int i) {
+  return float_of(__byte_perm(word, 0x4b000000u, 0x7440 + i)) - 8388608.0f;
+}
+
 // Numbers that one thread moves at once: 16 bytes where the rows allow it, else a single number.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
@@ -91,6 +113,23 @@ __device__ __forceinline__ float lane_sum(float x) {
 #pragma unroll
   for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
   return x;
+}
+
+// What `join` makes of the numbers of all threads of a block, in every thread; may be called again.
+template <class Join>
+__device__ __forceinline__ float block_join(float x, const Join& join) {
+  __shared__ float warps[THREADS / 32];
+  for (int step = 16; step > 0; step /= 2) x = join(x, __shfl_xor_sync(ALL_LANES, x, step));
+  __syncthreads();  // the last call's numbers have been read
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = warps[0];
+  for (int w = 1; w < THREADS / 32; ++w) x = join(x, warps[w]);
+  return x;
+}
+
+__device__ __forceinline__ float block_sum(float x) {
+  return block_join(x, [](float one, float other) { return one + other; });
 }
 
 // The entries of a tier's list, checked: a slot or a count out of range sets the flag and is left

@@ -9,17 +9,6 @@
 
 namespace avl {
 
-// The sum over a block, in every thread.
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float warps[THREADS / 32];
-  x = lane_sum<32>(x);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  float sum = 0;
-  for (int w = 0; w < THREADS / 32; ++w) sum += warps[w];
-  return sum;
-}
-
 // grid (rows). The norm is that of the sum as it is stored, rounded to T.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) add_norm_kernel(const AddNormArgs a) {

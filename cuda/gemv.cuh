@@ -10,12 +10,6 @@ namespace avl {
 
 constexpr int WARPS = THREADS / 32;
 
-// The number that byte or half byte `bits` stands for: 2^23 + bits, less 2^23. Faster than a
-// conversion, of which a multiprocessor does a quarter as many.
-__device__ __forceinline__ float small(uint32_t bits) {
-  return float_of(0x4b000000u | bits) - 8388608.0f;
-}
-
 // Where row r of x begins; rows that a template has too many repeat the last one.
 template <class X>
 __device__ __forceinline__ const X* x_at(const GemvArgs& a, int r) {

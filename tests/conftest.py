@@ -16,7 +16,7 @@ from engine.engine import Engine
 from engine.prompts.tokenizer import Tokenizer
 from tests.asking import Ask, asking
 from tests.checkpoints import DEFAULT, Shape, write_llava
-from tests.emulated import build
+from tests.emulated import build, build_native
 
 # Started in the background by a shell, a process ignores interrupts: the tests send some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -58,13 +58,24 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The small CUDA kernels in the block emulator; compiled once for all processes of a run."""
+    """The small CUDA kernels in the block emulator."""
+    return _built_once(build, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def emulated_native(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The native module with all CUDA kernels in the block emulator, see ``standing_in``."""
+    return _built_once(build_native, tmp_path_factory)
+
+
+def _built_once(build: Callable[[Path], ModuleType], factory: pytest.TempPathFactory) -> ModuleType:
+    """Compiled once for all processes of a run."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if run is None:
-        return build(tmp_path_factory.mktemp("emulated"))
-    folder = tmp_path_factory.getbasetemp().parent / f"emulated-{run}"
+        return build(factory.mktemp("emulated"))
+    folder = factory.getbasetemp().parent / f"emulated-{run}"
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / f"{build.__name__}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return build(folder)
 

@@ -18,6 +18,12 @@ from engine.running.stepping import Stepper, Stepping
 from tests.cache_run import embeddings, seeded_decoder
 
 # Tokens and pictures of four prompts of different sizes; one has no picture, one has two.
+# Policies that write pictures in few bits, with values left unread and without.
+FORMATS = [
+    "sift:format=k4v4,skip=0.1",
+    "sift:format=k2v2,skip=0",
+    "avl:floor=3,format=k8v4,minor=k4v2,skip=0.2",
+]
 PROMPTS = [(40, [(5, 29)]), (17, []), (55, [(3, 15), (20, 44)]), (33, [(0, 24)])]
 
 
@@ -63,6 +69,13 @@ class Rows:
             now = logits.argmax(-1).tolist()
             said.append(now)
         return said
+
+    @torch.inference_mode()
+    def forced(self, steps: int) -> torch.Tensor:
+        """Logits ``[steps, rows, vocab]``, on the CPU, of the same tokens whoever decodes them."""
+        self.go(0)
+        tokens = torch.tensor([5 + r for r in range(len(self.rows))], device=self.device)
+        return torch.stack([self.stepper.step(tokens + step).cpu() for step in range(steps)])
 
     def settle(self) -> list[Row]:
         """All rows, complete: none is decoded any more."""

@@ -1,10 +1,11 @@
 """The attention operators, every implementation against a reference in float64.
 
 One file for all of them: the torch twins, the native CPU kernels in each instruction set this
-processor has, and the CUDA kernels (marker ``gpu``).
+processor has, and the CUDA kernels in the block emulator and on a GPU (marker ``gpu``).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -21,11 +22,12 @@ from engine.ops.attention import (
     tiered_attention_torch,
 )
 from engine.ops.native import AttentionPlan, AttentionResult, Tier
+from tests.emulated import standing_in
 
 HAVE_NATIVE = native.backend().name != "torch"
 needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="the native module is not built")
 ISAS = [pytest.param(isa, marks=needs_native) for isa in ("baseline", "avx2", "avx512")]
-NATIVE = [*ISAS, pytest.param("cuda", marks=[pytest.mark.gpu, needs_native])]
+NATIVE = [*ISAS, "emulated", pytest.param("cuda", marks=[pytest.mark.gpu, needs_native])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FAR = 2**30  # stands in list entries beyond count: reading it would be noticed
 
@@ -41,16 +43,25 @@ def available(name: str) -> str:
     return name
 
 
+def served(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An implementation by name, for a test's time."""
+    if request.param != "emulated":
+        yield available(request.param)
+        return
+    with standing_in(request.getfixturevalue("emulated_native"), order=2):
+        yield "emulated"
+
+
 @pytest.fixture(params=["torch", *NATIVE])
-def backend(request) -> str:
+def backend(request) -> Iterator[str]:
     """Every implementation."""
-    return available(request.param)
+    yield from served(request)
 
 
 @pytest.fixture(params=NATIVE)
-def compiled(request) -> str:
+def compiled(request) -> Iterator[str]:
     """Every implementation that has plans."""
-    return available(request.param)
+    yield from served(request)
 
 
 @pytest.fixture(params=ISAS)
@@ -84,6 +95,16 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" else "cpu"
 
 
+def isa_of(backend: str) -> str:
+    return "" if backend in ("cuda", "emulated") else backend
+
+
+def run(plan: AttentionPlan) -> None:
+    """Run a plan, and raise what it met."""
+    plan.run()
+    plan.check()
+
+
 def poisoned(plan: AttentionPlan) -> AttentionPlan:
     for t in (plan.out, plan.logits, plan.lse):
         if t is not None:
@@ -100,10 +121,9 @@ def attend(backend: str, *parts: Inputs, scale: float | None = None) -> Attentio
     if backend == "torch":
         return tiered_attention_torch(q, tiers, scale=scale, want_logits=True)
     moved = [part.to(device_of(backend)) for part in parts]
-    isa, tiers = "" if backend == "cuda" else backend, [part.tier for part in moved]
+    isa, tiers = isa_of(backend), [part.tier for part in moved]
     plan = AttentionPlan(moved[0].q, tiers, scale=scale, want_logits=True, isa=isa)
-    poisoned(plan).run()
-    plan.check()
+    run(poisoned(plan))
     return AttentionResult(*(None if t is None else t.cpu() for t in plan.result()))
 
 
@@ -330,6 +350,16 @@ def test_not_a_number_in_a_listed_row_shows(backend):
     assert bool(attend(backend, x).out[0].isnan().any())
 
 
+def test_a_query_that_is_no_number_shows(backend):
+    x = make(40, 64)
+    x.q[0, 1, 5] = math.nan
+    got = attend(backend, x)
+    assert bool(got.out[0, 1].isnan().all())
+    assert bool(got.lse[0, 1].isnan())
+    assert not bool(got.out[0, 0].isnan().any())
+    assert not bool(got.out[1].isnan().any())
+
+
 @pytest.mark.parametrize("bad", [-1, 10_000, FAR, -FAR])
 def test_a_slot_out_of_range_is_refused(backend, bad):
     x = make(40)
@@ -387,13 +417,12 @@ def test_sanitize_products_match_float64(backend, n, dim, group, per_head):
         scores = selective_qk_torch(x.q, x.k, x.slots, x.count)
         mixed = selective_pv_torch(p, x.v, x.slots, x.count)
     else:
-        y, isa = x.to(device_of(backend)), "" if backend == "cuda" else backend
+        y, isa = x.to(device_of(backend)), isa_of(backend)
         qk = AttentionPlan(y.q, [Tier(y.k, None, y.slots, y.count)], op="qk", isa=isa)
         weights = p.to(device_of(backend))
         pv = AttentionPlan(None, [Tier(None, y.v, y.slots, y.count)], op="pv", p=weights, isa=isa)
         for plan in (poisoned(qk), poisoned(pv)):
-            plan.run()
-            plan.check()
+            run(plan)
         scores, mixed = qk.logits.cpu(), pv.out.cpu()
     torch.testing.assert_close(scores.double(), want.logits, rtol=1e-5, atol=1e-4)
     expected = torch.zeros(x.q.shape, dtype=torch.float64)
@@ -408,18 +437,16 @@ def test_sanitize_products_match_float64(backend, n, dim, group, per_head):
 def test_a_plan_reads_its_tensors_anew(compiled):
     """Changing q, the lists or the pool in place is all the engine does between two steps."""
     x = make(200, 128, 2).to(device_of(compiled))
-    isa = "" if compiled == "cuda" else compiled
-    plan = AttentionPlan(x.q, [x.tier], want_logits=True, isa=isa)
-    plan.run()
+    plan = AttentionPlan(x.q, [x.tier], want_logits=True, isa=isa_of(compiled))
+    run(plan)
     other = make(200, 128, 2, seed=7)
     for mine, new in zip((x.q, x.k, x.v, x.slots, x.count), vars(other).values(), strict=True):
         mine.copy_(new)
-    poisoned(plan).run()
-    plan.check()
+    run(poisoned(plan))
     result = AttentionResult(*(t.cpu() for t in plan.result()))
     assert_close_as_torch(result, reference(other), other)
     again = plan.out.clone()
-    poisoned(plan).run()
+    run(poisoned(plan))
     assert torch.equal(plan.out, again)  # bit for bit: nothing is left over from a run
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import common, gpu_bench, gpu_check, gpu_timing, predict
+from bench import common, gpu_bench, gpu_check, gpu_formats, gpu_timing, predict
 from bench.device_weights import seeded_model, transformers_twin
 from bench.gpu_bench import PARTS
 from bench.gpu_cells import Device, Row
@@ -35,7 +35,7 @@ def bench(part: str, out: Path, *more: str) -> tuple[int, dict]:
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(p, marks=needs_native if p in ("1", "check") else ()) for p in PARTS]
+    "part", [pytest.param(p, marks=needs_native if p in ("1", "7", "check") else ()) for p in PARTS]
 )
 def test_every_part_runs_dry(part: str, tmp_path: Path) -> None:
     code, record = bench(part, tmp_path)
@@ -248,6 +248,21 @@ def test_what_a_cache_holds_is_what_is_predicted() -> None:
             for step, share in enumerate(row.attended_share):
                 wanted = predict.attended(policy, prompt, step + 1)[step % 3]
                 assert share * (prompt.read + step + 1) == pytest.approx(wanted, abs=1.01)
+
+
+@pytest.mark.parametrize("policy", predict.PACKED)
+def test_what_a_cache_in_few_bits_holds_is_what_is_predicted(policy: str) -> None:
+    prompt = Prompt(8, 64, 40, 6)
+    batch = OurRows(seeded_model(TOY, CPU, torch.bfloat16), TOY, Way(policy=policy), prompt)
+    for layer in batch.rows[0].layers:
+        assert layer.extent.size == predict.stored(policy, prompt)
+        assert [part.tokens for part in layer.parts] == [prompt.image]
+    pages = gpu_formats.pages_of(batch.rows[0].policy.format)
+    share = pages.nbytes / (32 * SEVEN.layer_kv)
+    assert predict.PACKED[policy] == pytest.approx(share, rel=1e-3)
+    held = predict.held(policy, prompt) - predict.stored(policy, prompt)
+    assert held == pytest.approx(share * prompt.image, rel=1e-3)
+    assert predict.attended(policy, prompt, 2) == [8 + int(64 * predict.PACKED[policy]) + 42] * 3
 
 
 def test_goals_are_predicted_to_be_met() -> None:

@@ -23,7 +23,7 @@ from engine.models.decoder import Decoder, DecoderConfig
 from engine.ops import native, ranking
 from engine.policies.layout import Layout
 from engine.policies.specs import parse
-from tests.rows import Rows, state
+from tests.rows import FORMATS, Rows, state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,6 +83,22 @@ def without_scores(kept: list[Any]) -> list[Any]:
 def test_rows_on_the_device_are_those_on_a_cpu(spec: str) -> None:
     rows = Rows(spec, [0, 1, 2, 3], STEPS + 1, selection="sync")
     assert eager(spec, (0, 1, 2, 3))[0] == rows.go(STEPS)
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+def test_formats_on_the_device_are_those_on_a_cpu(spec: str) -> None:
+    """Replayed and eager; a number that lies between two codes may become either."""
+    want = Rows(spec, [0, 1, 2, 3], 20).forced(15)
+    eager = Rows(spec, [0, 1, 2, 3], 20, device="cuda", selection="sync")
+    replayed = Rows(spec, [0, 1, 2, 3], 20, device="cuda", graphs=True)
+    got = eager.forced(15)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05)
+    torch.testing.assert_close(replayed.forced(15), got, rtol=0, atol=0.01)
+    assert replayed.stepper.eager_because is None
+    for mine, theirs in zip(replayed.settle(), eager.settle(), strict=True):
+        assert (mine.step, mine.attended_share) == (theirs.step, theirs.attended_share)
+        if mine.spent is not None:
+            torch.testing.assert_close(mine.spent, theirs.spent, rtol=0.02, atol=0.02)
 
 
 # -- selection beside the model -------------------------------------------------------------------
@@ -158,9 +174,10 @@ def test_other_rows_are_loaded_into_captured_buffers() -> None:
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_the_host_never_waits_within_a_step(graphs: bool) -> None:
+@pytest.mark.parametrize("spec", ["avl:floor=3", *FORMATS])
+def test_the_host_never_waits_within_a_step(spec: str, graphs: bool) -> None:
     """Sampling reads a token; nothing else makes the host wait for the device."""
-    rows = Rows("avl:floor=3", [0, 2], 40, device="cuda", graphs=graphs)
+    rows = Rows(spec, [0, 2], 40, device="cuda", graphs=graphs)
     rows.go(4)
     tokens = torch.tensor([5, 6], device="cuda")
     torch.cuda.set_sync_debug_mode("error")

@@ -1,6 +1,7 @@
 """Pages of few bits: the layout against the formats' definitions, attention against float64."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,26 +10,38 @@ import torch
 from torch import Tensor
 
 from engine.errors import OptionError
-from engine.ops import native
 from engine.ops.attention import tiered_attention_torch
 from engine.ops.few_bits import seen
 from engine.ops.formats import FORMATS, PLAIN, Affine
-from engine.ops.native import AttentionPlan, AttentionResult, Sifting, Tier
+from engine.ops.native import AttentionPlan, AttentionResult, Scratch, Sifting, Tier
 from engine.ops.pages import PAGE, Pages
 from engine.options import CACHE_BITS, parse_bits
-from tests.test_attention import HAVE_NATIVE, available
+from tests.test_attention import (
+    HAVE_NATIVE,
+    NATIVE,
+    available,
+    device_of,
+    isa_of,
+    needs_native,
+    run,
+    served,
+)
 
 NAMES = [f"k{k}v{v}" for k in CACHE_BITS for v in CACHE_BITS]
 SOME = ["k16v16", "k8v8", "k8v4", "k4v4", "k4v2", "k2v2", "k2v16", "k16v4"]
 DIMS = (16, 32, 64, 80, 96, 128)
-needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="the native module is not built")
-ISAS = [pytest.param(isa, marks=needs_native) for isa in ("baseline", "avx2", "avx512")]
 
 
-@pytest.fixture(params=["torch", *ISAS])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The definition, and every instruction set of the CPU."""
-    return available(request.param)
+@pytest.fixture(params=["torch", *NATIVE])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The definition, every instruction set of the CPU, and a GPU, emulated and real."""
+    yield from served(request)
+
+
+@pytest.fixture(params=NATIVE)
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """All but the definition."""
+    yield from served(request)
 
 
 @dataclass
@@ -69,15 +82,54 @@ def drawn(
 
 
 def attend(backend: str, q: Tensor, tiers: list[Tier]) -> AttentionResult:
-    """Attend by one implementation, outputs poisoned before."""
+    """Attend by one implementation, outputs poisoned before; what comes back is on the CPU."""
     if backend == "torch":
         return tiered_attention_torch(q, tiers, want_logits=True)
-    plan = AttentionPlan(q, tiers, want_logits=True, isa=backend)
+    device = device_of(backend)
+    moved = [on(device, tier) for tier in tiers]
+    plan = poisoned(AttentionPlan(q.to(device), moved, want_logits=True, isa=isa_of(backend)))
+    run(plan)
+    for tier, there in zip(tiers, moved, strict=True):
+        if tier.sifting and there.sifting:
+            tier.sifting.spent.copy_(there.sifting.spent)
+    return AttentionResult(*(tensor.cpu() for tensor in plan.result()))
+
+
+def poisoned(plan: AttentionPlan) -> AttentionPlan:
     for tensor in plan.result():
-        assert tensor is not None
-        tensor.fill_(math.nan)
-    plan.run()
-    return plan.result()
+        if tensor is not None:
+            tensor.fill_(math.nan)
+    return plan
+
+
+def on(device: str, tier: Tier) -> Tier:
+    """A tier on a device; the sides of its pages are views of one tensor there too."""
+    if device == "cpu":
+        return tier
+    k, v = tier.k.to(device), tier.v.to(device)
+    if tier.pages:
+        k, v = tier.pages.sides(torch.cat([k, v], 1))
+    slots, count = (None if x is None else x.to(device) for x in (tier.slots, tier.count))
+    sifting = tier.sifting and Sifting(*(x.to(device) for x in vars(tier.sifting).values()))
+    return Tier(k, v, slots, count, tier.pages, sifting)
+
+
+def assert_as_defined(backend: str, q: Tensor, tiers: list[Tier]) -> None:
+    """An implementation gives what the definition gives, and counts what it counts."""
+    counted = []
+    for which in ("torch", backend):
+        for tier in tiers:
+            if tier.sifting:
+                tier.sifting.spent.fill_(3)
+        counted.append((attend(which, q, tiers), [spent(tier) for tier in tiers]))
+    for mine, theirs in zip(counted[1][0], counted[0][0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(counted[1][1], counted[0][1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def spent(tier: Tier) -> Tensor:
+    return tier.sifting.spent.clone() if tier.sifting else torch.zeros(0)
 
 
 def scores(q: Tensor, part: Drawn, listed: Tensor, kv_head: int) -> Tensor:
@@ -240,18 +292,106 @@ def test_pages_of_several_tiers_by_channel_are_told_apart(backend: str) -> None:
     assert_near(q, attend(backend, q, [part.tier for part in parts]), parts)
 
 
-def test_the_kernels_are_the_definition() -> None:
-    """To rounding of sums, in every instruction set, by channel too."""
-    if not HAVE_NATIVE:
-        pytest.skip("the native module is not built")
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 33, 129, 700])
+@pytest.mark.parametrize("name", ["k8v8", "k4v2", "k2v4", "k16v8"])
+def test_sanitize_pages_of_lists_of_any_length(backend: str, name: str, tokens: int) -> None:
+    part = drawn(name, rows=4, tokens=tokens, dim=32)
+    q = torch.randn(4, 2, 32)
+    assert_near(q, attend(backend, q, [part.tier]), [part])
+
+
+def test_the_kernels_are_the_definition(compiled: str) -> None:
+    """To rounding of sums, by channel too."""
     for name in NAMES:
         part, q = drawn(name, rows=3), torch.randn(3, 6, 64)
-        want = attend("torch", q, [part.tier])
-        for isa in native.ISAS:
-            if native.load()[0].has_isa(isa):
-                got = attend(isa, q, [part.tier])
-                for mine, theirs in zip(got, want, strict=True):
-                    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        assert_as_defined(compiled, q, [part.tier])
+
+
+def test_lists_of_every_kind(compiled: str) -> None:
+    """Whole pages in order, their beginning, and a list for every head."""
+    for name in ("k8v8", "k4v4", "k2v2"):
+        tier, q = drawn(name).tier, torch.randn(2, 6, 64)
+        pages, whole = tier.pages, tier.pages.pack(*torch.randn(2, 64, 2, 64))
+        sides = pages.sides(whole)
+        slots = torch.stack([torch.randperm(64)[:50].int() for _ in range(4)]).view(2, 2, 50)
+        count = torch.tensor([[50, 0], [17, 33]], dtype=torch.int32)
+        kinds = [(None, None), (None, count[:, 1:]), (slots, count), (slots[:, :1], None)]
+        assert_as_defined(compiled, q, [Tier(*sides, *kind, pages) for kind in kinds])
+        for kind in kinds:
+            assert_as_defined(compiled, q, [Tier(*sides, *kind, pages)])
+
+
+def test_nothing_listed_gives_zeros(backend: str) -> None:
+    for most in (None, [0.3, 0.0]):
+        tier, q = drawn("k4v4", most=most).tier, torch.randn(2, 4, 64)
+        tier.count.zero_()
+        got = attend(backend, q, [tier])
+        assert torch.equal(got.out, torch.zeros_like(q))
+        assert bool((got.lse == -math.inf).all())
+        assert bool((got.logits == -math.inf).all())
+    none = Tier(tier.k, tier.v, tier.slots[..., :0], None, tier.pages, tier.sifting)
+    assert torch.equal(attend(backend, q, [none]).out, torch.zeros_like(q))
+
+
+def test_a_plan_reads_its_pages_anew(compiled: str) -> None:
+    """And leaves nothing behind: the next run gives the same to the last bit."""
+    device = device_of(compiled)
+    parts = [drawn("k4v4", tokens=400, most=[0.2, 0.0]), drawn("k2v8", tokens=400)]
+    others = [drawn("k4v4", tokens=400, most=[0.0, 0.1]), drawn("k2v8", tokens=400)]
+    q, other_q = torch.randn(2, 2, 6, 64)
+    tiers = [on(device, part.tier) for part in parts]
+    queries = q.to(device)
+    plan = AttentionPlan(queries, tiers, want_logits=True, isa=isa_of(compiled))
+    run(plan)
+    queries.copy_(other_q)
+    for tier, other in zip(tiers, others, strict=True):
+        pairs = [(tier.k, other.tier.k), (tier.v, other.tier.v), (tier.slots, other.tier.slots)]
+        if tier.sifting:
+            pairs += zip(
+                vars(tier.sifting).values(), vars(other.tier.sifting).values(), strict=True
+            )
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+    want = attend("torch", other_q, [other.tier for other in others])
+    results = []
+    for _ in range(2):
+        run(poisoned(plan))
+        results.append([tensor.cpu().clone() for tensor in plan.result()])
+    for once, again, defined in zip(*results, want, strict=True):
+        assert torch.equal(once, again)
+        torch.testing.assert_close(once, defined, rtol=1e-4, atol=1e-4)
+
+
+def test_plans_share_memory_to_work_in(compiled: str) -> None:
+    """Of other sizes, in any order, made before or after it has grown."""
+    device, scratch = device_of(compiled), Scratch()
+    cases = []
+    for rows, tokens in ((1, 30), (3, 400), (2, 100)):
+        part = drawn("k4v4", rows=rows, tokens=tokens, most=[0.2, 0.1, 0.0][:rows])
+        q = torch.randn(rows, 4, 64)
+        tier = on(device, part.tier)
+        isa = isa_of(compiled)
+        plan = AttentionPlan(q.to(device), [tier], isa=isa, scratch=scratch)
+        cases.append((plan, attend("torch", q, [part.tier]).out))
+    for plan, want in [*cases, *cases[::-1]]:
+        run(poisoned(plan))
+        torch.testing.assert_close(plan.result().out.cpu(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("most", [None, [0.3, 0.0]])
+def test_a_slot_or_a_count_out_of_range_is_refused(backend: str, most: list[float] | None) -> None:
+    q, parts = torch.randn(2, 2, 64), [drawn("k8v4"), drawn("k4v4", most=most)]
+    tiers = [part.tier for part in parts]
+    good = int(tiers[1].slots[0, 0, 3])
+    for bad in (-1, tiers[1].pool_slots, 2**30, -(2**30)):
+        tiers[1].slots[0, 0, 3] = bad
+        with pytest.raises(ValueError, match=r"tier 1.*slot|slot.*tier 1"):
+            attend(backend, q, tiers)
+    tiers[1].slots[0, 0, 3] = good
+    for bad in (-1, tiers[1].width + 1):
+        tiers[1].count[1, 0] = bad
+        with pytest.raises(ValueError, match=r"tier 1.*count|count.*tier 1"):
+            attend(backend, q, tiers)
 
 
 def test_wrong_pages_are_named() -> None:
@@ -294,9 +434,11 @@ def needed_by_rule(logits: Tensor, most: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["k16v16", "k8v8", "k4v4", "k4v2"])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", [1, 2, 5])
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 300])
-def test_sifting_follows_its_rule(backend: str, name: str, group: int, tokens: int) -> None:
+def test_sanitize_sifting_follows_its_rule(
+    backend: str, name: str, group: int, tokens: int
+) -> None:
     most = [0.1, 0.4, 0.0]
     part = drawn(name, rows=3, most=most, tokens=tokens)
     q = torch.randn(3, 2 * group, 64)
@@ -324,6 +466,33 @@ def test_sifting_follows_its_rule(backend: str, name: str, group: int, tokens: i
             assert int(spent[1]) == (int(needed.sum()) if share else 0)
             want = float(torch.stack(lefts).mean()) if share else 0.0
             assert float(spent[0]) == pytest.approx(want, abs=1e-5)
+
+
+def test_tiers_are_sifted_each_by_itself(compiled: str) -> None:
+    """Of pages and of plain numbers, beside others that are read whole; heads in parts of four."""
+    plain = torch.randn(2, 90, 2, 64)
+    slots = torch.randperm(90)[:70].int().expand(2, 1, 70).contiguous()
+    sifting = Sifting(torch.tensor([0.0, 0.3]), torch.randn(2, 2, 64), torch.zeros(2, 2, 2))
+    tiers = [
+        Tier(*plain, slots),
+        drawn("k4v4", most=[0.2, 0.1]).tier,
+        Tier(*plain, slots, None, None, sifting),
+        drawn("k2v2", most=[0.4, 0.0], tokens=200).tier,
+    ]
+    for group in (1, 4, 7):
+        for order in (tiers, tiers[::-1], tiers[1:2]):
+            assert_as_defined(compiled, torch.randn(2, 2 * group, 64), order)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sifting_in_16_bits(compiled: str, dtype: torch.dtype) -> None:
+    plain = torch.randn(2, 90, 2, 64).to(dtype)
+    sifting = Sifting(torch.tensor([0.2, 0.3]), torch.randn(2, 2, 64), torch.zeros(2, 2, 2))
+    tiers = [Tier(*plain, None, None, None, sifting), drawn("k8v4", most=[0.1, 0.2]).tier]
+    q = torch.randn(2, 4, 64).to(dtype)
+    want, got = attend("torch", q, tiers), attend(compiled, q, tiers)
+    torch.testing.assert_close(got.out, want.out, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(got.lse, want.lse, rtol=1e-5, atol=1e-4)
 
 
 def test_the_whole_softmax_takes_what_is_left_out(backend: str) -> None:
@@ -377,3 +546,48 @@ def test_a_row_that_cannot_be_multiplied_shows(backend: str) -> None:
     got = attend(backend, q, [part.tier])
     assert got.out[0, 0].isnan().all()
     assert not got.out[1].isnan().any()
+
+
+# -- on a GPU alone -------------------------------------------------------------------------------
+
+
+def on_a_gpu(most: list[float]) -> tuple[AttentionPlan, Tensor, Tier]:
+    """A plan over pages with what it reads, of many small splits."""
+    available("cuda")
+    tier = on("cuda", drawn("k4v4", dim=128, kv_heads=4, tokens=600, rows=2, most=most).tier)
+    q = torch.randn(2, 4, 128, device="cuda")
+    plan = AttentionPlan(q, [tier], want_logits=True)
+    plan.run()
+    torch.cuda.synchronize()
+    return plan, q, tier
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [[0.0, 0.0], [0.2, 0.1]])
+def test_a_captured_graph_chooses_anew(most: list[float]) -> None:
+    """One replay for rows that are sifted and rows that are not: the device reads which."""
+    plan, q, tier = on_a_gpu([0.3, 0.0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run()
+    q.copy_(torch.randn(q.shape))
+    tier.sifting.most.copy_(torch.tensor(most))
+    poisoned(plan)
+    graph.replay()
+    plan.check()
+    want = tiered_attention_torch(q, [tier], want_logits=True)
+    for mine, theirs in zip(plan.result(), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [[0.0, 0.0], [0.2, 0.1]])
+def test_many_runs_never_vary(most: list[float]) -> None:
+    """Blocks publish what they found to each other: a missing fence would show as a difference."""
+    plan, _, _ = on_a_gpu(most)
+    first = plan.result().out.clone()
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(5_000):
+        plan.run()
+        differing += (plan.result().out != first).any()
+    assert int(differing) == 0

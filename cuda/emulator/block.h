@@ -32,6 +32,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -179,6 +182,22 @@ void launch(dim3 grid, dim3 threads, Kernel kernel) {
       }
 }
 
+// Tells a value to the warp's other threads; what they have told is found with what is returned.
+inline unsigned exchange(unsigned mask, float value) {
+  Block& b = *block;
+  if (mask != 0xffffffffu) fail("a shuffle of part of a warp");
+  Meeting& warp = b.warps[b.current / WARP];
+  b.lanes[2 * b.current + warp.round % 2] = value;
+  return meet(warp) % 2;
+}
+
+// Byte i, or half i, of a word as a number.
+inline int byte_of(int x, int i) {
+  return static_cast<int8_t>(unsigned(x) >> 8 * i);
+}
+inline int half_of(int x, int i) {
+  return static_cast<int16_t>(unsigned(x) >> 16 * i);
+}
 }  // namespace emulator
 
 #define AVL_LAUNCH(kernel, grid, block_size, stream, ...) \
@@ -192,13 +211,16 @@ inline void __syncthreads() {
 inline void __threadfence() {}
 
 inline float __shfl_xor_sync(unsigned mask, float value, int step) {
-  emulator::Block& b = *emulator::block;
-  const unsigned me = b.current;
-  if (mask != 0xffffffffu) emulator::fail("a shuffle of part of a warp");
-  emulator::Meeting& warp = b.warps[me / emulator::WARP];
-  b.lanes[2 * me + warp.round % 2] = value;
-  const unsigned round = emulator::meet(warp);
-  return b.lanes[2 * (me ^ unsigned(step)) + round % 2];
+  const unsigned me = emulator::block->current, turn = emulator::exchange(mask, value);
+  return emulator::block->lanes[2 * (me ^ unsigned(step)) + turn];
+}
+inline bool __any_sync(unsigned mask, bool value) {
+  const unsigned first = emulator::block->current / emulator::WARP * emulator::WARP;
+  const unsigned turn = emulator::exchange(mask, value);
+  bool any = false;
+  for (unsigned i = first; i < first + emulator::WARP; ++i)
+    any |= emulator::block->lanes[2 * i + turn] != 0;
+  return any;
 }
 
 inline unsigned atomicInc(unsigned* p, unsigned limit) {
@@ -210,6 +232,37 @@ inline int atomicAdd(int* p, int x) {
   const int old = *p;
   *p += x;
   return old;
+}
+
+inline float atomicAdd(float* p, float x) {
+  const float old = *p;
+  *p += x;
+  return old;
+}
+
+// Sums of products of small whole numbers: four of 8 bits, or two of 16 bits with the lower or the
+// upper two of 8.
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 4; ++i) sum += emulator::byte_of(a, i) * emulator::byte_of(b, i);
+  return sum;
+}
+inline int __dp2a_lo(int a, int b, int sum) {
+  return sum + emulator::half_of(a, 0) * emulator::byte_of(b, 0) +
+         emulator::half_of(a, 1) * emulator::byte_of(b, 1);
+}
+inline int __dp2a_hi(int a, int b, int sum) {
+  return sum + emulator::half_of(a, 0) * emulator::byte_of(b, 2) +
+         emulator::half_of(a, 1) * emulator::byte_of(b, 3);
+}
+// Four of the eight bytes of two words: which ones, the digits of `places` say.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t places) {
+  const uint64_t both = uint64_t(high) << 32 | low;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= (both >> (places >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return word;
+}
+inline int __float2int_rn(float x) {
+  return x == x ? static_cast<int>(std::lrint(x)) : 0;
 }
 
 inline float __ldcg(const float* p) {

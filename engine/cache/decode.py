@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..ops.fused import Destination, rope_write
-from ..ops.native import Sifting
+from ..ops.native import Scratch, Sifting
 from ..ops.rotary import Tables
 from .lengths import ATTENDS_CORE, POSITION, RERANKS
 from .listed import Listed, ListedAttention
@@ -85,6 +85,7 @@ class Decoding:
         self._asked: Side = side or InOrder()
         self.state = State(pools, spare=self._asked.per_layer)
         self._error = torch.zeros(1, dtype=torch.int32, device=self.state.device)
+        self._scratch = Scratch()  # attention of all layers works in it, one after the other
         self._buffer, self.evicts = 0, False
         self._wired: Wiring | None = None
         self._watched: dict[int, list[Attended]] = {}
@@ -317,7 +318,8 @@ class Decoding:
         pool, others = self.pools[layer], list(self._others(kind, layer))
         lonely = kind == FULL and len(self.rows) == 1 and not others
         alone = partial(_begin, self.rows, layer) if lonely else None
-        return ListedAttention(pool, slots[..., lists.plain], count, alone, others)
+        slots = slots[..., lists.plain]
+        return ListedAttention(pool, slots, count, alone, others, self._scratch)
 
     def _others(self, kind: int, layer: int) -> Iterator[Listed]:
         """What rows attend of a layer's formats."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import native, tape
 from ..ops.attention import AttentionPlan, AttentionResult, Tier, tiered_attention
-from ..ops.native import Sifting
+from ..ops.native import Scratch, Sifting
 from .pool import PagedPool, Pool
 
 
@@ -47,14 +47,16 @@ class ListedAttention:
         count: Tensor,
         run: Callable[[], int] | None = None,
         others: Sequence[Listed] = (),
+        scratch: Scratch | None = None,
     ) -> None:
         """Attend ``slots`` of ``pool`` and then the ``others``, as ``Listed`` has them.
 
         ``run`` says where the list begins if it is one row's unbroken run of slots, and the only
-        list: then plain torch need not gather it.
+        list: then plain torch need not gather it. ``scratch`` is shared with whoever never attends
+        at the same time.
         """
         self._lists, self._run = [Listed(pool, slots, count), *others], run
-        self._pool = pool
+        self._pool, self._scratch = pool, scratch
         self._plans: dict[bool, tuple[AttentionPlan, Tensor]] = {}
 
     def __call__(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -85,7 +87,10 @@ class ListedAttention:
     ) -> tuple[AttentionPlan, Tensor]:
         tiers, (logits, lse) = [each.tier() for each in self._lists], scores or (None, None)
         wanted = scores is not None
-        return AttentionPlan(queries, tiers, want_logits=wanted, logits=logits, lse=lse), queries
+        plan = AttentionPlan(
+            queries, tiers, want_logits=wanted, logits=logits, lse=lse, scratch=self._scratch
+        )
+        return plan, queries
 
     def _in_torch(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
         result = tiered_attention(q, self._tiers_in_torch(), want_logits=scores is not None)

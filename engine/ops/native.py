@@ -210,9 +210,24 @@ def _usable(q: Tensor, dtype: torch.dtype, kv_heads: int, head_dim: int) -> bool
 
 def serves(q: Tensor, tier: Tier) -> bool:
     """Whether a native attention kernel exists for a tier."""
-    if tier.pages is None:
-        return usable(q, tier.pool)
-    return q.device.type == "cpu" and _usable(q, q.dtype, *tier.heads)
+    return _usable(q, q.dtype if tier.pages else tier.pool.dtype, *tier.heads)
+
+
+class Scratch:
+    """Memory on a GPU for plans that never run at the same time, such as those of a step's layers.
+
+    What one run leaves there no other reads. It grows; plans made before keep what they have.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def lend(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """At least ``count`` numbers, to everybody the same; a name has one dtype and device."""
+        held = self._held.get(name)
+        if held is None or len(held) < count:
+            held = self._held[name] = torch.empty(max(1, count), dtype=dtype, device=device)
+        return held
 
 
 class AttentionPlan:
@@ -223,6 +238,7 @@ class AttentionPlan:
     in place of q and k; writes a float32 out). Raises ValueError naming the argument that is wrong.
     Slots and counts are read anew by every run: on a CPU one that is out of range raises ValueError
     there; on a GPU it sets a flag that ``check`` reads, since reading it waits for the device.
+    Over pages and where a tier is sifted a GPU needs ``scratch``, its own where none is given.
     """
 
     def __init__(
@@ -238,6 +254,7 @@ class AttentionPlan:
         op: str = "attention",
         p: Tensor | None = None,
         isa: str = "",
+        scratch: Scratch | None = None,
     ) -> None:
         module, problem = load()
         if module is None:
@@ -246,7 +263,7 @@ class AttentionPlan:
         assert lead is not None
         check_tiers(lead, q, tiers)
         _check_kernel(lead, tiers)
-        pool, width = tiers[0].pool, sum(tier.width for tier in tiers)
+        width = sum(tier.width for tier in tiers)
         rows, heads = lead.shape[:2]
         kv_heads, head_dim = tiers[0].heads
         made = functools.partial(_output, device=lead.device)
@@ -261,16 +278,18 @@ class AttentionPlan:
             p = _weights(p, width)
         self.out, self.logits, self.lse = out, logits, lse
         self._several = len(tiers) > 1
-        self._cuda = lead.is_cuda
+        self._cuda = _on_gpu(lead)
         self._device = lead.device
-        splits, scratch = _scratch(lead, pool, width) if lead.is_cuda else (1, {})
         tensors = {"q": q, "out": out, "logits": logits, "lse": lse, "p": p}
-        tensors |= {"error": None, "partials": None, "tickets": None, **scratch}
+        splits, beside = (
+            _beside(lead, tiers, width, scratch or Scratch()) if self._cuda else (1, {})
+        )
+        tensors |= dict.fromkeys(_BESIDE) | beside
         self._error = tensors["error"]
         self._alive = tensors, tuple(tiers)  # addresses stay valid as long as this plan
         fields: dict[str, Any] = {name: address(t) for name, t in tensors.items()}
         fields |= {"tiers": [_tier_fields(tier) for tier in tiers]}
-        dtype = q.dtype if q is not None else pool.dtype
+        dtype = q.dtype if q is not None else tiers[0].pool.dtype
         fields |= {"dtype": codes()[dtype], "kv_heads": kv_heads, "head_dim": head_dim}
         fields |= _sizes(q, lead.device) | {"rows": rows, "heads": heads, "splits": splits}
         fields["scale"] = 1 / math.sqrt(head_dim) if scale is None else scale
@@ -414,8 +433,6 @@ def _check_kernel(lead: Tensor, tiers: Sequence[Tier]) -> None:
             dtype = lead.dtype if tier.pages else tier.pool.dtype
             if dtype not in codes() or tier.heads[1] not in _HEAD_DIMS:
                 raise ValueError(f"no native kernel for a pool of {describe(tier.pool)}")
-            if lead.is_cuda and (tier.pages or tier.sifting):
-                raise ValueError("no native kernel for pages on a GPU")
             _check_strides(k=tier.k, v=tier.v, slots=tier.slots)
             if tier.pages and len({t.stride(0) for t in (tier.k, tier.v) if t is not None}) > 1:
                 raise ValueError("k and v must be the two sides of the same pages")
@@ -526,15 +543,37 @@ def _tier_fields(tier: Tier) -> dict[str, Any]:
     }
 
 
-def _scratch(lead: Tensor, pool: Tensor, width: int) -> tuple[int, dict[str, Tensor | None]]:
-    """Choose thread blocks per list so that the GPU is full, and allocate what they meet in."""
-    blocks = lead.shape[0] * pool.shape[1]
-    full = 3 * torch.cuda.get_device_properties(lead.device).multi_processor_count
-    splits = max(1, min(-(-full // max(1, blocks)), width // 64))
-    size = (lead.shape[0], lead.shape[1], splits, pool.shape[2] + 2)
-    device = lead.device
-    return splits, {
+# What calls on a GPU need besides what they are given, as cuda/args.h names it.
+_BESIDE = ("error", "partials", "tickets", "sieve", "chosen", "rest")
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    """Whether it is a GPU's kernels that serve."""
+    return tensor.is_cuda
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _beside(
+    lead: Tensor, tiers: Sequence[Tier], width: int, scratch: Scratch
+) -> tuple[int, dict[str, Tensor]]:
+    """Choose thread blocks per list so that the GPU is full, and find memory to work in."""
+    (rows, heads), (kv_heads, head_dim), device = lead.shape[:2], tiers[0].heads, lead.device
+    full = 3 * _multiprocessors(device)
+    splits = max(1, min(-(-full // max(1, rows * kv_heads)), width // 64))
+    size = (rows, heads, splits, head_dim + 2)
+    found = {
         "error": torch.zeros(1, dtype=torch.int32, device=device),
         "partials": torch.empty(size, dtype=torch.float32, device=device),
-        "tickets": torch.zeros(lead.shape[:2], dtype=torch.int32, device=device),
+        "tickets": torch.zeros(rows, heads, dtype=torch.int32, device=device),
     }
+    lend = functools.partial(scratch.lend, device=device)
+    sifts = any(tier.sifting for tier in tiers)
+    if sifts or any(tier.pages for tier in tiers):
+        found["sieve"] = lend("sieve", rows * heads * width, torch.float32)
+    if sifts:
+        found["chosen"] = lend("chosen", rows * kv_heads * width, torch.int32)
+        found["rest"] = lend("rest", rows * heads * (MAX_TIERS + 1) * 2, torch.float32)
+    return splits, found

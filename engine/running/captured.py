@@ -50,8 +50,7 @@ def obstacle(model: VisionLanguageModel, decoding: Decoding) -> str | None:
         return "the host packs what was generated"
     pool, config = decoding.pools[0].k, model.decoder.config
     queries = pool.new_empty(1, config.heads, config.head_dim)
-    formats = decoding.state.sizes.formats
-    if pool.is_cuda and (formats or not native.usable(queries, pool)):
+    if pool.is_cuda and not native.usable(queries, pool):
         return "no compiled attention kernel serves, and plain torch reads counts on the host"
     return None
 

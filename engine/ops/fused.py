@@ -111,15 +111,17 @@ def rope_write(
     return out
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor, scale: Tensor | None = None, factor: float = 1.0) -> Tensor:
     """``silu(gate) * up``, ``[tokens, size]``: the two halves of a gated MLP's first product.
+
+    It is multiplied by ``factor`` and by each token's ``scale``, fp32 ``[tokens]``.
 
     >>> silu_mul(torch.tensor([[0.0, 100.0]]), torch.tensor([[7.0, 2.0]])).tolist()
     [[0.0, 200.0]]
     """
     kernels = _kernels(gate)
-    if kernels is None:
-        return silu_mul_torch(gate, up)
+    if kernels is None or scale is not None or factor != 1:
+        return silu_mul_torch(gate, up, scale, factor)
     gate, up = _rows(gate=gate, up=up)
     _refuse("up", up, gate, gate.shape)
     out = _result(gate.shape, gate)
@@ -173,9 +175,14 @@ def rope_write_torch(
     return rotated if scale is None else rotated * scale
 
 
-def silu_mul_torch(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul_torch(
+    gate: Tensor, up: Tensor, scale: Tensor | None = None, factor: float = 1.0
+) -> Tensor:
     """Define ``silu_mul``."""
-    return F.silu(gate) * up
+    product = F.silu(gate) * up
+    if scale is not None:
+        return (product * (scale * factor)[:, None]).to(gate.dtype)
+    return product if factor == 1 else product * factor
 
 
 def argmax_torch(scores: Tensor) -> Tensor:

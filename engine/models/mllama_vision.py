@@ -240,5 +240,6 @@ class _Rows:
     def features(self, hidden: Tensor) -> Tensor:
         """The rows of all tiles, without what fills them up."""
         start = self.own + self._used * self._filling
-        absent = hidden[start:].view(self._absent, self._each + self._filling, -1)
+        shape = self._absent, self._each + self._filling, hidden.shape[-1]
+        absent = hidden[start:].view(shape)
         return torch.cat([hidden[: self.own], absent[:, : self._each].flatten(0, 1)])

@@ -221,7 +221,7 @@ class Scheduler:
         job.timings.prefill += perf_counter() - began
         if job.over and not read:
             self._leave_off(job)
-            return [Over(job, report(Row(job.policy), self.pools))]
+            return [Over(job, self._report(Row(job.policy)))]
         return [*events, *self._ended()]
 
     def _begun(self, job: Job, read: Read) -> Iterable[Event]:
@@ -311,9 +311,13 @@ class Scheduler:
         """Take out the jobs that are over."""
         for job in [job for job in self.running if job.over]:
             row = self._take_out(job)
-            cache = None if job.failed else report(row, self.pools)
+            cache = None if job.failed else self._report(row)
             self._give(job)
             yield Over(job, cache)
+
+    def _report(self, row: Row) -> CacheReport:
+        """What a row holds."""
+        return report(row, self.pools, self.cross.pools if self.cross else ())
 
     def _take_out(self, job: Job) -> Row:
         """End a job; the last of those that are decoded takes its place, here as in the steps."""

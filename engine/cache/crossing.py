@@ -93,16 +93,16 @@ class CrossPools:
         self._known.add(stored)
         return stored
 
-    def find(self, features: Tensor) -> CrossStored | None:
-        """What a row holds of these very features; None where none does."""
+    def find(self, sight: Sight) -> CrossStored | None:
+        """What a row holds of these very features, if that is all that is attended of them."""
         for stored in list(self._known):
-            if stored.extents[0].held and stored.source() is features:
+            if stored.extents[0].held and stored.source() is sight.features and not sight.blind:
                 return stored
         return None
 
     def has(self, sights: Sequence[Sight]) -> bool:
         """Whether there is room for what a turn with these pictures will hold."""
-        fresh = [sight.seen for sight in lasting(sights) if self.find(sight.features) is None]
+        fresh = [sight.seen for sight in lasting(sights) if self.find(sight) is None]
         return all(_has_all(pool, fresh) for pool in self.pools)
 
 

@@ -61,7 +61,7 @@ class Looking:
         self.pictures: list[CrossStored | Fresh] = list(past)
         for number, sight in enumerate(sights, len(past)):
             lasts = pools is not None and self._last.start <= number < self._last.stop
-            found = None if pools is None or sight.blind else pools.find(sight.features)
+            found = None if pools is None else pools.find(sight)
             self.pictures.append(found or Fresh(sight, pools if lasts else None))
 
     def view(self, layer: int, positions: Tensor) -> LookView | None:

@@ -79,4 +79,4 @@ def _tower(rest: str) -> str:
         if rest.startswith(f"{encoder}layers."):
             ours = translate(rest.removeprefix(encoder), _VISION)
             return f"{prefix}{ours}" if ours else ""
-    return translate(rest, _VISION)
+    return "" if ".layers." in f".{rest}" else translate(rest, _VISION)

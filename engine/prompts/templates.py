@@ -131,8 +131,8 @@ def _mllama(messages: Sequence[Message]) -> list[Piece]:
     """Llama-3.2-Vision's: a system message is written only where the conversation has no picture,
     and then always.
     """
-    system = [message for message in messages if message.role == "system"]
-    spoken = [message for message in messages if message.role != "system"]
+    system = [message for message in messages[:1] if message.role == "system"]
+    spoken = messages[len(system) :]
     given = "".join(text for message in system for text in message.texts).strip()
     if not any(message.places for message in spoken):
         dates = f"Cutting Knowledge Date: December 2023\nToday Date: {_TODAY}\n\n"

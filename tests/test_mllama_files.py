@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mllama.image_processing_pil_mllama import (
     MllamaImageProcessorPil,
     get_optimal_tiled_canvas,
@@ -19,6 +20,7 @@ from engine.checkpoint.names import target_names
 from engine.engine import Engine
 from engine.errors import CheckpointError, OptionError
 from engine.loading.families import recognise
+from engine.models.decoder import Rotation
 from engine.models.llama3_rope import Llama3Rope
 from engine.models.mllama import Mllama
 from engine.options import make_options
@@ -138,6 +140,22 @@ def test_what_a_file_leaves_out_has_transformers_defaults(tmp_path: Path) -> Non
     assert built == write_published(tmp_path / "whole", full).config
     assert built.decoder.rope_theta == 500000.0
     assert built.decoder.rope == Llama3Rope(8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize(("head_dim", "original"), [(128, 8192), (64, 32), (16, 512)])
+def test_frequencies_are_slowed_as_transformers_does(head_dim: int, original: int) -> None:
+    config = LlamaConfig(
+        head_dim=head_dim,
+        rope_parameters={
+            **SCALING, "rope_theta": 500000.0, "original_max_position_embeddings": original
+        },
+    )  # fmt: skip
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    scaling = Llama3Rope(8.0, 1.0, 4.0, original)
+    got = Rotation(head_dim, 500000.0, "cpu", scaling).frequencies
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    plain = Rotation(head_dim, 500000.0, "cpu").frequencies
+    assert len({float(x) for x in (plain / got).round(decimals=4)}) > 2  # kept, between, divided
 
 
 def test_transformers_5_writes_rotation_in_one_section(tmp_path: Path) -> None:
@@ -348,7 +366,8 @@ def test_check_knows_the_model(folder: Path, ask: Ask) -> None:
     done = ask("--check", "--model", str(folder))
     assert done.code == 0, done
     assert "config: ok - Mllama" in done.out
-    assert "prompts as mllama" in done.out
+    assert "prompts as mllama, a context of 4,096 tokens, pictures of up to 68 features" in done.out
+    assert "looked at in 2 cross layers\n" in done.out
     assert "chat_template.jinja renders what style mllama does" in done.out
 
 

@@ -208,6 +208,26 @@ def test_rows_that_ask_about_one_picture_share_it(engine: Engine) -> None:
     assert run(scheduler, [again]) == [answers[1]]  # nothing of what was given back is found
 
 
+def test_a_shared_picture_stays_while_a_prompt_is_read(engine: Engine) -> None:
+    """Whose picture it was is over before the second prompt is; a third would take its slots."""
+    scheduler, image = engine.scheduler(2, slices=1), engine.encode(noise(*WIDE))
+    options = {"ignore_eos": True, "images": [image]}
+    short = {"prompt": WORDS, "max_new_tokens": 3, **options}
+    long = {"prompt": WORDS * 2, "max_new_tokens": 30, **options}
+    first = scheduler.submit(job_of(engine, short))
+    second = scheduler.submit(job_of(engine, long))
+    third = scheduler.submit(job_of(engine, request(0)))
+    while not first.over:
+        scheduler.step()
+    assert second.row is None
+    assert scheduler._reading is not None
+    assert scheduler.cross is not None
+    assert taken(list(scheduler.cross.pools)) == [[(0, 3 * FEATURES)]] * 2
+    answers = run(scheduler, [first, second, third])
+    assert answers == [alone(engine, each) for each in (short, long, request(0))]
+    assert taken(list(scheduler.cross.pools)) == [[], []]
+
+
 def test_a_picture_that_nobody_will_see_again_is_not_held(engine: Engine) -> None:
     content = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": WORDS}]}]
@@ -333,6 +353,7 @@ def test_a_source_that_is_gone_is_not_found() -> None:
     view = looking.view(0, torch.arange(2))
     assert view is not None
     view.attend(torch.randn(2, 2, 16), lambda x: (torch.randn(len(x), 1, 16),) * 2)
+    looking.hold()
     (stored,) = looking.keep()
     assert (stored.seen, cross.find(Sight(7, features, 3))) == (3, stored)
     assert cross.find(Sight(0, features.clone(), 3)) is None

@@ -69,10 +69,13 @@ class CrossStored:
         assert isinstance(pool, Pool), "features are plain numbers"
         return pool.k[slots], pool.v[slots]
 
-    def kept(self) -> CrossStored:
-        """The same for one more holder."""
+    def hold(self) -> None:
+        """One holder more."""
         for extent in self.extents:
             extent.share()
+
+    def kept(self) -> CrossStored:
+        """What a row holds after a pass."""
         return self
 
     def give(self) -> None:

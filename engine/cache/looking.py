@@ -32,8 +32,11 @@ class Fresh:
                 numbers[start : start + self.seen] = new[: self.seen]
         return k, v
 
+    def hold(self) -> None:
+        """What is not there yet has no holder."""
+
     def kept(self) -> CrossStored:
-        """What has been stored, once all layers are done."""
+        """What a row holds after a pass: what has been stored."""
         assert self._pools is not None, "nothing is kept without pools"
         return self._pools.know(CrossStored(ref(self._features), tuple(self._taken)))
 
@@ -46,8 +49,9 @@ class Fresh:
 class Looking:
     """The pictures of one pass: those that earlier turns see, and the turn's own.
 
-    Of the latter those that later tokens see are stored in ``pools``, if there are any: ``keep``
-    gives them, once all layers are done, or ``release`` gives them back.
+    Of the latter those that later tokens see are stored in ``pools``, if there are any. What lies
+    there already is held from ``hold`` on, whoever else gives it back meanwhile, up to ``keep``,
+    once all layers are done, or ``release``.
     """
 
     def __init__(
@@ -68,22 +72,28 @@ class Looking:
         """A layer's view, for tokens at these ascending ``positions`` of the turn."""
         return LookView(self, layer, positions) if self.pictures else None
 
+    def hold(self) -> None:
+        """The pass begins."""
+        for picture in self.pictures:
+            picture.hold()
+
     def keep(self) -> tuple[CrossStored, ...]:
-        """What later tokens see, for a row to hold."""
+        """What later tokens see, for a row to hold; the rest is given back."""
+        for picture in self.pictures[: self._last.start]:
+            picture.give()
         return tuple(picture.kept() for picture in self.pictures[self._last])
 
     def release(self) -> None:
-        """Give back what was taken."""
+        """Give back all of it."""
         for picture in self.pictures:
-            if isinstance(picture, Fresh):
-                picture.give()
+            picture.give()
 
 
 class LookView:
     """A cross layer's view of a pass; see ``CrossView``."""
 
     def __init__(self, looking: Looking, layer: int, positions: Tensor) -> None:
-        self._pictures, self._layer, self._tokens = looking.pictures, layer, len(positions)
+        self._pictures, self._layer = looking.pictures, layer
         starts = torch.tensor([start for start, _ in looking.groups], device=positions.device)
         found = torch.searchsorted(positions, starts).tolist()
         ends = [*found[1:], len(positions)]

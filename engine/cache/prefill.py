@@ -183,6 +183,7 @@ class Prefill:
         self._looking = looking or Looking()
 
     def __enter__(self) -> Prefill:
+        self._looking.hold()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

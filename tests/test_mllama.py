@@ -157,6 +157,23 @@ def test_ids_logits_and_greedy_tokens_equal_transformers(
     assert (result.prompt_tokens, result.image_tokens) == (len(ids), 0)
 
 
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_a_prompt_read_in_ranges_is_the_same(
+    size: int, engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranges end before, within and behind what sees a picture."""
+    for account in (AS_TRAINED, AS_TRANSFORMERS):
+        engine, (messages, sizes) = engine_of(*account), REQUESTS["three"]
+        expected = engine.logits(messages, pictures(sizes))
+        told = engine.generate(messages, pictures(sizes), max_new_tokens=6, ignore_eos=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.cache.prefill.CHUNK", size)
+            got = engine.logits(messages, pictures(sizes))
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+            same = engine.generate(messages, pictures(sizes), max_new_tokens=6, ignore_eos=True)
+        assert same.token_ids == told.token_ids
+
+
 @pytest.mark.parametrize("name", ["<|image|><|begin_of_text|>If", "<|begin_of_text|><|image|>If"])
 def test_the_beginning_of_a_text_stands_where_it_is_written(
     name: str, engine_of: Callable[..., Engine], oracle: MllamaOracle

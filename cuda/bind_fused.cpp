@@ -92,8 +92,8 @@ void rope_write(const FusedKernels& kernels, int dtype, bool wide, int64_t rows,
 }
 
 void silu_mul(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size, uintptr_t gate,
-              int64_t gate_row, uintptr_t up, int64_t up_row, uintptr_t out, int device,
-              uintptr_t stream) {
+              int64_t gate_row, uintptr_t up, int64_t up_row, uintptr_t scale, float factor,
+              uintptr_t out, int device, uintptr_t stream) {
   SiluMulArgs a{};
   a.dtype = plain_dtype_of(dtype);
   a.rows = within(rows, 1, INT32_MAX, "rows");
@@ -102,6 +102,8 @@ void silu_mul(const FusedKernels& kernels, int dtype, int64_t rows, int64_t size
   a.up = given<void>(up, "up");
   a.gate_row = stride(gate_row, size, "gate");
   a.up_row = stride(up_row, size, "up");
+  a.scale = reinterpret_cast<const float*>(scale);
+  a.factor = factor;
   a.out = given<void>(out, "out");
   a.device = within(device, 0, 1024, "device");
   launch<SiluMulArgs>("silu_mul", a, stream, kernels.silu_mul);

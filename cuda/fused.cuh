@@ -85,10 +85,11 @@ __global__ void __launch_bounds__(THREADS) silu_mul_kernel(const SiluMulArgs a) 
   if (i >= a.size) return;
   Pack<T, N> gate = load_pack<N>(static_cast<const T*>(a.gate) + row * a.gate_row + i);
   const Pack<T, N> up = load_pack<N>(static_cast<const T*>(a.up) + row * a.up_row + i);
+  const float scale = a.scale ? a.scale[row] * a.factor : a.factor;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const float x = to_float(gate.x[j]);
-    assign(gate.x[j], x / (1 + __expf(-x)) * to_float(up.x[j]));
+    assign(gate.x[j], x / (1 + __expf(-x)) * to_float(up.x[j]) * scale);
   }
   store_pack(static_cast<T*>(a.out) + row * a.size + i, gate);
 }

@@ -41,7 +41,9 @@ struct SiluMulArgs {
   int32_t rows, size;
   const void *gate, *up;  // [rows, size]
   int64_t gate_row, up_row;
-  void* out;  // [rows, size] contiguous
+  const float* scale;  // [rows], or null: 1
+  float factor;        // of all rows
+  void* out;           // [rows, size] contiguous
   int32_t device;
 };
 

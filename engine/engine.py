@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from .cache.looking import Looking
 from .cache.observe import Observer
 from .cache.prefill import Uncached
 from .checkpoint.fingerprint import fingerprint
@@ -310,7 +311,8 @@ class Engine:
         if continuation is None:
             tokens = torch.tensor(turn.token_ids, device=self.device)
             hidden = self.model.embed(tokens, turn.spans, turn.features)
-            step = Uncached(len(tokens), self.model.decoder.rotation.begin(len(tokens)))
+            looking = Looking(turn.sights(self.model))
+            step = Uncached(len(tokens), self.model.decoder.rotation.begin(len(tokens)), looking)
             return self.model.decoder.logits(self.model.decoder(hidden, step))
         ids = self._continuation(continuation)
         forced, scheduler = Forced(ids), self.scheduler()
@@ -362,8 +364,10 @@ class Engine:
         with memory_for("encoding the pictures", sum(pixels), self.device):
             features = self._encoder.encode(used)
         timings.picture = perf_counter() - began
-        before = list(after or ())
-        spans = [(place.start + len(before), place.end + len(before)) for place in places]
+        before, aside = list(after or ()), bool(self.model.cross_layers)
+        starts = [place.end if aside else place.start for place in places]
+        both = zip(starts, places, strict=True)
+        spans = [(start + len(before), place.end + len(before)) for start, place in both]
         sizes = [*earlier, *(picture.size for picture in used)]
         return Turn([*before, *built.token_ids], spans, features, sizes)
 
@@ -394,13 +398,14 @@ class Engine:
         start.
         """
         pictures = [self._open(image) for image in listed(images)]
-        counts = [
-            len(picture.features)
-            if isinstance(picture, EncodedImage)
-            else self.model.image_tokens(picture)
-            for picture in pictures
-        ]
+        counts = list(map(self._tokens_of, pictures))
         return pictures, self._prompt(prompt, counts, raw, earlier)
+
+    def _tokens_of(self, picture: Pixels | EncodedImage) -> int:
+        """Tokens that a picture takes in the sequence."""
+        if isinstance(picture, Pixels):
+            return self.model.image_tokens(picture)
+        return 1 if self.model.cross_layers else len(picture.features)
 
     def _open(self, image: Picture) -> Pixels | EncodedImage:
         if isinstance(image, EncodedImage):

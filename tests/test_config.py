@@ -204,7 +204,7 @@ WRONG_TEXT: list[tuple[str, dict[str, Any]]] = [
     ("rope_theta", {"rope_theta": 0}),
     ("rope_theta", {"rope_parameters": {"rope_theta": "x"}}),
     ("rope_type", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-    ("rope_type", {"rope_parameters": {"rope_type": "llama3"}}),
+    ("rope_type", {"rope_parameters": {"rope_type": "yarn"}}),
     ("rope_type", {"rope_parameters": {"rope_type": ["default"]}}),
     ("rope_scaling", {"rope_scaling": "linear"}),
     ("sliding_window", {"sliding_window": "16"}),
@@ -304,7 +304,7 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"projector_hidden_act": "relu"},
     {"vision_config": {"model_type": "siglip_vision_model"}},
     {"text_config": {"model_type": "gemma"}},
-    {"text_config": {"rope_scaling": {"rope_type": "llama3"}}},
+    {"text_config": {"rope_scaling": {"rope_type": "yarn"}}},
 ]
 
 

@@ -222,6 +222,23 @@ def test_sanitize_silu_mul(rows: int, size: int, gap: int, dtype: torch.dtype, d
     assert_near(got, gate.double() * gate.double().sigmoid() * up.double(), 2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1.0, -0.37, 0.0])
+@pytest.mark.parametrize(("rows", "size"), SIZES)
+def test_sanitize_silu_mul_scaled(
+    rows: int, size: int, factor: float, dtype: torch.dtype, device: str
+) -> None:
+    gate, up = drawn(rows, size, dtype=dtype), drawn(rows, size, dtype=dtype, seed=1)
+    scale = drawn(rows, dtype=torch.float32, seed=2)
+    scale[-1] = 0
+    given = (among_nans(x, 8, device) for x in (gate, up))
+    got = fused.silu_mul(*given, scale.to(device), factor)
+    exact = gate.double() * gate.double().sigmoid() * up.double()
+    assert_near(got, exact * scale.double()[:, None] * factor, 4)
+    alone = fused.silu_mul(gate.to(device), up.to(device), factor=factor)
+    assert_near(alone, exact * factor, 4)
+
+
 def test_two_halves_of_one_product(device: str) -> None:
     joined = drawn(3, 2 * 40, dtype=torch.bfloat16).to(device)
     gate, up = joined.split([40, 40], -1)
@@ -269,6 +286,8 @@ def test_wrong_tensors_are_named(served: ModuleType) -> None:
         ("hidden", lambda: fused.add_norm(x.double(), x, weight, 1e-5)),
         ("hidden", lambda: fused.add_norm(x[0], x, weight, 1e-5)),
         ("up", lambda: fused.silu_mul(x, x[:, :7])),
+        ("scale", lambda: fused.silu_mul(x, x, weight[:1])),
+        ("scale", lambda: fused.silu_mul(x, x, weight[: len(x)].double())),
         ("scores", lambda: fused.argmax(x[0])),
         ("scores", lambda: fused.argmax(x[:, :0])),
     ]
@@ -305,11 +324,11 @@ def test_wrong_rotations_are_named(served: ModuleType) -> None:
 def test_numbers_are_checked_again_in_the_module(served: ModuleType) -> None:
     """Below the wrapper: what reaches a launcher must be sound whoever calls."""
     wrong = [
-        ("dtype", "silu_mul", (3, 1, 8, 16, 8, 16, 8, 16, 0, 0)),
-        ("rows", "silu_mul", (0, 0, 8, 16, 8, 16, 8, 16, 0, 0)),
-        ("size", "silu_mul", (0, 1, 1 << 29, 16, 1 << 29, 16, 1 << 29, 16, 0, 0)),
-        ("gate must", "silu_mul", (0, 1, 8, 0, 8, 16, 8, 16, 0, 0)),
-        ("up is a stride", "silu_mul", (0, 2, 8, 16, 8, 16, 7, 16, 0, 0)),
+        ("dtype", "silu_mul", (3, 1, 8, 16, 8, 16, 8, 0, 1.0, 16, 0, 0)),
+        ("rows", "silu_mul", (0, 0, 8, 16, 8, 16, 8, 0, 1.0, 16, 0, 0)),
+        ("size", "silu_mul", (0, 1, 1 << 29, 16, 1 << 29, 16, 1 << 29, 0, 1.0, 16, 0, 0)),
+        ("gate must", "silu_mul", (0, 1, 8, 0, 8, 16, 8, 0, 1.0, 16, 0, 0)),
+        ("up is a stride", "silu_mul", (0, 2, 8, 16, 8, 16, 7, 0, 1.0, 16, 0, 0)),
         ("normed", "add_norm", (0, 1, 8, 16, 8, 16, 8, 16, 16, 0, 1e-5, 0, 0)),
         ("eps", "add_norm", (0, 1, 8, 16, 8, 16, 8, 16, 16, 16, -1.0, 0, 0)),
         ("x must", "argmax", (0, 1, 8, 0, 8, 16, 0, 0)),

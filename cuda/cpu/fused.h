@@ -99,10 +99,11 @@ static int silu_mul(const SiluMulArgs& a) {
     const T* gate = static_cast<const T*>(a.gate) + row * a.gate_row;
     const T* up = static_cast<const T*>(a.up) + row * a.up_row;
     T* out = static_cast<T*>(a.out) + row * a.size;
+    const float scale = a.scale ? a.scale[row] * a.factor : a.factor;
     for (int64_t i = 0; i < a.size; i += W) {
       const int64_t n = lanes(a.size, i);
       const vf x = load(gate + i, n);
-      store(out + i, x * sigmoid(x) * load(up + i, n), n);
+      store(out + i, x * sigmoid(x) * load(up + i, n) * scale, n);
     }
   });
   return ok;

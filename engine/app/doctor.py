@@ -153,7 +153,11 @@ class Examination:
         size = sum(parameter.numel() for parameter in model.parameters())
         kind = f"{type(model).__name__}, {size / 1e6:,.1f} M parameters"
         limit = model.decoder.config.limit
-        return f"{kind}, prompts as {self._family.style}, a {limit} tokens"
+        said = f"{kind}, prompts as {self._family.style}, a {limit} tokens"
+        if model.cross_layers:
+            said += f", pictures of up to {model.most_features:,} features beside the sequence, "
+            said += f"looked at in {model.cross_layers} cross layers"
+        return said
 
     def _odd_format(self) -> Iterator[Finding]:
         """A warning of a format of numbers that there is not: others read it from the file."""

@@ -90,8 +90,7 @@ class Noise:
         """Tokens per tier, speed and bytes, in one line."""
         times, cache = result.timings, result.cache
         print(
-            f"{cache.image_tokens} image tokens: {cache.core.mean:.0f} core, "
-            f"{cache.stored.mean:.0f} stored, {cache.minor.mean:.0f} freed | "
+            f"{_tiers(cache)} | "
             f"first token {times.ttft * 1e3:.0f} ms, {times.tokens_per_second:.1f} tokens/s | "
             f"cache {cache.bytes_used / 1e6:.2f} MB of {cache.bytes_full / 1e6:.2f} MB full",
             file=sys.stderr,
@@ -127,8 +126,20 @@ def _more_bits(engine: Engine) -> str:
     return f"keys of layers {', '.join(layers)} have 8 or 16 bits: their biases are large"
 
 
+def _tiers(cache: CacheReport) -> str:
+    """Image tokens by tier, or the features that stand in their place."""
+    if cache.features:
+        return f"{cache.features:,} features of pictures in every cross layer"
+    return (
+        f"{cache.image_tokens} image tokens: {cache.core.mean:.0f} core, "
+        f"{cache.stored.mean:.0f} stored, {cache.minor.mean:.0f} freed"
+    )
+
+
 def _pictures(cache: CacheReport) -> str:
     """What pictures take by format, and what of it a step reads; empty without a picture."""
+    if cache.features:
+        return f" | features of pictures {cache.feature_bytes / 1e6:.2f} MB"
     if not cache.image_tokens:
         return ""
     held = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in cache.formats.items() if size)

@@ -20,6 +20,7 @@ from ..errors import CapacityError
 from ..ops.fused import Destination, rope_write
 from ..ops.native import Scratch, Sifting
 from ..ops.rotary import Tables
+from .cross_steps import CrossSteps, CrossStepView
 from .lengths import ATTENDS_CORE, POSITION, RERANKS
 from .listed import Listed, ListedAttention
 from .packing import pack, weights_of
@@ -89,6 +90,7 @@ class Decoding:
         self._buffer, self.evicts = 0, False
         self._wired: Wiring | None = None
         self._watched: dict[int, list[Attended]] = {}
+        self._cross = CrossSteps()
         self._use(self._asked)
         self.state.holders.add(self)
         for row in rows:
@@ -110,20 +112,28 @@ class Decoding:
         return self.state.rotary[: len(self.rows)]
 
     @property
-    def kind(self) -> tuple[int, bool]:
-        """Which lists the coming step attends, and whether it leaves scores behind."""
-        return self._course.kind, self._course.scores
+    def kind(self) -> tuple[int, bool, bool]:
+        """Which lists the coming step attends, whether it leaves scores behind, and whether some
+        row sees a picture through cross layers.
+        """
+        return self._course.kind, self._course.scores, self.looks
 
     @property
     def tiered(self) -> bool:
         """Whether some row has a core tier."""
         return bool(self.state.sizes.pictures)
 
+    @property
+    def looks(self) -> bool:
+        """Whether some row sees a picture through cross layers."""
+        return any(row.pictures for row in self.rows)
+
     # -- rows come and go -------------------------------------------------------------------------
 
     def join(self, row: Row) -> None:
         """One row more, the last; the others go on as they are."""
         self.side.join()
+        self._cross.know(row, self.state)
         self.state.join(row)
         self._changed()
 
@@ -168,6 +178,7 @@ class Decoding:
         """See ``Holder``."""
         self.side.join()
         self._wired = None
+        self._cross.void()
         self._wirings: dict[int, Wiring] = {}
         self._selections: dict[tuple[int, Course], list[Callable[[], object]]] = {}
         self.scores: Scores | None = None
@@ -177,6 +188,12 @@ class Decoding:
     def view(self, layer: int) -> DecodeView:
         """See ``Step.view``."""
         return (self._wired or self._wire()).views[layer]
+
+    def cross(self, layer: int) -> CrossStepView | None:
+        """See ``Step.cross``."""
+        if not self.looks:
+            return None
+        return self._cross.view(layer, len(self.rows), self.state.crossed)
 
     def chunks(self, tokens: int) -> list[slice]:
         """A step is one."""

@@ -225,6 +225,11 @@ class Extent:
         self.pool, self.start, self.size = pool, start, size
         self._holders = 1
 
+    @property
+    def held(self) -> bool:
+        """Whether anybody holds it."""
+        return self._holders > 0
+
     def share(self) -> Extent:
         """The extent for one more holder."""
         self._holders += 1

@@ -20,6 +20,7 @@ from ..ops.rotary import Tables, rotated
 from ..policies.layout import InFormat, Kept, Layout
 from ..policies.policy import Policy
 from ..policies.received import Received
+from .looking import Looking, LookView
 from .observe import Observer
 from .pool import Extent, PagedPool, Pool
 from .row import Part, Row, Stored
@@ -113,13 +114,18 @@ class LayerView:
 class Uncached:
     """A forward pass that stores nothing: exact logits of a whole prompt."""
 
-    def __init__(self, tokens: int, rotary: Tensor) -> None:
+    def __init__(self, tokens: int, rotary: Tensor, looking: Looking | None = None) -> None:
         self.positions = torch.arange(tokens, device=rotary.device)
         self.rotary = rotary[None]
+        self._looking = looking or Looking()
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
         return LayerView(self, layer, Whole(len(self.positions)))
+
+    def cross(self, layer: int) -> LookView | None:
+        """See ``Step.cross``."""
+        return self._looking.view(layer, self.positions)
 
     def chunks(self, tokens: int) -> list[slice]:
         """See ``Step.chunks``."""
@@ -151,10 +157,12 @@ class Prefill:
         past: Row | None = None,
         observer: Observer | None = None,
         rotary: Tensor | None = None,
+        looking: Looking | None = None,
     ) -> None:
         """``turn`` describes the new tokens alone; ``new_tokens`` will be decoded afterwards.
 
-        ``observer`` and ``rotary [words]`` stay with the row, later turns included.
+        ``observer`` and ``rotary [words]`` stay with the row, later turns included; ``looking`` is
+        what cross layers see, of a model that has such.
         """
         self.pools, self.new_tokens = pools, new_tokens
         self.past = past or Row()
@@ -172,21 +180,29 @@ class Prefill:
         self._onward: Tensor | None = None
         self._size: object = None
         self._taken: list[Extent] = []
+        self._looking = looking or Looking()
 
     def __enter__(self) -> Prefill:
+        self._looking.hold()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
+            self.row.pictures = self._looking.keep()
             self.past.give()
             return
         for extent in self._taken:
             extent.give()
+        self._looking.release()
 
     def view(self, layer: int) -> LayerView:
         """See ``Step.view``."""
         past = held(self.pools[layer], self.past.layers[layer]) if self.past.layers else None
         return LayerView(self, layer, Whole(self._turn.columns, past))
+
+    def cross(self, layer: int) -> LookView | None:
+        """See ``Step.cross``."""
+        return self._looking.view(layer, self._turn.positions[0])
 
     def chunks(self, tokens: int) -> list[slice]:
         """See ``Step.chunks``."""
@@ -366,8 +382,12 @@ def most_packed(policy: Policy, turn: Layout, past: Row) -> dict[str, int]:
 
 def _spans(turn: Layout, offset: int) -> list[tuple[int, int]]:
     """Positions (start, end) of the pictures of a fresh turn."""
-    starts = [int(turn.picture(index)[0]) + offset for index in range(len(turn.image_sizes))]
-    return [(start, start + size) for start, size in zip(starts, turn.image_sizes, strict=True)]
+    spans = []
+    for index, size in enumerate(turn.image_sizes):
+        # A picture that cross layers look at takes no columns: its span is empty.
+        start = offset + int(turn.picture(index)[0] if size else turn.text_start)
+        spans.append((start, start + size))
+    return spans
 
 
 def _per_head(source: Tensor, columns: Tensor) -> Tensor:

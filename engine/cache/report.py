@@ -35,7 +35,7 @@ class CacheReport:
         text: text tokens after the last picture that are kept.
         stored_share: tokens in the cache / tokens seen (the paper's Stored %, as a fraction).
         used_share: tokens attended / tokens seen, mean over decode steps (Used %).
-        bytes_used: bytes of the tokens kept.
+        bytes_used: bytes of the tokens kept, and of the features that cross layers hold.
         bytes_allocated: bytes of the tensors that hold them, free slots included.
         bytes_full: what the full cache would use at this length.
         formats: bytes of image tokens by format, the model's own dtype among them.
@@ -46,6 +46,9 @@ class CacheReport:
             layers and heads.
         values_read: of the values in formats those that were read, by steps that may leave some
             out; 1 where none may.
+        features: of pictures, that each cross layer holds and reads in every step; they are no
+            tokens of the sequence, and no count or share above is of them.
+        feature_bytes: bytes of their keys and values, in all cross layers.
     """
 
     policy: str
@@ -64,14 +67,19 @@ class CacheReport:
     image_read_share: float = 0.0
     left_out: float = 0.0
     values_read: float = 1.0
+    features: int = 0
+    feature_bytes: int = 0
 
 
-def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
-    """Count what ``row`` (settled) holds in ``pools``; nothing, if it has not been read."""
+def report(row: Row, pools: Sequence[Pool], cross: Sequence[Pool] = ()) -> CacheReport:
+    """Count what ``row`` (settled) holds in ``pools`` and in those of ``cross`` layers; nothing, if
+    it has not been read.
+    """
+    allocated = allocated_bytes([*pools, *cross])
     if not row.layers:
         none = Spread(0.0, 0.0, 0.0)
         counts = 0, none, none, none, none
-        return CacheReport(row.policy.spec, *counts, 0.0, 0.0, 0, allocated_bytes(pools), 0)
+        return CacheReport(row.policy.spec, *counts, 0.0, 0.0, 0, allocated, 0)
     spans = row.image_spans
     images = [images_among(each.whole_layout().positions, spans) for each in row.layers]
     total = sum(end - start for start, end in row.image_spans)
@@ -83,6 +91,8 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
     each = zip(row.layers, pools, strict=True)
     seen, steps, token_bytes = row.seen, row.attended_share, pools[0].slot_bytes
     pictures = picture_bytes(row, pools)
+    used = sum(stored.nbytes(pool, stored.layout.columns) for stored, pool in each)
+    feature_bytes = sum(picture.nbytes for picture in row.pictures)
     return CacheReport(
         policy=row.policy.spec,
         image_tokens=total,
@@ -92,14 +102,16 @@ def report(row: Row, pools: Sequence[Pool]) -> CacheReport:
         text=Spread.of([_text_tokens(stored, row.image_spans) for stored in row.layers]),
         stored_share=sum(tokens) / (len(tokens) * seen),
         used_share=sum(steps) / len(steps) if steps else sum(tokens) / (len(tokens) * seen),
-        bytes_used=sum(stored.nbytes(pool, stored.layout.columns) for stored, pool in each),
-        bytes_allocated=allocated_bytes(pools),
-        bytes_full=len(tokens) * seen * token_bytes,
+        bytes_used=used + feature_bytes,
+        bytes_allocated=allocated,
+        bytes_full=len(tokens) * seen * token_bytes + feature_bytes,
         formats=pictures.stored,
         image_stored_share=pictures.share(sum(pictures.stored.values()), total),
         image_read_share=pictures.share(pictures.step_bytes, total),
         left_out=pictures.left_out,
         values_read=pictures.values_read,
+        features=sum(picture.seen for picture in row.pictures),
+        feature_bytes=feature_bytes,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..policies.layout import InFormat, Layout
 from ..policies.policy import Policy
+from .crossing import CrossStored
 from .observe import Observer
 from .pool import Extent, PagedPool, Pool
 
@@ -157,7 +158,8 @@ def no_rotary() -> Tensor:
 class Row:
     """One sequence under its own ``policy``: rows that are decoded together may differ in it.
 
-    ``image_spans`` are the positions of every picture's tokens; ``rotary [words]`` int64 is what
+    ``image_spans`` are the positions of every picture's tokens; ``pictures`` are what the next
+    token sees through cross layers, where a model has such; ``rotary [words]`` int64 is what
     the model's rotation has made of the first prefill, see ``Step``; ``attended_share`` collects,
     for every decode step, the share of the tokens seen that were multiplied with (mean over
     layers); ``observer`` is told of every layer of every pass. ``lists`` counts decode steps over
@@ -168,6 +170,7 @@ class Row:
     policy: Policy = field(default_factory=Policy)
     layers: list[Stored] = field(default_factory=list)
     image_spans: list[tuple[int, int]] = field(default_factory=list)
+    pictures: tuple[CrossStored, ...] = ()
     rotary: Tensor = field(default_factory=no_rotary)
     step: int = 0
     attended_share: list[float] = field(default_factory=list)
@@ -190,3 +193,5 @@ class Row:
         """Give back all that the sequence holds of the pools."""
         for stored in self.layers:
             stored.give()
+        for picture in self.pictures:
+            picture.give()

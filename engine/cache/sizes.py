@@ -24,6 +24,8 @@ class Sizes(NamedTuple):
         evicting: 1 where some row evicts text, else 0: scores are kept.
         rotary: words of a row's rotary state.
         sifting: 1 where some row leaves values unread, else 0.
+        crossing: cross layers that look at some row's pictures.
+        features: slots of the longest list of features.
         formats: of the cache, with the slots of the longest list in each.
     """
 
@@ -34,6 +36,8 @@ class Sizes(NamedTuple):
     evicting: int = 0
     rotary: int = 0
     sifting: int = 0
+    crossing: int = 0
+    features: int = 0
     formats: Mapping[str, int] = MappingProxyType({})
 
     @classmethod
@@ -44,10 +48,12 @@ class Sizes(NamedTuple):
             rows=1,
             slots=_rounded(max(stored.extent.size for stored in row.layers)),
             places=_rounded(max(stored.text_slots for stored in row.layers) + 1),
-            pictures=len(row.image_spans) if any(s.core is not None for s in row.layers) else 0,
+            pictures=len(row.image_spans) if _ranked(row) else 0,
             evicting=int(budget is not None),
             rotary=len(row.rotary),
             sifting=int(row.policy.leaves_out() > 0),
+            crossing=len(row.pictures[0].extents) if row.pictures else 0,
+            features=_rounded(sum(picture.seen for picture in row.pictures)),
             formats=_formats(row),
         )
 
@@ -78,6 +84,12 @@ class Sizes(NamedTuple):
             formats[name] = max(slots, formats.get(name, 0))
         largest = map(max, self[:-1], other[:-1])
         return Sizes._make([*largest, formats])._replace(rows=rows)
+
+
+def _ranked(row: Row) -> bool:
+    """Whether some of a row's image tokens may be core and others not."""
+    tokens = sum(end - start for start, end in row.image_spans)
+    return tokens > 0 and any(stored.core is not None for stored in row.layers)
 
 
 def _formats(row: Row) -> dict[str, int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .core_lists import CoreRuns
+from .cross_steps import CrossLists
 from .lengths import WORDS, Lengths
 from .pool import Holder, Pool
 from .row import Row, Stored
@@ -31,6 +32,7 @@ class State:
         lists: the slots that each row attends.
         text: the evictable text.
         runs: what re-ranking rewrites.
+        crossed: the features that cross layers attend.
         rotary: ``[rows, words]`` int64, see ``Step``.
         most: ``[rows]`` fp32, what a row's policy may leave out, see ``Sifting``.
         means: ``[formats, layers, rows, kv_heads, head_dim]`` fp32, of the values in each; of no
@@ -59,6 +61,7 @@ class State:
         self.lists = SlotLists(layers, sizes, self.device, spare=self._spare)
         self.text = TextSlots(layers, self.kv_heads, sizes, self.device)
         self.runs = CoreRuns(sizes, self.device)
+        self.crossed = CrossLists(sizes, self.device)
         self.rotary = torch.zeros(sizes.rows, sizes.rotary, dtype=torch.int64, device=self.device)
         self.most = torch.zeros(sizes.rows, device=self.device)
         formats, head_dim = len(sizes.formats) if sizes.sifting else 0, self.pools[0].k.shape[2]
@@ -80,7 +83,8 @@ class State:
         groups = [
             ([lists.first, lists.count, self.runs.runs, self.words], 2),
             ([text.start, text.write, text.scores, text.positions], 1),
-            ([self.rotary, self.most], 0),
+            ([self.rotary, self.most, self.crossed.count, self.crossed.sees], 0),
+            ([self.crossed.slots], 1),
             (lists.by_tier(), 2),
             (lists.counts.unbind(1), 2),
             (self.means.unbind(), 1),
@@ -109,6 +113,7 @@ class State:
         self.lists.join(row, r)
         self.text.join(row, r, self.lengths.texts[r], self.lengths.evicts[r])
         self.runs.join(row, r)
+        self.crossed.join(row, r)
         self.rotary[r, : len(row.rotary)] = row.rotary
         self.most[r] = row.policy.leaves_out()
         for tier in range(len(self.means)):

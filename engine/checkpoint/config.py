@@ -84,10 +84,16 @@ class ConfigReader:
 
     def tokens(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """Token ids, written as one integer or as a list of them."""
+        return self.integers(key, default, "token ids")
+
+    def integers(
+        self, key: str, default: tuple[int, ...], what: str = "whole numbers"
+    ) -> tuple[int, ...]:
+        """Integers from 0 on, written as one or as a list of them."""
         value = self._get(key, default)
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
-        if not all(type(token) is int and token >= 0 for token in values):
-            raise self.fail(key, f"must be token ids, not {shown(value)}")
+        if not all(type(number) is int and number >= 0 for number in values):
+            raise self.fail(key, f"must be {what}, not {shown(value)}")
         return values
 
     def section(self, key: str) -> ConfigReader:

@@ -55,7 +55,7 @@ _CLIP = {
     "mlp.fc1": "fc1",
     "mlp.fc2": "fc2",
 }
-_DECODER = {
+DECODER = {
     "embed_tokens": "embed",
     "norm": "norm",
     "lm_head": "head",
@@ -103,7 +103,7 @@ def llava_names(vision_layers: int, image_newline: bool = False) -> Rename:
         if owner == "vision":
             ours = _tower(rest, vision_layers)
         else:
-            ours = _translate(rest, {"decoder": _DECODER, "projector": _PROJECTOR}.get(owner, {}))
+            ours = translate(rest, {"decoder": DECODER, "projector": _PROJECTOR}.get(owner, {}))
         return f"{owner}.{ours}" if ours else ours
 
     return rename
@@ -140,10 +140,10 @@ def _tower(rest: str, vision_layers: int) -> str | None:
     layer = _LAYER.fullmatch(rest)
     if rest.startswith("post_layernorm.") or (layer and int(layer[1]) >= vision_layers):
         return None
-    return _translate(rest, _CLIP)
+    return translate(rest, _CLIP)
 
 
-def _translate(rest: str, table: Mapping[str, str]) -> str:
+def translate(rest: str, table: Mapping[str, str]) -> str:
     """Look a name up in its owner's table, inside its layer if it has one; "" if it is unknown."""
     prefix = ""
     if layer := _LAYER.fullmatch(rest):

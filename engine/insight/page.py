@@ -57,6 +57,11 @@ def stream_with_page(
     recorder = Recorder(layers // 2 if head_layer is None else head_layer)
     if not 0 <= recorder.head_layer < layers:
         raise OptionError(f"layer {head_layer} is not in the model", hint=f"use 0 to {layers - 1}")
+    if engine.model.cross_layers:
+        raise OptionError(
+            "the attention page shows tokens of the sequence; this model's pictures are none",
+            hint="leave out --attention",
+        )
     check_target("the attention page", path, ours=PAGE_SIGNATURE)
     panels = _panels(engine, images)
     for piece in engine.stream(prompt, images, raw=raw, observer=recorder, **options):

@@ -18,16 +18,20 @@ from ..checkpoint.config import ConfigReader, shown
 from ..checkpoint.folder import read_folder
 from ..checkpoint.folder_files import read_file, read_json
 from ..checkpoint.hub import resolve
+from ..checkpoint.mllama_names import mllama_names
 from ..checkpoint.names import Rename, clip_names, llava_names
 from ..checkpoint.packed import settings_of
 from ..checkpoint.qwen_names import qwen_names
 from ..errors import CheckpointError, OptionError
 from ..models.llava import DECODERS, Llava, LlavaConfig, parse_hub, parse_original
 from ..models.llava_next import LlavaNext, parse_next_hub, parse_next_original
+from ..models.mllama import Mllama, MllamaConfig
 from ..models.qwen_vl import QwenVl, QwenVlConfig
 from ..models.vision_language import VisionLanguageModel
 from ..pictures.anyres import Canvas, TileProcessor, check_same, read_pinpoints
+from ..pictures.canvas import CanvasProcessor
 from ..pictures.preprocess import ImageProcessor, Mode
+from ..prompts.chat_template import find_template
 from ..prompts.templates import find_style
 
 Config = Mapping[str, Any]
@@ -105,6 +109,7 @@ def recognise(
     refuse_adapter(folder)
     path = folder / "config.json"
     if not path.exists():
+        _refuse_metas(folder)
         raise CheckpointError(
             f"{folder} is no model folder: it has no config.json",
             hint="give the folder with config.json and the weights, or a hub name",
@@ -133,6 +138,15 @@ def recognise(
             f"{path}: no tensor can have its sizes together",
             hint="compare the file with the published one",
         ) from None
+
+
+def _refuse_metas(folder: Path) -> None:
+    """Raise CheckpointError for what Meta's repositories have in a folder ``original`` as well."""
+    if (folder / "params.json").exists() or any(folder.glob("consolidated.*")):
+        raise CheckpointError(
+            f"{folder} holds Meta's own layout (consolidated.*.pth, params.json): it is not read",
+            hint="give the folder above it, with config.json and .safetensors files",
+        )
 
 
 def _llava_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
@@ -258,6 +272,38 @@ def _qwen(folder: Path, config: Config, wishes: Wishes) -> Family:
     )
 
 
+def _mllama(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``meta-llama/Llama-3.2-*-Vision-Instruct``, and the base models, which have no template."""
+    parsed = MllamaConfig.parse(config)
+    asked = find_template(folder, with_tokenizers=True) is not None
+    with torch.device("meta"):
+        model = Mllama(parsed)
+    return Family(
+        model=model,
+        rename=mllama_names(),
+        processor=_canvas_processor(folder, parsed),
+        style=wishes.style or ("mllama" if asked else "mllama-base"),
+        end_tokens=end_tokens(folder, parsed.end_tokens),
+    )
+
+
+def _canvas_processor(folder: Path, config: MllamaConfig) -> CanvasProcessor:
+    """The checkpoint's own rules for tiles, which must be those of the tower."""
+    side, tiles = config.vision.image, config.vision.tiles
+    usual = {"resample": 2, "size": {"height": side, "width": side}}
+    where, values = _picture_rules(folder, usual)
+    rules = {**usual, **values, "do_center_crop": False}
+    plain = ImageProcessor.from_config(rules, "crop", where)
+    most = ConfigReader(values, where).integer("max_image_tiles", 4)
+    if (plain.output_size, most) != ((side, side), tiles):
+        raise CheckpointError(
+            f"{where}: tiles are {plain.output_size}, up to {most} of them; the vision tower takes "
+            f"{side} x {side}, up to {tiles}",
+            hint="this file and config.json may be of different models",
+        )
+    return CanvasProcessor(**vars(plain), most=most)
+
+
 def _tower(folder: Path, config: Config, wishes: Wishes) -> tuple[Path | None, Config]:
     """Where the original layout's vision tower lies, and its configuration.
 
@@ -313,7 +359,8 @@ def _llava_processor(
     folder: Path, size: int, pinpoints: tuple[Canvas, ...] | None, mode: Mode | None
 ) -> ImageProcessor:
     """The checkpoint's own picture rules, else CLIP's at the tower's size; ``mode`` overrides."""
-    where, values = _picture_rules(folder, size)
+    usual = {"size": {"shortest_edge": size}, "crop_size": size}
+    where, values = _picture_rules(folder, usual)
     if pinpoints:
         # Here do_pad of the file is about the number of tiles in a batch, not about the picture.
         plain = ImageProcessor.from_config(values, "crop", where)
@@ -332,10 +379,10 @@ def _llava_processor(
     return processor
 
 
-def _picture_rules(folder: Path, size: int) -> tuple[str, Config]:
+def _picture_rules(folder: Path, usual: Config) -> tuple[str, Config]:
     """Where the picture rules stand, and the rules; transformers 5 writes them into one file more.
 
-    As there, what it has nested comes before a file of its own.
+    As there, what it has nested comes before a file of its own; without either they are as usual.
     """
     path = folder / "processor_config.json"
     if path.exists():
@@ -345,7 +392,7 @@ def _picture_rules(folder: Path, size: int) -> tuple[str, Config]:
     path = folder / "preprocessor_config.json"
     if path.exists():
         return str(path), read_json(path)
-    return str(path), {"size": {"shortest_edge": size}, "crop_size": size}
+    return str(path), usual
 
 
 def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
@@ -363,5 +410,6 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
 FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
     "llava": _llava_hub,
     "llava_next": _next_hub,
+    "mllama": _mllama,
     "qwen": _qwen,
 }

@@ -8,7 +8,7 @@ policy; it hands queries, keys and values to ``view.attend``.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar, cast
 
@@ -19,6 +19,7 @@ from ..checkpoint.config import ConfigReader
 from ..ops.fused import silu_mul
 from ..ops.rotary import Tables, turned
 from .layers import Embedding, RMSNorm
+from .llama3_rope import Llama3Rope
 from .matrix import Linear, Matrix
 
 
@@ -26,8 +27,9 @@ from .matrix import Linear, Matrix
 class DecoderConfig:
     """Shape of a decoder.
 
-    ``context`` is the largest position + 1 the model was trained for, or its sliding window where
-    that is smaller: windows are not implemented, and up to there nothing slides.
+    ``layers`` counts those that attend to the sequence itself, which the cache has a part of each
+    for. ``context`` is the largest position + 1 the model was trained for, or its sliding window
+    where that is smaller: windows are not implemented, and up to there nothing slides.
     """
 
     vocab: int
@@ -43,6 +45,7 @@ class DecoderConfig:
     tied_head: bool
     context: int
     windowed: bool = False
+    rope: Llama3Rope | None = None
 
     @property
     def limit(self) -> str:
@@ -91,6 +94,7 @@ class DecoderConfig:
             tied_head=config.flag("tie_word_embeddings", False),
             context=min(context, window),
             windowed=window < context,
+            rope=_llama3_rope(config),
         )
 
 
@@ -115,12 +119,19 @@ def _sliding_window(config: ConfigReader, family: str) -> int | None:
 def _rope_theta(config: ConfigReader) -> float:
     """The rotary base: rope_theta in files before transformers 5, rope_parameters since."""
     rope = config.section("rope_parameters")
-    scaling = config.section("rope_scaling")
-    for section in (rope, scaling):
-        kind = section.values.get("rope_type", section.values.get("type", "default"))
-        if kind != "default":
-            raise section.unsupported("rope_type", f"is {kind!r:.40}; only 'default' is supported")
     return config.number("rope_theta", rope.number("rope_theta", 10000.0))
+
+
+def _llama3_rope(config: ConfigReader) -> Llama3Rope | None:
+    """The scaling of rotary frequencies: none, or Llama 3's."""
+    for section in (config.section("rope_parameters"), config.section("rope_scaling")):
+        kind = section.values.get("rope_type", section.values.get("type", "default"))
+        if kind == "llama3":
+            return Llama3Rope.parse(section)
+        if kind != "default":
+            problem = f"is {kind!r:.40}; 'default' and 'llama3' are supported"
+            raise section.unsupported("rope_type", problem)
+    return None
 
 
 class View(Protocol):
@@ -129,6 +140,23 @@ class View(Protocol):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
         """Rotate q ``[tokens, heads, head_dim]`` and k, store k and v ``[tokens, kv_heads,
         head_dim]``, and attend; returns the shape of q. A view may do without k and v.
+        """
+
+
+# A cross layer's keys and values ``[features, kv_heads, head_dim]`` of a picture's features
+# ``[features, hidden]``.
+Project: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class CrossView(Protocol):
+    """What a cross layer sees of the cache in one step: features of pictures."""
+
+    def attend(self, q: Tensor, project: Project) -> tuple[Tensor, Tensor]:
+        """Attend with q ``[tokens, heads, head_dim]`` as it is, each token over the features of the
+        pictures that it sees. ``project`` is called where a picture is new to the cache.
+
+        Returns the shape of q, and fp32 ``[tokens]``, 1 for tokens that see a picture and 0 for
+        others.
         """
 
 
@@ -146,7 +174,10 @@ class Step(Protocol):
     rotary: Tensor
 
     def view(self, layer: int) -> View:
-        """The view that layer number ``layer`` attends through."""
+        """The view that layer number ``layer``, of those that attend to the sequence, has."""
+
+    def cross(self, layer: int) -> CrossView | None:
+        """The view that cross layer number ``layer`` has; None where no token sees a picture."""
 
     def chunks(self, tokens: int) -> list[slice]:
         """The ranges in which ``tokens`` pass a layer, in order."""
@@ -162,9 +193,17 @@ class Rotation:
     rotated half is folded into the sine, so that a rotation is ``x * cos + swap(x) * sin``.
     """
 
-    def __init__(self, head_dim: int, theta: float, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        device: torch.device | str,
+        scaling: Llama3Rope | None = None,
+    ) -> None:
         exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
         self.frequencies = theta**-exponent
+        if scaling is not None:
+            self.frequencies = scaling.slowed(self.frequencies)
 
     def begin(self, tokens: int) -> Tensor:
         """The rotary state ``[words]`` int64 of a sequence whose first prefill has ``tokens``."""
@@ -175,12 +214,31 @@ class Rotation:
         return turned(positions[:, None].float() * self.frequencies, dtype)
 
 
+class Layer(Protocol):
+    """One of a decoder's layers, whatever it attends to."""
+
+    def view(self, step: Step) -> View | CrossView | None:
+        """Its view of a step; None where it has nothing to do."""
+
+    def __call__(
+        self, hidden: Tensor, delta: Tensor | None, tables: Tables, view: View | CrossView
+    ) -> tuple[Tensor, Tensor]:
+        """One layer over the stream ``hidden + delta``, ``[tokens, hidden]`` each.
+
+        Returns the stream in the same two summands: the next norm adds them in passing.
+        """
+
+    def narrow(self, step: Step) -> Tensor | None:
+        """Indices of the tokens that go on after it, or None where all do."""
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each on the normed stream and added back to it."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, number: int) -> None:
+        """``number``: among the layers that attend to the sequence."""
         super().__init__()
-        self.config = config
+        self.config, self.number = config, number
         hidden, bias = config.hidden, config.qkv_bias
         q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attn_norm = RMSNorm(hidden, config.norm_eps)
@@ -195,13 +253,18 @@ class DecoderLayer(nn.Module):
         self.qkv = Matrix(self.q_proj, self.k_proj, self.v_proj)
         self.gate_up = Matrix(self.gate_proj, self.up_proj)
 
+    def view(self, step: Step) -> View:
+        """See ``Layer``."""
+        return step.view(self.number)
+
+    def narrow(self, step: Step) -> Tensor | None:
+        """See ``Layer``."""
+        return step.narrow(self.number)
+
     def forward(
         self, hidden: Tensor, delta: Tensor | None, tables: Tables, view: View
     ) -> tuple[Tensor, Tensor]:
-        """One layer over the stream ``hidden + delta``, ``[tokens, hidden]`` each.
-
-        Returns the stream in the same two summands: the next norm adds them in passing.
-        """
+        """See ``Layer``."""
         hidden, normed = self.attn_norm.after(hidden, delta)
         hidden, normed = self.mlp_norm.after(hidden, self.attention(normed, tables, view))
         gate, up = self.gate_up.product(normed)
@@ -248,7 +311,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = Linear(config.hidden, config.vocab, bias=False)
 
@@ -260,13 +323,15 @@ class Decoder(nn.Module):
         keys in 4 bits, a 127th of the largest in 8. Where such a step would be wider than 1, the
         order of what keys say, more bits are needed.
         """
-        biases = [cast(DecoderLayer, layer).k_proj.bias for layer in self.layers]
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        biases = [layer.k_proj.bias for layer in layers]
         largest = [0.0 if bias is None else float(bias.abs().max()) for bias in biases]
         return [0 if bias <= 15 else 8 if bias <= 127 else 16 for bias in largest]
 
     def make_rotation(self, device: torch.device) -> Rotation:
         """The rotary embedding, whose frequencies are computed in fp32 and not loaded."""
-        return Rotation(self.config.head_dim, self.config.rope_theta, device)
+        config = self.config
+        return Rotation(config.head_dim, config.rope_theta, device, config.rope)
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """Run all layers over embeddings ``[tokens, hidden]``; returns the final normed states.
@@ -286,14 +351,16 @@ class Decoder(nn.Module):
     def through(self, hidden: Tensor, tables: Tables, step: Step) -> Slices[Tensor]:
         """All layers and the final norm; see ``slices``."""
         delta: Tensor | None = None
-        for index, layer in enumerate(self.layers):
-            view, pieces = step.view(index), []
+        for layer in cast(Iterable[Layer], self.layers):
+            view, pieces = layer.view(step), []
+            if view is None:
+                continue
             for chunk in step.chunks(len(hidden)):
                 behind = None if delta is None else delta[chunk]
                 pieces.append(layer(hidden[chunk], behind, tables.at(chunk), view))
                 yield
             hidden, delta = joined(pieces)
-            onward = step.narrow(index)
+            onward = layer.narrow(step)
             if onward is not None:
                 hidden, delta = hidden[onward], delta[onward]
                 tables = tables.at(onward)

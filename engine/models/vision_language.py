@@ -6,22 +6,29 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..cache.crossing import Sight
 from ..pictures.preprocess import Pixels
 from .decoder import Decoder
 
 
 class VisionLanguageModel(nn.Module):
-    """A vision tower whose features take places in a decoder's sequence.
+    """A vision tower whose features take places in a decoder's sequence, or are seen beside it.
 
     Attributes:
         vision: the vision tower; ``encode`` runs it.
         decoder: the language decoder.
-        image_token: the id that fills image positions in a prompt; its embedding is never used.
+        image_token: the id that fills image positions in a prompt; its embedding is never used
+            where features take their places.
+        cross_layers: how many of the decoder's layers look at features beside the sequence. With
+            any, a picture is one token, and its features take no places.
+        most_features: features of a picture that such a layer holds at most.
     """
 
     vision: nn.Module
     decoder: Decoder
     image_token: int
+    cross_layers: int = 0
+    most_features: int = 0
 
     def image_tokens(self, pixels: Pixels) -> int:
         """Tokens that a picture takes in the sequence."""
@@ -41,3 +48,14 @@ class VisionLanguageModel(nn.Module):
         for (start, end), picture in zip(spans, features, strict=True):
             hidden[start:end] = picture
         return hidden
+
+    def sights(
+        self,
+        spans: Sequence[tuple[int, int]],
+        features: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[Sight]:
+        """What cross layers see of a turn's pictures, each behind the token that ends before its
+        span; ``sizes`` (width, height) are the pictures' own.
+        """
+        return []

@@ -111,20 +111,24 @@ def rope_write(
     return out
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor, scale: Tensor | None = None, factor: float = 1.0) -> Tensor:
     """``silu(gate) * up``, ``[tokens, size]``: the two halves of a gated MLP's first product.
+
+    It is multiplied by ``factor``, and by each token's ``scale``, fp32 ``[tokens]``.
 
     >>> silu_mul(torch.tensor([[0.0, 100.0]]), torch.tensor([[7.0, 2.0]])).tolist()
     [[0.0, 200.0]]
     """
     kernels = _kernels(gate)
     if kernels is None:
-        return silu_mul_torch(gate, up)
+        return silu_mul_torch(gate, up, scale, factor)
     gate, up = _rows(gate=gate, up=up)
     _refuse("up", up, gate, gate.shape)
+    if scale is not None and not _fits(scale, gate):
+        raise ValueError(f"scale must be [{len(gate)}] float32, got {describe(scale)}")
     out = _result(gate.shape, gate)
     if out.numel():
-        rows = (*_at(gate), *_at(up))
+        rows = (*_at(gate), *_at(up), address(scale), factor)
         kernels.silu_mul(*_sizes(gate), *rows, out.data_ptr(), *_where(gate))
     return out
 
@@ -173,9 +177,14 @@ def rope_write_torch(
     return rotated if scale is None else rotated * scale
 
 
-def silu_mul_torch(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul_torch(
+    gate: Tensor, up: Tensor, scale: Tensor | None = None, factor: float = 1.0
+) -> Tensor:
     """Define ``silu_mul``."""
-    return F.silu(gate) * up
+    product = F.silu(gate) * up
+    if scale is None:
+        return product if factor == 1 else product * factor
+    return product * (scale * factor).to(gate.dtype)[:, None]
 
 
 def argmax_torch(scores: Tensor) -> Tensor:
@@ -208,6 +217,12 @@ def _refuse(name: str, x: Tensor, like: Tensor, shape: torch.Size) -> None:
     if x.shape != shape or x.dtype != like.dtype or x.device != like.device:
         wanted = f"{list(shape)} {str(like.dtype).removeprefix('torch.')} on {like.device}"
         raise ValueError(f"{name} must be {wanted}, got {describe(x)}")
+
+
+def _fits(scale: Tensor, like: Tensor) -> bool:
+    """Whether this is a number for each row of ``like``."""
+    same = scale.dtype is torch.float32 and scale.shape == like.shape[:1]
+    return same and scale.device == like.device and scale.is_contiguous()
 
 
 def _check_rope(

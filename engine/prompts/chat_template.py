@@ -19,7 +19,8 @@ from typing import Any
 from ..checkpoint.folder_files import read_file, read_json
 from ..errors import CheckpointError
 from .messages import parse_messages
-from .prompt import build_prompt
+from .prompt import IMAGE_MARK, build_prompt
+from .templates import find_style
 from .tokenizer import Tokenizer
 
 MOST_CHARACTERS = 100_000  # of a template: the longest published ones have a tenth
@@ -73,9 +74,10 @@ def difference(template: ChatTemplate, tokenizer: Tokenizer, style: str) -> str:
 
     Raises TemplateError.
     """
+    mark = find_style(style).picture
     for what, messages in CONVERSATIONS.items():
         ours = build_prompt(parse_messages(messages, 1), style, tokenizer, 0, [1]).text
-        theirs = rendered(template, messages, tokenizer)
+        theirs = rendered(template, messages, tokenizer).replace(mark, IMAGE_MARK)
         if theirs != ours:
             first = next(n for n in itertools.count() if theirs[n : n + 1] != ours[n : n + 1])
             start, end = max(0, first - 20), first + 60

@@ -118,15 +118,19 @@ def raw_prompt(
 ) -> Prompt:
     """Encode a text verbatim: special tokens spelled in it are special, BOS as the tokenizer adds.
 
-    Each ``<image>`` in it is the place of the next picture.
+    Each ``<image>`` in it is the place of the next picture. A BOS spelled behind pictures that come
+    first stays there, alone.
     """
     texts = text.split(IMAGE_MARK)
+    first = next(filter(None, texts), "")
+    spelled = tokenizer.encode_with_specials(first, bos=False)[:1] == [tokenizer.bos_id]
     check_count(len(texts) - 1, len(image_token_counts), f"one {IMAGE_MARK} for each picture")
     builder = _Builder(image_token_id, image_token_counts)
     for number, between in enumerate(texts):
         if number:
             builder.add_image(number - 1)
-        builder.add_text(tokenizer.encode_with_specials(between, bos=number == 0))
+        bos = number == 0 and not spelled
+        builder.add_text(tokenizer.encode_with_specials(between, bos=bos))
     if not builder.token_ids:
         raise OptionError("the prompt is empty", hint=EXAMPLE)
     return builder.prompt(text)

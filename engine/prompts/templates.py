@@ -35,12 +35,13 @@ class Style:
 
     ``opening`` renders a conversation from its start, ``turns`` further messages after an answer;
     both end where the next answer begins. ``closing`` is the special token behind every answer, ""
-    if there is none.
+    if there is none; ``picture`` is how the checkpoints' own templates spell a picture's place.
     """
 
     opening: Callable[[Sequence[Message]], list[Piece]]
     turns: Callable[[Sequence[Message]], list[Piece]]
     closing: str = ""
+    picture: str = "<image>"
 
 
 def _llava_hf(messages: Sequence[Message]) -> list[Piece]:
@@ -122,6 +123,47 @@ def _llama3_header(role: str) -> tuple[Piece, ...]:
     return (Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n")
 
 
+# What stands in Llama 3.1's template where nobody names the day: a prompt is the same on every day.
+_TODAY = "26 Jul 2024"
+
+
+def _mllama(messages: Sequence[Message]) -> list[Piece]:
+    """Llama-3.2-Vision's: a system message is written only where the conversation has no picture,
+    and then always.
+    """
+    system = [message for message in messages[:1] if message.role == "system"]
+    spoken = messages[len(system) :]
+    given = "".join(text for message in system for text in message.texts).strip()
+    if not any(message.places for message in spoken):
+        dates = f"Cutting Knowledge Date: December 2023\nToday Date: {_TODAY}\n\n"
+        head = [*_llama3_header("system"), f"{dates}{given}", Special("<|eot_id|>")]
+        return [*head, *_mllama_turns(spoken)]
+    if given:
+        raise OptionError(
+            "this model's prompt style has no system message beside a picture",
+            hint="write it at the start of the user's message",
+        )
+    return _mllama_turns(spoken)
+
+
+def _mllama_turns(messages: Sequence[Message]) -> list[Piece]:
+    """Texts and pictures in their order, nothing between them."""
+    pieces: list[Piece] = []
+    for message in messages:
+        if message.role == "system":
+            raise OptionError(
+                "a system message must stand at the start of the conversation",
+                hint="start a new conversation to change it",
+            )
+        pieces += [*_llama3_header(message.role), *message.content, Special("<|eot_id|>")]
+    return [*pieces, *_llama3_header("assistant")]
+
+
+def _mllama_base(messages: Sequence[Message]) -> list[Piece]:
+    """The base model, which goes on from a text: ``<|image|>`` and the words, nothing around."""
+    return [piece for message in messages for piece in message.content]
+
+
 def _chatml(default: str, gap: str) -> Style:
     """ChatML, with the system text ``default`` where none is given and ``gap`` between messages."""
 
@@ -184,6 +226,8 @@ STYLES = {
     "llava-v1": Style(_llava_v1, _llava_v1_turns, closing="</s>"),
     "mistral": Style(_mistral, _mistral, closing="</s>"),
     "llama3": Style(_llama3, _llama3, closing="<|eot_id|>"),
+    "mllama": Style(_mllama, _mllama_turns, closing="<|eot_id|>", picture="<|image|>"),
+    "mllama-base": Style(_mllama_base, _mllama_base, picture="<|image|>"),
     "yi": _chatml("Answer the questions.", gap=""),
     "chatml": _chatml("You are a helpful assistant.", gap="\n"),
     "qwen-vl": Style(_qwen_base, _qwen_base),

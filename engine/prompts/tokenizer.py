@@ -28,7 +28,7 @@ STRUCTURE = frozenset(
     (
         *("<s>", "</s>", "<unk>", "<pad>", "<image>", "<im_patch>", "<im_start>", "<im_end>"),
         *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|startoftext|>"),
-        *("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+        *("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|image|>"),
         *("<|start_header_id|>", "<|end_header_id|>", "<img>", "</img>", "<imgpad>"),
     )
 )

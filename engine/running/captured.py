@@ -59,14 +59,15 @@ class Captured:
     """Replays captured steps; see ``Runner``.
 
     Attributes:
-        by_rows: the captured step of each number of rows, until a tensor it reads has moved.
+        by_rows: the captured step of each number of rows, where some of them see a picture through
+            cross layers and where none does, until a tensor it reads has moved.
     """
 
     eager_because: str | None = None
 
     def __init__(self, model: VisionLanguageModel, decoding: Decoding) -> None:
         self._model, self._decoding = model, decoding
-        self.by_rows: dict[int, CapturedStep] = {}
+        self.by_rows: dict[tuple[int, bool], CapturedStep] = {}
         self._step: CapturedStep | None = None
         self._done = 0
         decoding.state.holders.add(self)
@@ -79,10 +80,11 @@ class Captured:
     @torch.inference_mode()
     def load(self) -> None:
         """See ``Runner.load``."""
-        decoding, rows = self._decoding, len(self._decoding.rows)
-        if rows not in self.by_rows:
-            self.by_rows[rows] = CapturedStep(self._model, decoding)
-        self._step = self.by_rows[rows]
+        decoding = self._decoding
+        kind = len(decoding.rows), decoding.looks
+        if kind not in self.by_rows:
+            self.by_rows[kind] = CapturedStep(self._model, decoding)
+        self._step = self.by_rows[kind]
         self._ahead = decoding.state.lengths.ahead()
         self._refill()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..cache.observe import Observer
-from ..cache.report import CacheReport, report
+from ..cache.report import CacheReport, allocated_bytes, report
 from ..cache.row import Row
 from ..errors import CapacityError, OptionError
 from ..loading.capacity import memory_for
@@ -28,7 +28,7 @@ from ..naming import told
 from ..policies.policy import Policy
 from ..result import FinishReason, Timings
 from .stepping import Stepper, Stepping
-from .turn import Read, Turn, make_pools, reading
+from .turn import Read, Turn, make_cross_pools, make_pools, reading
 
 _FEWER = "try fewer rows than {}, dtype bf16, or smaller pictures; finished answers are kept"
 
@@ -127,7 +127,9 @@ class Scheduler:
         """
         self.model, self.rows, self.slices = model, rows, slices
         with memory_for("claiming the cache", budget or 0, model.decoder.norm.weight.device):
-            self.pools = make_pools(model, budget)
+            self.cross = make_cross_pools(model, budget, rows)
+            claimed = allocated_bytes(self.cross.pools) if self.cross else 0
+            self.pools = make_pools(model, None if budget is None else budget - claimed)
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self._reading: Slices[Read] | None = None  # of the first that waits
@@ -193,7 +195,12 @@ class Scheduler:
         if not self.waiting or len(self.running) == self.rows:
             return False
         job = self.waiting[0]
-        return bool(self._reading) or all(pool.has(*self._slots(job)) for pool in self.pools)
+        room = all(pool.has(*self._slots(job)) for pool in self.pools)
+        return bool(self._reading) or (room and self._has_features(job))
+
+    def _has_features(self, job: Job) -> bool:
+        """Whether there is room for what cross layers see of a job's pictures."""
+        return self.cross is None or self.cross.has(job.turn.sights(self.model))
 
     def _slots(self, job: Job) -> tuple[int, dict[str, int]]:
         """Slots that a job needs in a layer at most; none to speak of where pools grow."""
@@ -219,7 +226,7 @@ class Scheduler:
         job.timings.prefill += perf_counter() - began
         if job.over and not read:
             self._leave_off(job)
-            return [Over(job, report(Row(job.policy), self.pools))]
+            return [Over(job, self._report(Row(job.policy)))]
         return [*events, *self._ended()]
 
     def _begun(self, job: Job, read: Read) -> Iterable[Event]:
@@ -242,8 +249,15 @@ class Scheduler:
                 f"there are {self.pools[0].limit:,}, some of them perhaps in use",
                 hint="give fewer pictures, ask for fewer tokens, or give a larger cache budget",
             )
+        if not self._has_features(job):
+            assert self.cross is not None, "without cross layers there is room"
+            raise CapacityError(
+                "the features of the request's pictures need more slots of cache than the "
+                f"{self.cross.pools[0].limit:,} of a cross layer, some of them perhaps in use",
+                hint="give fewer or smaller pictures, or a larger cache budget",
+            )
         given = job.policy, job.turn, job.new_tokens, job.past, job.observer
-        return reading(self.model, self.pools, *given)
+        return reading(self.model, self.pools, *given, self.cross)
 
     def _sliced(self, job: Job, slices: Slices[Read]) -> Read | None:
         """Read on; what it comes to, if this is the end."""
@@ -303,9 +317,13 @@ class Scheduler:
         """Take out the jobs that are over."""
         for job in [job for job in self.running if job.over]:
             row = self._take_out(job)
-            cache = None if job.failed else report(row, self.pools)
+            cache = None if job.failed else self._report(row)
             self._give(job)
             yield Over(job, cache)
+
+    def _report(self, row: Row) -> CacheReport:
+        """What a row holds."""
+        return report(row, self.pools, self.cross.pools if self.cross else ())
 
     def _take_out(self, job: Job) -> Row:
         """End a job; the last of those that are decoded takes its place, here as in the steps."""

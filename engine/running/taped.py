@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..cache.cross_steps import CrossStepView
 from ..cache.decode import DecodeView, Decoding
 from ..models.decoder import Decoder, finished
 from ..ops import fused, native
@@ -73,7 +74,7 @@ class Taped:
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Runner.step``."""
         decoding = self._decoding
-        kind = (len(tokens), decoding.kind, torch.get_num_threads())
+        kind = (len(tokens), *decoding.kind, torch.get_num_threads())
         if kind in self._tapes and self._tapes[kind] is None:
             return self._eager.step(tokens)
         stream, tables = self._input
@@ -116,6 +117,10 @@ class Inner:
     def view(self, layer: int) -> DecodeView:
         """See ``Step.view``."""
         return DecodeView(self._decoding, layer)
+
+    def cross(self, layer: int) -> CrossStepView | None:
+        """See ``Step.cross``."""
+        return self._decoding.cross(layer)
 
     def chunks(self, tokens: int) -> list[slice]:
         """A step is one."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cache.crossing import CrossPools, Sight
+from ..cache.looking import Looking
 from ..cache.observe import Observer
 from ..cache.pool import Pool
 from ..cache.prefill import Prefill, most_packed, most_slots
@@ -25,7 +27,8 @@ class Turn:
 
     Attributes:
         token_ids: their ids.
-        spans: where pictures lie among them.
+        spans: where pictures lie among them; empty ones, behind a picture's token, where its
+            features take no places.
         features: ``[image tokens, hidden]`` of each picture.
         sizes: (width, height) of the conversation's pictures, earlier turns' first.
     """
@@ -39,6 +42,11 @@ class Turn:
     def image_tokens(self) -> int:
         """Image tokens among the ids."""
         return sum(end - start for start, end in self.spans)
+
+    def sights(self, model: VisionLanguageModel) -> list[Sight]:
+        """What the model's cross layers see of it, if it has any."""
+        mine = self.sizes[len(self.sizes) - len(self.features) :]
+        return model.sights(self.spans, self.features, mine)
 
     def slots(self, policy: Policy, new_tokens: int, past: Row) -> tuple[int, dict[str, int]]:
         """Slots of cache that a layer needs at most for it, and ``new_tokens``, behind ``past``:
@@ -61,6 +69,25 @@ def make_pools(model: VisionLanguageModel, budget: int | None = None) -> list[Po
     return [Pool(*given, limit, bits) for bits in model.decoder.key_bits()]
 
 
+def make_cross_pools(
+    model: VisionLanguageModel, budget: int | None = None, rows: int = 1
+) -> CrossPools | None:
+    """Empty pools for the layers of ``model`` that look at features, if it has any.
+
+    Of a ``budget`` in bytes they claim what a whole picture takes for each of the ``rows`` that are
+    decoded together, but half of it at most; None: they grow as they are used.
+    """
+    if not model.cross_layers:
+        return None
+    config, weight = model.decoder.config, model.decoder.norm.weight
+    given = config.kv_heads, config.head_dim, weight.dtype, weight.device
+    pools, limit = [Pool(*given) for _ in range(model.cross_layers)], None
+    if budget is not None:
+        whole = rows * model.most_features
+        limit = min(whole, budget // (2 * sum(pool.slot_bytes for pool in pools)))
+    return CrossPools([Pool(*given, limit) for _ in pools])
+
+
 Read = tuple[Row, Tensor]
 
 
@@ -72,9 +99,10 @@ def prefill(
     new_tokens: int,
     past: Row | None = None,
     observer: Observer | None = None,
+    cross: CrossPools | None = None,
 ) -> Read:
     """Process a turn on top of ``past``, all at once; see ``reading``."""
-    return finished(reading(model, pools, policy, turn, new_tokens, past, observer))
+    return finished(reading(model, pools, policy, turn, new_tokens, past, observer, cross))
 
 
 @torch.inference_mode()
@@ -86,9 +114,11 @@ def reading(
     new_tokens: int,
     past: Row | None = None,
     observer: Observer | None = None,
+    cross: CrossPools | None = None,
 ) -> Slices[Read]:
     """Process a turn on top of ``past``, slice by slice; comes to the sequence and the next token's
-    logits ``[vocab]``. Closed before its end, it leaves everything as it was.
+    logits ``[vocab]``. Closed before its end, it leaves everything as it was. ``cross`` is where
+    features go that cross layers look at.
 
     Raises ContextError if the turn and ``new_tokens`` more do not fit the model's context.
     """
@@ -98,7 +128,8 @@ def reading(
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
     ids = torch.tensor(turn.token_ids, device=device)
     rotary = decoder.rotation.begin(len(turn.token_ids))
-    with Prefill(pools, policy, layout, new_tokens, past, observer, rotary) as step:
+    looking = Looking(turn.sights(model), cross, past.pictures if past else ())
+    with Prefill(pools, policy, layout, new_tokens, past, observer, rotary, looking) as step:
         embedded = model.embed(ids, turn.spans, turn.features)
         hidden = yield from decoder.slices(embedded, step)
         logits = decoder.logits(hidden[-1])

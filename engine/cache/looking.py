@@ -1,0 +1,138 @@
+"""Cross-attention of a pass over whole sequences: each token over the pictures that it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import whole_attention
+from .crossing import CrossPools, CrossStored, Pair, Project, Sight, groups
+from .pool import Extent
+
+
+class Fresh:
+    """A picture that is new to the cache. With ``pools`` it stays there."""
+
+    def __init__(self, sight: Sight, pools: CrossPools | None) -> None:
+        self.seen, self.blind = sight.seen, sight.blind
+        self._features, self._pools = sight.features, pools
+        self._taken: list[Extent] = []
+
+    def pair(self, layer: int, project: Project) -> Pair:
+        """A layer's keys and values, computed now: asked once, layer by layer."""
+        k, v = project(self._features)
+        if self._pools is not None:
+            pool = self._pools.pools[layer]
+            self._taken.append(pool.take(self.seen))
+            start = self._taken[-1].start
+            for numbers, new in ((pool.k, k), (pool.v, v)):
+                numbers[start : start + self.seen] = new[: self.seen]
+        return k, v
+
+    def hold(self) -> None:
+        """What is not there yet has no holder."""
+
+    def kept(self) -> CrossStored:
+        """What a row holds after a pass: what has been stored."""
+        assert self._pools is not None, "nothing is kept without pools"
+        return self._pools.know(CrossStored(ref(self._features), tuple(self._taken)))
+
+    def give(self) -> None:
+        """Give back what was taken."""
+        for extent in self._taken:
+            extent.give()
+
+
+class Looking:
+    """The pictures of one pass: those that earlier turns see, and the turn's own.
+
+    Of the latter those that later tokens see are stored in ``pools``, if there are any. What lies
+    there already is held from ``hold`` on, whoever else gives it back meanwhile, up to ``keep``,
+    once all layers are done, or ``release``.
+    """
+
+    def __init__(
+        self,
+        sights: Sequence[Sight] = (),
+        pools: CrossPools | None = None,
+        past: Sequence[CrossStored] = (),
+    ) -> None:
+        self.groups = groups([sight.place for sight in sights], len(past))
+        self._last = self.groups[-1][1]
+        self.pictures: list[CrossStored | Fresh] = list(past)
+        for number, sight in enumerate(sights, len(past)):
+            lasts = pools is not None and self._last.start <= number < self._last.stop
+            found = None if pools is None else pools.find(sight)
+            self.pictures.append(found or Fresh(sight, pools if lasts else None))
+
+    def view(self, layer: int, positions: Tensor) -> LookView | None:
+        """A layer's view, for tokens at these ascending ``positions`` of the turn."""
+        return LookView(self, layer, positions) if self.pictures else None
+
+    def hold(self) -> None:
+        """The pass begins."""
+        for picture in self.pictures:
+            picture.hold()
+
+    def keep(self) -> tuple[CrossStored, ...]:
+        """What later tokens see, for a row to hold; the rest is given back."""
+        for picture in self.pictures[: self._last.start]:
+            picture.give()
+        return tuple(picture.kept() for picture in self.pictures[self._last])
+
+    def release(self) -> None:
+        """Give back all of it."""
+        for picture in self.pictures:
+            picture.give()
+
+
+class LookView:
+    """A cross layer's view of a pass; see ``CrossView``."""
+
+    def __init__(self, looking: Looking, layer: int, positions: Tensor) -> None:
+        self._pictures, self._layer = looking.pictures, layer
+        starts = torch.tensor([start for start, _ in looking.groups], device=positions.device)
+        found = torch.searchsorted(positions, starts).tolist()
+        ends = [*found[1:], len(positions)]
+        seen = [pictures for _, pictures in looking.groups]
+        self._ranges = list(zip(found, ends, seen, strict=True))
+        self._pairs: list[Pair] = []
+        self._done = 0
+
+    def attend(self, q: Tensor, project: Project) -> tuple[Tensor, Tensor]:
+        """See ``CrossView.attend``; called for one chunk after the other."""
+        if not self._pairs:
+            self._pairs = [picture.pair(self._layer, project) for picture in self._pictures]
+        begin, self._done = self._done, self._done + len(q)
+        out, sees = torch.zeros_like(q), torch.ones(len(q), device=q.device)
+        for start, end, pictures in self._ranges:
+            mine = slice(max(start, begin) - begin, min(end, self._done) - begin)
+            if mine.start < mine.stop:
+                blind = pictures.start == pictures.stop
+                pairs = self._pairs_for_blind() if blind else self._pairs_of(pictures)
+                if pairs:
+                    out[mine] = attention_across(q[mine], pairs)
+                sees[mine] = float(not blind)
+        return out, sees
+
+    def _pairs_of(self, pictures: slice) -> list[Pair]:
+        """What a token attends that sees these pictures."""
+        both = zip(self._pairs[pictures], self._pictures[pictures], strict=True)
+        return [(k[: picture.seen], v[: picture.seen]) for (k, v), picture in both]
+
+    def _pairs_for_blind(self) -> list[Pair]:
+        """What a token attends that sees none."""
+        sizes = [picture.blind for picture in self._pictures]
+        both = zip(self._pairs, sizes, strict=True)
+        return [(k[:size], v[:size]) for (k, v), size in both if size]
+
+
+def attention_across(q: Tensor, pairs: Sequence[Pair]) -> Tensor:
+    """Attend ``q [tokens, heads, head_dim]`` over the keys and values of all ``pairs`` together."""
+    k, v = pairs[0] if len(pairs) == 1 else (torch.cat(x) for x in zip(*pairs, strict=True))
+    grouped = q.shape[1] != k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return whole_attention(q, k, v, grouped=grouped)[0].transpose(0, 1)

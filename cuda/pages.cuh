@@ -21,7 +21,7 @@ struct Rows {
   int scales;       // bytes from a head's codes to its scales
 
   __device__ __forceinline__ const char* operator[](int slot) const {
-    return first + int64_t(slot / PAGE) * page + slot % PAGE * token;
+    return first + int64_t(unsigned(slot) / PAGE) * page + unsigned(slot) % PAGE * token;
   }
   // The scales of the channels of a page, whose zeros lie behind them.
   __device__ __forceinline__ const fp16* channels(int number) const {

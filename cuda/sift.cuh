@@ -1,11 +1,11 @@
 // Attention where keys and values are read one after the other: over pages of few bits, and where
 // only those values are read that matter.
 //
-// First all keys are scanned, and logits go to global memory (the *sieve*: 4 bytes for each 50 to
-// 500 of a key and a value). Then values are read, with the logits of their keys. So a format of
-// keys never meets one of values, which would be sixteen loops in place of four and two, and a loop
-// holds the one or the other in registers and has more rows in flight. Over pages both halves are
-// one launch: a block scans its part of the lists and then reads the values of that part.
+// First all keys are scanned, and logits go to global memory (the *sieve*): four bytes beside a few
+// hundred of a key and a value. Then values are read, with the logits of their keys. So formats of
+// keys and of values never meet, which would be sixteen loops in place of four and two, and a loop
+// has only the one or the other in its registers, and more of them in flight. Over pages both
+// halves are one launch: a block scans its part of the lists and then reads that part's values.
 //
 // Where a tier is sifted the choice needs the whole list (engine/ops/native.py, Sifting), and so a
 // launch of its own between the two: scan, choose, mix. The launches are the same for all contents,
@@ -63,6 +63,19 @@ constexpr int KEYS = F == DType::f32  ? 4 / (sizeof(T) / 2)
                      : F == DType::q2 ? 4
                                       : 8;
 
+// Queries as they meet the keys of a page whose channels have scales.
+template <class T, int LANES, int G>
+__device__ __forceinline__ void ask_page(const AttentionArgs& a, const Rows& rows, int page,
+                                         const Eight<T> (&q)[G], Query<T, DType::q2> (&asked)[G]) {
+  const int lane = threadIdx.x % LANES;
+  const bool real = page >= 0 && lane * CHUNK < a.head_dim;
+  const fp16* at = rows.channels(max(page, 0)) + lane * CHUNK;
+  const Eight<fp16> scales = real ? load_eight(at) : zero_eight<fp16>();
+  const Eight<fp16> zeros = real ? load_eight(at + runs_of(a) * RUN) : zero_eight<fp16>();
+#pragma unroll
+  for (int g = 0; g < G; ++g) asked[g] = query_of_page(q[g], scales, zeros);
+}
+
 // The logits of a block's part of one tier's list, `before` entries behind the beginning of all.
 template <class T, DType F, int LANES, int G>
 __device__ __forceinline__ void scan_list(const AttentionArgs& a, const List& list, const Place& p,
@@ -95,16 +108,8 @@ __device__ __forceinline__ void scan_list(const AttentionArgs& a, const List& li
     for (int u = 0; u < N; ++u) {
       if constexpr (F == DType::q2) {
         const int now = slot[u] < 0 ? page : slot[u] / PAGE;
-        if (__any_sync(ALL_LANES, now != page)) {
-          const fp16* scales = rows.channels(max(now, 0)) + lane * CHUNK;
-          const bool real = active && now >= 0;
-          const Eight<fp16> steps = real ? load_eight(scales) : zero_eight<fp16>();
-          const Eight<fp16> zeros =
-              real ? load_eight(scales + runs_of(a) * RUN) : zero_eight<fp16>();
-#pragma unroll
-          for (int g = 0; g < G; ++g) asked[g] = query_of_page(q[g], steps, zeros);
-          page = now;
-        }
+        if (__any_sync(ALL_LANES, now != page)) ask_page<T, LANES, G>(a, rows, now, q, asked);
+        page = now;
       }
       float sums[G];
 #pragma unroll
@@ -153,12 +158,26 @@ __device__ __forceinline__ float threshold(const float* logits, int n, float top
   return top - float(many) / STEPS;
 }
 
+// The sum of the numbers of the threads before this one; that of all goes to `total`.
+__device__ __forceinline__ int sum_before(int mine, int* total) {
+  __shared__ int numbers[THREADS];
+  numbers[threadIdx.x] = mine;
+  __syncthreads();
+  int before = 0, sum = 0;
+  for (int t = 0; t < THREADS; ++t) {
+    if (t == int(threadIdx.x)) before = sum;
+    sum += numbers[t];
+  }
+  __syncthreads();  // may be called again
+  *total = sum;
+  return before;
+}
+
 // The list of the entries that any head of a kv head reads, and what each head leaves out. Every
 // thread has a run of entries.
 __device__ __forceinline__ void gather(const AttentionArgs& a, int row, int kv_head, int tier,
                                        int n) {
   __shared__ float least[MOST_SHARING], top[MOST_SHARING];
-  __shared__ int counts[THREADS];
   const int group = a.heads / a.kv_heads, first = kv_head * group;
   if (int(threadIdx.x) < group) {
     const float* rest = rest_of(a, row, first + threadIdx.x, tier);
@@ -173,15 +192,9 @@ __device__ __forceinline__ void gather(const AttentionArgs& a, int row, int kv_h
   };
   const int each = (n + THREADS - 1) / THREADS;
   const int begin = min(n, int(threadIdx.x) * each), end = min(n, begin + each);
-  int mine = 0;
+  int mine = 0, count;
   for (int i = begin; i < end; ++i) mine += needed(i);
-  counts[threadIdx.x] = mine;
-  __syncthreads();
-  int before = 0, count = 0;
-  for (int t = 0; t < THREADS; ++t) {
-    if (t == int(threadIdx.x)) before = count;
-    count += counts[t];
-  }
+  const int before = sum_before(mine, &count);
   int32_t* chosen = chosen_of(a, row, kv_head, tier);
   for (int i = begin, to = before; i < end; ++i)
     if (needed(i)) chosen[to++] = i;
@@ -201,7 +214,6 @@ __device__ __forceinline__ void gather(const AttentionArgs& a, int row, int kv_h
   }
   const Sifting& sifting = a.tiers[tier].sifting;
   if (threadIdx.x == 0) sifting.spent[row * sifting.spent_row + 2 * kv_head + 1] += count;
-  __syncthreads();  // the next tier's thresholds may be written
 }
 
 // grid (heads, rows): a head's thresholds; the last of those that share a kv head gathers.
@@ -234,9 +246,9 @@ struct Entries {
   int count;
 
   __device__ __forceinline__ Entries(const AttentionArgs& a, int tier, int row, int kv_head,
-                                     bool choosing)
+                                     bool sifts)
       : chosen(nullptr) {
-    if (choosing && sifted(a, tier, row)) {
+    if (sifts && sifted(a, tier, row)) {
       chosen = chosen_of(a, row, kv_head, tier);
       count = int(rest_of(a, row, kv_head * (a.heads / a.kv_heads), tier)[0]);
     } else {
@@ -322,13 +334,13 @@ __device__ __forceinline__ void mix_mean(const AttentionArgs& a, int tier, const
 }
 
 template <class T, int LANES, int G>
-__device__ __forceinline__ void mix_tiers(const AttentionArgs& a, const Place& p, bool choosing,
+__device__ __forceinline__ void mix_tiers(const AttentionArgs& a, const Place& p, bool sifts,
                                           Running (&run)[G]) {
   const int lane = threadIdx.x % LANES;
   for (int tier = 0, before = 0; tier < a.tier_count; ++tier) {
     const Tier& t = a.tiers[tier];
     const List list(a, tier, p.row, p.kv_head);
-    const Entries entries(a, tier, p.row, p.kv_head, choosing);
+    const Entries entries(a, tier, p.row, p.kv_head, sifts);
     const Rows rows = values_of<T>(a, t, p.kv_head);
     if (t.paged && t.value.format >= DType::q8) {
       const FewValues values{rows.scales, Spot(a, t.value.format, lane)};
@@ -360,10 +372,10 @@ template <class T, int LANES, int G>
 __global__ void __launch_bounds__(THREADS, G == 1 ? 3 : 2)
     staged_kernel(const __grid_constant__ AttentionArgs a, int chunks, int stages) {
   __shared__ Place p;
-  const bool choosing = !(stages & SCAN);  // a launch of its own follows a choice
+  const bool sifts = stages == MIX;  // a launch of its own follows a choice
   if (threadIdx.x == 0)
     p = place_of<G>(a, chunks, [&](int tier, int row, int kv_head) {
-      return Entries(a, tier, row, kv_head, choosing).count;
+      return Entries(a, tier, row, kv_head, sifts).count;
     });
   __syncthreads();
   if (stages & SCAN) {
@@ -374,9 +386,9 @@ __global__ void __launch_bounds__(THREADS, G == 1 ? 3 : 2)
   Running run[G];
 #pragma unroll
   for (int g = 0; g < G; ++g) run[g] = Running{AVL_LOWEST, 0, {}};
-  mix_tiers<T, LANES, G>(a, p, choosing, run);
+  mix_tiers<T, LANES, G>(a, p, sifts, run);
   finish<T, LANES, G>(a, p, run, [&](int head, float lse) {
-    if (choosing && threadIdx.x == 0) account(a, p.row, head, lse);
+    if (sifts && threadIdx.x == 0) account(a, p.row, head, lse);
   });
 }
 

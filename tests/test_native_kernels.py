@@ -166,8 +166,8 @@ PLANTED = [
     (
         "entries gathered before they are counted",
         "sift.cuh",
-        "counts[threadIdx.x] = mine;\n  __syncthreads();",
-        "counts[threadIdx.x] = mine;",
+        "numbers[threadIdx.x] = mine;\n  __syncthreads();",
+        "numbers[threadIdx.x] = mine;",
         [],
         "pages: ",
     ),

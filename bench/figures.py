@@ -253,7 +253,8 @@ def latency_figures(name: str, record: dict[str, Any]) -> dict[str, Figure]:
 
 def sweep_figures(sweep: str, record: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     """One of figures 9 and 10 for each task: quality by a parameter, beside the full cache."""
-    right = {(row["task"], row["policy"]): row["right"] for row in record["rows"]}
+    # Reports of policies that had fewer parameters then spell them otherwise.
+    right = {(row["task"], parse(row["policy"]).spec): row["right"] for row in record["rows"]}
     lines = {
         name: {share: parse(spec).spec for share, spec in line.items()}
         for name, line in SWEEPS[sweep].items()
@@ -293,7 +294,9 @@ def quality_by_bytes(folder: Path) -> dict[str, Panels]:
         panels: dict[str, dict[str, list[tuple[float, float]]]] = {t: {} for t in TITLES.values()}
         for (task, spec), row in rows.items():
             line = panels[TITLES[task]].setdefault(family(spec), [])
-            line.append((row[f"picture {what} %"], row["right"]))
+            # H2O and SnapKV take pictures for text: of them it is the share of all tokens.
+            share = row[f"picture {what} %"] or row["stored %" if what == "stored" else "used %"]
+            line.append((share, row["right"]))
         ordered = {
             title: {name: sorted(points) for name, points in lines.items()}
             for title, lines in panels.items()

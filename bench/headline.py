@@ -13,6 +13,7 @@ weights and attended keys and values: the ratio if a step were reading alone.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -93,20 +94,26 @@ class Given(Prefill):
         self._keep(layer, k, v, self._turn, Received(q, k))
 
 
-def filled(pools: Sequence[Pool], spec: str, image: int, steps: int, seed: int) -> Row:
+def filled(pools: Sequence[Pool], spec: str, image: int, steps: int) -> Row:
     """A row with one picture, whose keys and values are random."""
-    generator = torch.Generator().manual_seed(seed)
     spans = [(SYSTEM, SYSTEM + image)]
     layout = Layout.of_tokens(SYSTEM + image + TEXT, spans, torch.device("cpu"))
     kv_heads, head_dim = pools[0].k.shape[1:]
     with Given(pools, parse(spec), layout, steps) as step:
         for layer in range(len(pools)):
-            k, v = torch.randn(2, layout.columns, kv_heads, head_dim, generator=generator)
-            q = torch.randn(1, kv_heads, head_dim, generator=generator)
-            # Queries of the decoder have a deviation of 0.02 * sqrt(hidden).
-            k *= PEAKED / (0.02 * WIDTH["hidden"] ** 0.5)
-            step.fill(layer, q.bfloat16(), k.bfloat16(), v.bfloat16())
+            step.fill(layer, *numbers(layer, layout.columns, kv_heads, head_dim))
     return step.row
+
+
+@functools.cache
+def numbers(layer: int, *shape: int) -> tuple[torch.Tensor, ...]:
+    """A query, keys and values of a layer: the same in every row, whose memory is its own."""
+    generator = torch.Generator().manual_seed(layer)
+    k, v = torch.randn(2, *shape, generator=generator)
+    q = torch.randn(1, *shape[1:], generator=generator)
+    # Queries of the decoder have a deviation of 0.02 * sqrt(hidden).
+    k *= PEAKED / (0.02 * WIDTH["hidden"] ** 0.5)
+    return q.bfloat16(), k.bfloat16(), v.bfloat16()
 
 
 class Cell:
@@ -120,8 +127,8 @@ class Cell:
         # The stepper asks a model for nothing but its decoder.
         model: Any = SimpleNamespace(decoder=decoder)
         self.stepper = Stepper(model, self.pools, Stepping())
-        for seed in range(rows):
-            self.stepper.join(filled(self.pools, spec, image, steps + 4, seed))
+        for _ in range(rows):
+            self.stepper.join(filled(self.pools, spec, image, steps + 4))
         self.go_on(2)
 
     def go_on(self, steps: int) -> float:

@@ -388,6 +388,13 @@ SECTIONS = (
         as_they_are,
     ),
     Section(
+        "Whole steps at a 7B's width",
+        "Eight layers with as many heads of keys as of queries, no prefill.",
+        ("headline",),
+        "python -m bench.headline",
+        as_they_are,
+    ),
+    Section(
         "Decoding beside transformers",
         "The same weights, prompt, picture and forced length, in turn.",
         ("decode",),

@@ -370,18 +370,21 @@ def draw_panels(path: Path, figure: Panels) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = {"figsize": (11, 4.2), "dpi": 100, "layout": "constrained"}
+    size = {"figsize": (12, 4.2), "dpi": 100, "layout": "constrained"}
     picture, many = pyplot.subplots(1, len(figure.panels), **size)
+    names = list(dict.fromkeys(name for lines in figure.panels.values() for name in lines))
+    handles = {}
     for axes, (title, lines) in zip(many, figure.panels.items(), strict=True):
-        axes.axhline(lines["full"][0][1], color="black", linewidth=1, label="full")
-        others = [pair for pair in lines.items() if pair[0] != "full"]
-        for number, (name, points) in enumerate(others):
-            marker = "os^Dv<>Ph*"[number % 10]
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, lw=1, label=name)
+        handles["full"] = axes.axhline(lines["full"][0][1], color="black", linewidth=1)
+        for number, name in enumerate(names):
+            if name in lines and name != "full":
+                look = {"marker": "os^Dv<>Ph*Xdp"[number % 13], "color": f"C{number % 10}"}
+                drawn = axes.plot(*zip(*lines[name], strict=True), markersize=4, lw=1, **look)
+                handles[name] = drawn[0]
         axes.set(title=title, xlabel=figure.x, ylabel=figure.y, ylim=(0, 1.02))
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
-    many[-1].legend(fontsize=7, loc="lower right")
+    picture.legend(handles.values(), handles, fontsize=8, loc="outside right upper")
     picture.savefig(path)
     pyplot.close(picture)
 

@@ -214,6 +214,7 @@ __device__ __forceinline__ void gather(const AttentionArgs& a, int row, int kv_h
   }
   const Sifting& sifting = a.tiers[tier].sifting;
   if (threadIdx.x == 0) sifting.spent[row * sifting.spent_row + 2 * kv_head + 1] += count;
+  __syncthreads();  // the first thread has read `top`: the next tier's may be written
 }
 
 // grid (heads, rows): a head's thresholds; the last of those that share a kv head gathers.

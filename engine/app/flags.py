@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
         word = unknown.partition("=")[0]
         begun = [flag for flag in flags if flag.startswith(word)] if word[2:] else []
         close = begun[:3] or difflib.get_close_matches(word, flags, n=1)
-        usual = f"{program()} --help lists all flags; a name that begins with - comes behind --"
+        usual = f"{self.prog} --help lists all flags; a name that begins with - comes behind --"
         hint = f"did you mean {' or '.join(close)}?" if close else usual
         raise OptionError(message, hint=hint)
 

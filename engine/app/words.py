@@ -11,7 +11,7 @@ from ..errors import OptionError
 from ..pictures.remote import is_address
 from .modes import MODES
 
-COMMANDS = ("serve", "batch")  # kept for commands to come
+COMMANDS = ("batch",)  # kept for commands to come
 
 _PICTURE = re.compile(
     r".+\.(jpe?g|jfif|png|webp|bmp|gif|tiff?|hei[cf]|avif|jxl|svg|pdf|psd|ico|fits?)", re.I | re.S
@@ -30,6 +30,8 @@ def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
 
     Raises OptionError unless at most one word is left for the prompt.
     """
+    if words and words[0] == "serve":
+        raise OptionError("'serve' comes before its flags", hint="write it first")
     if words and words[0] in COMMANDS:
         raise OptionError(
             f"{words[0]!r} is kept for a command to come", hint="give a question with --prompt"

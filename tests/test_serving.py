@@ -294,6 +294,7 @@ def test_kept_beginnings_make_room(engine: Engine) -> None:
 
 
 def test_models_health_metrics_and_the_page(server: Any, client: Any) -> None:
+    assert post(server, {"messages": asked("hi"), "max_tokens": 1, "ignore_eos": True}).is_success
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "local"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}

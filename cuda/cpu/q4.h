@@ -50,11 +50,11 @@ static void round_row(const Y* x, int64_t in, X8Block* to) {
 }
 
 #if defined(__AVX2__)
-typedef __m256i code8;
-
 static inline v8 halves(const uint16_t* p) {
   return (v8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+
+typedef __m256i code8;
 
 // The codes of a block, number 4 c to 4 c + 3 of each row in vector c.
 static inline void unpack(const Q4Block& w, __m256i* codes) {
@@ -169,9 +169,19 @@ static inline v8 dot(const code8* codes, const X8Block& x) {
 #endif
 #endif
 
+// A row's outputs from `first`, as many of a vector as there are.
+template <class Y, class V>
+static inline void put_outputs(const GemvPart& part, V total, int64_t first, int row) {
+  const int64_t left = part.out - first, width = sizeof(V) / sizeof(float);
+  const Y* bias = static_cast<const Y*>(part.bias);
+  Y* y = static_cast<Y*>(part.y) + row * part.out + first;
+  for (int64_t o = 0; o < (left < width ? left : width); ++o)
+    y[o] = from_float<Y>(total[o] + (bias ? to_float(bias[first + o]) : 0));
+}
+
 // Eight outputs from `first` for R rows of x from `row`.
 template <class Y, int R>
-static void q4_block(const GemvArgs& a, const GemvPart& part, int64_t first, int row) {
+static void q4_eight(const GemvArgs& a, const GemvPart& part, int64_t first, int row) {
   const int64_t blocks = a.in / 32;
   const Q4Block* w = static_cast<const Q4Block*>(part.weight) + first / 8 * blocks;
   const X8Block* x = reinterpret_cast<const X8Block*>(a.scratch) + row * blocks;
@@ -187,24 +197,85 @@ static void q4_block(const GemvArgs& a, const GemvPart& part, int64_t first, int
       acc[r] += scale * mine.scale * (dot(codes, mine) - zero * mine.sum);
     }
   }
-  const int64_t outs = part.out - first < 8 ? part.out - first : 8;
-  const Y* bias = static_cast<const Y*>(part.bias);
-  for (int r = 0; r < R; ++r) {
-    Y* y = static_cast<Y*>(part.y) + (row + r) * part.out + first;
-    for (int o = 0; o < outs; ++o)
-      y[o] = from_float<Y>(acc[r][o] + (bias ? to_float(bias[first + o]) : 0));
-  }
+  for (int r = 0; r < R; ++r) put_outputs<Y>(part, acc[r], first, row + r);
 }
 
-// All rows for eight outputs: a few at a time, which find the weights in the cache after the first.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define AVL_Q4_SIXTEEN
+// Two registers' worth of memory as one.
+static inline __m512i side_by_side(const void* low, const void* high) {
+  const __m256i first = _mm256_loadu_si256(static_cast<const __m256i*>(low));
+  const __m256i second = _mm256_loadu_si256(static_cast<const __m256i*>(high));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+static inline __m512 halves_side_by_side(const uint16_t* low, const uint16_t* high) {
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+  const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+  return _mm512_cvtph_ps(_mm256_set_m128i(second, first));
+}
+
+// Sixteen outputs from `first` for R rows of x from `row`: an instruction does twice as much. With
+// fewer rows than four, memory is what is waited for, and one stream of it is read faster than two.
+template <class Y, int R>
+static void q4_sixteen(const GemvArgs& a, const GemvPart& part, int64_t first, int row) {
+  const int64_t blocks = a.in / 32;
+  const Q4Block* w = static_cast<const Q4Block*>(part.weight) + first / 8 * blocks;
+  // Past the end the last eight are repeated, and their results dropped.
+  const Q4Block* v = first + 8 < part.out ? w + blocks : w;
+  const X8Block* x = reinterpret_cast<const X8Block*>(a.scratch) + row * blocks;
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512 acc[R];
+  for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < blocks; ++b, ++w, ++v) {
+    for (int line = 0; line < 3; ++line) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w) + 4096 + 64 * line, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(v) + 4096 + 64 * line, 0, 2);
+    }
+    __m512i codes[8];
+    for (int c = 0; c < 4; ++c) {
+      const __m512i both = side_by_side(w->codes + 32 * c, v->codes + 32 * c);
+      codes[c] = _mm512_and_si512(both, low);
+      codes[c + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+    }
+    const __m512 scale = halves_side_by_side(w->scale, v->scale);
+    const __m512 zero = halves_side_by_side(w->zero, v->zero);
+    for (int r = 0; r < R; ++r) {
+      const X8Block& mine = x[r * blocks + b];
+      __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+      for (int c = 0; c < 8; ++c) {
+        int32_t four;
+        __builtin_memcpy(&four, mine.codes + 4 * c, 4);
+        sums[c % 2] = _mm512_dpbusd_epi32(sums[c % 2], codes[c], _mm512_set1_epi32(four));
+      }
+      const __m512 whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
+      const __m512 net = _mm512_fnmadd_ps(zero, _mm512_set1_ps(mine.sum), whole);
+      acc[r] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(mine.scale)), net, acc[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r) put_outputs<Y>(part, acc[r], first, row + r);
+}
+#endif
+
+constexpr int Q4_OUTS = 16;  // of a grab
+
+// All rows for a grab's outputs: a few at a time, which find the weights in the cache after the
+// first.
 template <class Y>
 static void q4_outputs(const GemvArgs& a, const GemvPart& part, int64_t first) {
   int row = 0;
-  for (; row + 4 <= a.rows; row += 4) q4_block<Y, 4>(a, part, first, row);
-  switch (a.rows - row) {
-    case 1: return q4_block<Y, 1>(a, part, first, row);
-    case 2: return q4_block<Y, 2>(a, part, first, row);
-    case 3: return q4_block<Y, 3>(a, part, first, row);
+#if defined(AVL_Q4_SIXTEEN)
+  for (; row + 8 <= a.rows; row += 8) q4_sixteen<Y, 8>(a, part, first, row);
+  for (; row + 4 <= a.rows; row += 4) q4_sixteen<Y, 4>(a, part, first, row);
+#endif
+  for (int64_t out = first; out < first + Q4_OUTS && out < part.out; out += 8) {
+    int next = row;
+    for (; next + 4 <= a.rows; next += 4) q4_eight<Y, 4>(a, part, out, next);
+    switch (a.rows - next) {
+      case 1: q4_eight<Y, 1>(a, part, out, next); break;
+      case 2: q4_eight<Y, 2>(a, part, out, next); break;
+      case 3: q4_eight<Y, 3>(a, part, out, next); break;
+    }
   }
 }
 
@@ -214,12 +285,14 @@ static int q4_gemv(const GemvArgs& a) {
   X8Block* x8 = reinterpret_cast<X8Block*>(a.scratch);
   for (int r = 0; r < a.rows; ++r)
     round_row(static_cast<const Y*>(a.x) + r * a.x_row, a.in, x8 + r * (a.in / 32));
-  const int64_t run = (1 << 18) / (a.in / 32 * int64_t(sizeof(Q4Block))) + 1;  // 256 KB for a grab
+  const int64_t bytes = a.in / 32 * int64_t(sizeof(Q4Block)) * (Q4_OUTS / 8);
+  const int64_t run = (1 << 18) / bytes + 1;  // 256 KB for a grab
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   for (int p = 0; p < a.part_count; ++p) {
     const GemvPart& part = a.parts[p];
 #pragma omp for schedule(dynamic, run) nowait
-    for (int64_t b = 0; b < (part.out + 7) / 8; ++b) q4_outputs<Y>(a, part, 8 * b);
+    for (int64_t b = 0; b < (part.out + Q4_OUTS - 1) / Q4_OUTS; ++b)
+      q4_outputs<Y>(a, part, Q4_OUTS * b);
   }
   return ok;
 }

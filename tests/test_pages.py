@@ -441,7 +441,7 @@ def test_sanitize_sifting_follows_its_rule(
 ) -> None:
     most = [0.1, 0.4, 0.0]
     part = drawn(name, rows=3, most=most, tokens=tokens)
-    q = torch.randn(3, 2 * group, 64)
+    q = torch.randn(3, 2 * group, 64) * torch.tensor([1.0, 4.0, 1.0])[:, None, None]
     got = attend(backend, q, [part.tier])
     sifting = part.tier.sifting
     assert sifting is not None

@@ -48,9 +48,8 @@ __global__ void __launch_bounds__(THREADS) rank_kernel(const RankArgs a) {
   __shared__ float mean[MAX_RANKED];
   __shared__ int above[THREADS], equal[THREADS];
   const int64_t p = blockIdx.x;
-  const int row = p % a.rows, first = a.first[row], last = a.last[row];
-  const int keep = a.keep[row], at = a.at[row];
-  if (!a.wanted[row]) return;
+  const int first = a.first[p], last = a.last[p], keep = a.keep[p], at = a.at[p];
+  if (!a.wanted[p % a.rows]) return;
   const bool inside = first >= 0 && last >= first && last <= a.width;
   const int n = inside ? last - first : 0;
   const bool fits =

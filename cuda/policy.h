@@ -11,16 +11,17 @@
 
 namespace avl {
 
-// Where a row is wanted: of entries first..last of its lists, the slots of the `keep` with the
-// highest head-mean weight go to `out`, from entry `at` on, in the list's order. Ties: the lower
-// entry. NaN counts as 0.
+// Where a row is wanted: of entries first..last of each of its lists, the slots of the `keep` with
+// the highest head-mean weight go to `out`, from entry `at` on, in the list's order. Ties: the
+// lower entry. NaN counts as 0.
 struct RankArgs {
   int32_t problems, rows, heads, width;
-  const float* logits;                               // [problems, heads, width]
-  const float* lse;                                  // [problems, heads]
-  const int32_t* slots;                              // [problems, width]
-  int32_t* out;                                      // [problems, width]
-  const int32_t *first, *last, *keep, *at, *wanted;  // [rows]
+  const float* logits;                      // [problems, heads, width]
+  const float* lse;                         // [problems, heads]
+  const int32_t* slots;                     // [problems, width]
+  int32_t* out;                             // [problems, width]
+  const int32_t *first, *last, *keep, *at;  // [problems]
+  const int32_t* wanted;                    // [rows]
   int32_t* error;  // on a GPU set to 1 where a number does not fit; a CPU returns bad_slot
   int32_t threads, device;
 };

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
+from engine.errors import OptionError
 from engine.policies.avl import Avl
+from engine.policies.layout import Kept
+from engine.policies.policy import Policy
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.reference_cache import ReferenceAvl, Settings
 from tests.reference_decoder import ReferenceDecoder
@@ -79,6 +84,50 @@ def test_one_picture_and_forty_steps(name):
     run, reference = pair(CASES[name], seed=len(name))
     turn(run, reference, tokens=57, spans=[(6, 42)], steps=40, seed=3)
     nearly_always_equal(reference)
+
+
+SHARES = 0.8, 0.6, 0.45, 0.35  # of every layer
+
+
+class Tapering(Avl):
+    """A-VL that stores fewer of a picture's tokens in every layer; promised is the most."""
+
+    def retain(self, layer, layout, received):
+        return Avl(**vars(self) | {"secondary": SHARES[layer]}).retain(layer, layout, received)
+
+
+class TaperingReference(ReferenceAvl):
+    def _after_prefill(self, layer, weights, alive, actual):
+        self.s = replace(self.s, secondary=SHARES[layer])
+        return super()._after_prefill(layer, weights, alive, actual)
+
+
+def test_layers_need_not_be_alike():
+    """The core is chosen again among what each layer stores."""
+    settings = Settings(**PAPER | {"secondary": SHARES[0]}, floor=4)
+    decoder = seeded_decoder(4)
+    run = CacheRun(decoder, Tapering(**vars(settings)))
+    reference = TaperingReference(ReferenceDecoder(decoder, torch.float64), settings)
+    turn(run, reference, tokens=57, spans=[(6, 24), (24, 42)], steps=40, seed=3)
+    assert len({len(run.images(layer)) for layer in range(4)}) == 4
+    nearly_always_equal(reference)
+
+
+@dataclass(frozen=True)
+class Uneven(Policy):
+    """What a step cannot serve: more text in one layer than in another."""
+
+    name = "uneven"
+
+    def retain(self, layer, layout, received):
+        kept = Kept.everything(layout)
+        return replace(kept, text=kept.text[..., layer:])
+
+
+def test_text_must_be_alike_in_every_layer():
+    run = CacheRun(seeded_decoder(4), Uneven())
+    with pytest.raises(OptionError, match="layer 1 keeps 10 tokens of the text, earlier layers 11"):
+        run.prefill(embeddings(20, 1), [(3, 9)], 4)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (6, 3)])

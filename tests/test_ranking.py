@@ -64,20 +64,21 @@ def rank_inputs(weights: torch.Tensor, first, last, keep, at, wanted) -> dict[st
 
 def ranked(x: dict[str, torch.Tensor], weights: torch.Tensor, p: int) -> list[int]:
     """What must be written for problem p, by sorting in Python."""
-    row = p % len(x["first"])
-    begin, end, keep = (int(x[name][row]) for name in ("first", "last", "keep"))
+    begin, end, keep = (int(x[name][p]) for name in ("first", "last", "keep"))
     total = weights[p].double().nan_to_num(nan=0.0).sum(0).tolist()
     best = sorted(range(begin, end), key=lambda i: (-total[i], i))[:keep]
-    return [int(x["slots"][p, i]) for i in sorted(best)] if x["wanted"][row] else []
+    return (
+        [int(x["slots"][p, i]) for i in sorted(best)] if x["wanted"][p % len(x["wanted"])] else []
+    )
 
 
-def check_rank(way: str, weights: torch.Tensor, *rows) -> None:
-    x = rank_inputs(weights, *rows)
+def check_rank(way: str, weights: torch.Tensor, *runs) -> None:
+    x = rank_inputs(weights, *runs)
     call(way, "rank", x)
     for p in range(len(weights)):
         want = torch.full_like(x["out"][p], -7)  # around the run it stays as it was
         run = ints(*ranked(x, weights, p))
-        at = int(x["at"][p % len(x["at"])])
+        at = int(x["at"][p])
         want[at : at + len(run)] = run
         assert torch.equal(x["out"][p], want)
 
@@ -94,9 +95,8 @@ def test_rank_takes_the_highest(way, width, rows):
     last = ints(width, width, width, width - width // 4)
     keep = ints(width // 3 + 1, 0, width // 2, width // 2)
     at = ints(width - width // 3 - 1, width, 0, width // 4)
-    wanted = ints(1, 1, 1, width % 2)
-    of_rows = (column[:rows].clone() for column in (first, last, keep, at, wanted))
-    check_rank(way, weights, *of_rows)
+    wanted = ints(1, 1, 1, width % 2)[-rows:]
+    check_rank(way, weights, first, last, keep, at, wanted.clone())
 
 
 def test_rank_settles_ties_by_the_lower_entry(way):
@@ -218,7 +218,7 @@ def test_wrong_tensors_are_named():
         with pytest.raises(ValueError, match=name):
             ranking.plan_rank(**(x | {name: wrong}))
     with pytest.raises(ValueError, match="2 problems are no whole layers of 3 rows"):
-        ranking.plan_rank(**(x | {"first": ints(0, 0, 0)}))
+        ranking.plan_rank(**(x | {"wanted": ints(0, 0, 0)}))
     y = age_inputs(2, 2, 4, 2, 20)
     bad = [
         ("start", y["start"].int()),

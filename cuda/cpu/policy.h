@@ -28,9 +28,8 @@ static void sum_weights(const float* logits, const float* lse, int heads, int wi
 }
 
 static bool rank_one(const RankArgs& a, int p) {
-  const int row = p % a.rows, first = a.first[row], last = a.last[row];
-  const int keep = a.keep[row], at = a.at[row];
-  if (!a.wanted[row]) return true;
+  const int first = a.first[p], last = a.last[p], keep = a.keep[p], at = a.at[p];
+  if (!a.wanted[p % a.rows]) return true;
   if (first < 0 || last < first || last > a.width) return false;
   const int n = last - first;
   if (keep < 0 || keep > n || at < 0 || at > a.width - keep) return false;

@@ -8,34 +8,37 @@ import torch
 from torch import Tensor
 
 from ..ops import ranking
-from .row import Row
+from ..policies.policy import Policy
+from .row import Row, Stored
 from .sizes import Sizes
 
 
 class CoreRuns:
     """Every row's pictures, in the full and in the core lists of all layers.
 
-    A picture's stored tokens are one run of the full list, its core tokens one run of the core
-    list; both are as long in every layer, so that a new core is written over the old one.
+    A picture's stored tokens are one run of a layer's full list, its core tokens one run of the
+    core list, as long after every ranking as before: a new core is written over the old one.
 
     Attributes:
-        runs: ``[pictures, 4, rows]`` int32: first slot, the one after the last, how many are core,
-            and where they begin in the core list; zeros for a picture that a row does not have.
+        runs: ``[pictures, 4, layers, rows]`` int32: first slot, the one after the last, how many
+            are core, and where they begin in the core list; zeros for a picture that a row does
+            not have.
     """
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        size = (sizes.pictures, 4, sizes.rows)
+    def __init__(self, layers: int, sizes: Sizes, device: torch.device) -> None:
+        size = (sizes.pictures, 4, layers, sizes.rows)
         self._starts = {name: part.start for name, part in sizes.tiers}
         self.runs = torch.zeros(size, dtype=torch.int32, device=device)
 
     def join(self, row: Row, r: int) -> None:
         """Write the runs of row ``r``."""
-        runs = [_run(row, number, self._starts) for number in range(len(self.runs))]
-        if runs:
-            self.runs[..., r] = torch.tensor(runs, dtype=torch.int32)
+        for number, runs in enumerate(self.runs):
+            each = [_run(row.policy, stored, number, self._starts) for stored in row.layers]
+            runs[..., r] = torch.tensor(each, dtype=torch.int32).T
 
     def ranking(
         self,
+        layers: slice,
         logits: Tensor,
         lse: Tensor,
         full: Tensor,
@@ -43,27 +46,29 @@ class CoreRuns:
         wanted: Tensor,
         error: Tensor,
     ) -> Iterator[Callable[[], None]]:
-        """The calls, one a picture, that choose by the weights of a step over the full lists.
+        """The calls, one a picture, that choose by the weights of a step over some layers' lists.
 
         ``logits [layers * rows, heads, max]`` and ``lse``; ``full`` and ``core`` int32
         ``[layers, rows, max]``, of which ``core`` is written; ``wanted [rows]`` int32 says whose
         runs change.
         """
         lists = full.flatten(0, 1), core.flatten(0, 1)
-        for first, last, keep, at in self.runs:
+        for runs in self.runs:
+            first, last, keep, at = (each[layers].flatten() for each in runs)
             yield ranking.plan_rank(logits, lse, *lists, first, last, keep, at, wanted, error=error)
 
 
-def _run(row: Row, number: int, starts: Mapping[str, int]) -> tuple[int, int, int, int]:
+def _run(
+    policy: Policy, stored: Stored, number: int, starts: Mapping[str, int]
+) -> tuple[int, int, int, int]:
     """A picture's first slot, the one after its last, how long its core run is, where it begins.
 
-    All count from the beginning of a row's lists; ``starts`` says where a format's begin.
+    All count from the beginning of a layer's lists; ``starts`` says where a format's begin.
     """
-    stored = row.layers[0]
     layout = stored.layout
     if stored.core is None or number >= len(layout.image_sizes):
         return 0, 0, 0, 0
-    wanted = row.policy.core_size(layout.image_sizes[number])
+    wanted = policy.core_size(layout.image_sizes[number])
     slots = layout.picture(number)
     if len(slots):
         first, last = int(slots[0]), int(slots[-1]) + 1

@@ -256,7 +256,9 @@ class Decoding:
             yield partial(following.copy_, lists[course.core])
         if course.reranks:
             wanted = words[RERANKS]
-            yield from state.runs.ranking(logits, lse, lists[FULL], following, wanted, error)
+            yield from state.runs.ranking(
+                layers, logits, lse, lists[FULL], following, wanted, error
+            )
         if self.evicts:
             first = state.lists.first[course.kind, layers]
             yield state.text.aging(layers, logits, lse, first, words, error)

@@ -43,7 +43,7 @@ class Lengths:
 
     def join(self, row: Row, r: int) -> None:
         """Row ``r``: the next one, or one that is there, anew."""
-        layout = row.layers[0].layout
+        layout = row.text
         self._policies[r : r + 1] = [row.policy]
         self._layouts[r : r + 1] = [layout]
         self.seen[r : r + 1] = [row.seen]

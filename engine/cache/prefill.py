@@ -178,7 +178,7 @@ class Prefill:
         self.rotary = self.row.rotary[None]
         self._turn = turn
         self._onward: Tensor | None = None
-        self._size: object = None
+        self._text: int | None = None
         self._taken: list[Extent] = []
         self._looking = looking or Looking()
 
@@ -243,24 +243,19 @@ class Prefill:
         self.row.layers.append(self._store(layer, k, v, layout, kept))
 
     def _refuse_unlike(self, layer: int, kept: Kept) -> None:
-        """Raise OptionError where layers would not keep as much as each other: decoding counts on
-        as much text in all of them, and on as many image tokens where there is a core.
+        """Raise OptionError where layers would not keep as much text as each other: a decode step
+        counts on it. Image tokens are each layer's own.
 
         A policy that drops tokens may leave later layers less than another wants to keep.
         """
-        tiers = None
-        if kept.core is not None:
-            cored = {each.format for each in kept.packed if not each.minor}
-            beside = [len(each.columns) for each in kept.packed if each.format in cored]
-            tiers = len(kept.shared), len(kept.core), *beside
-        size = kept.text.shape[-1], tiers
-        if self._size is not None and size != self._size:
+        text = kept.text.shape[-1]
+        if self._text not in (None, text):
             raise OptionError(
-                f"cache {self.policy.spec}: layer {layer} has fewer tokens of this prompt left "
-                "than earlier layers keep",
+                f"cache {self.policy.spec}: layer {layer} keeps {text} tokens of the text, "
+                f"earlier layers {self._text}",
                 hint="let the policy that drops tokens drop fewer, or the other one keep fewer",
             )
-        self._size = size
+        self._text = text
 
     def _behind_past(self, layer: int) -> tuple[Layout, Tensor | None]:
         """The layout of stored columns and then the new ones, and what was received earlier."""

@@ -181,7 +181,12 @@ class Row:
     @property
     def seen(self) -> int:
         """Tokens seen, which is also the next position."""
-        return self.layers[0].layout.seen if self.layers else 0
+        return max((stored.layout.seen for stored in self.layers), default=0)
+
+    @property
+    def text(self) -> Layout:
+        """A layout with as many text tokens as every layer holds, which a prefill sees to."""
+        return self.layers[-1].layout
 
     def share(self) -> Row:
         """The same for a sequence that begins with it: a turn on top of it copies or shares what it

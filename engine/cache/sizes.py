@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, row: Row) -> Sizes:
         """A single row's."""
-        budget = row.policy.text_budget(*row.layers[0].layout.lengths())
+        budget = row.policy.text_budget(*row.text.lengths())
         return cls(
             rows=1,
             slots=_rounded(max(stored.extent.size for stored in row.layers)),

@@ -60,7 +60,7 @@ class State:
         self.sizes, layers = sizes, len(self.pools)
         self.lists = SlotLists(layers, sizes, self.device, spare=self._spare)
         self.text = TextSlots(layers, self.kv_heads, sizes, self.device)
-        self.runs = CoreRuns(sizes, self.device)
+        self.runs = CoreRuns(layers, sizes, self.device)
         self.crossed = CrossLists(sizes, self.device)
         self.rotary = torch.zeros(sizes.rows, sizes.rotary, dtype=torch.int64, device=self.device)
         self.most = torch.zeros(sizes.rows, device=self.device)
@@ -81,7 +81,8 @@ class State:
         """The same in lists, to the end of which larger states add."""
         lists, text = self.lists, self.text
         groups = [
-            ([lists.first, lists.count, self.runs.runs, self.words], 2),
+            ([lists.first, lists.count, self.words], 2),
+            ([self.runs.runs], 3),
             ([text.start, text.write, text.scores, text.positions], 1),
             ([self.rotary, self.most, self.crossed.count, self.crossed.sees], 0),
             ([self.crossed.slots], 1),

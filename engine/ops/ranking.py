@@ -40,19 +40,21 @@ def plan_rank(
     """Write the slots of the ``keep`` entries with the highest head-mean weight, in list order.
 
     logits fp32 ``[problems, heads, width]``; lse fp32 ``[problems, heads]``; slots and out int32
-    ``[problems, width]`` are lists. first, last, keep, at, wanted int32 ``[rows]``: where a row is
-    wanted (not 0), of its lists' entries first..last (exclusive), which ``slots`` names, the best
-    are written to ``out`` from entry ``at`` on. Exact; ties go to the lower entry, NaN counts as 0.
+    ``[problems, width]`` are lists. wanted int32 ``[rows]``; first, last, keep, at int32
+    ``[problems]``: where a row is wanted (not 0), of each of its lists' entries first..last
+    (exclusive), which ``slots`` names, the best are written to ``out`` from entry ``at`` on.
+    Exact; ties go to the lower entry, NaN counts as 0.
     """
-    rows = {"first": first, "last": last, "keep": keep, "at": at, "wanted": wanted}
+    rows = {"wanted": wanted}
+    runs = {"first": first, "last": last, "keep": keep, "at": at}
     lists = {"slots": slots, "out": out}
-    _check(logits, lse, rows, lists)
+    _check(logits, lse, rows, runs | lists)
     for name, list_ in lists.items():
         if list_.shape != (len(logits), logits.shape[2]):
             raise ValueError(f"{name} is {describe(list_)} but logits {describe(logits)}")
     if not native.loaded(logits.device.type):
-        return partial(rank_torch, logits, lse, slots, out, *rows.values())
-    tensors = {"logits": logits, "lse": lse} | lists | rows
+        return partial(rank_torch, logits, lse, slots, out, first, last, keep, at, wanted)
+    tensors = {"logits": logits, "lse": lse} | lists | runs | rows
     return native.PolicyPlan("rank", tensors, _sizes(logits, rows), error, isa).run
 
 
@@ -107,10 +109,10 @@ def rank_torch(
     wanted: Tensor,
 ) -> None:
     """Define ``rank``, one problem at a time."""
-    rows, width = _rows(first, last, keep, at, wanted), logits.shape[2]
-    for p in range(len(logits)):
-        begin, end, count, place, chosen = rows[p % len(rows)]
-        if not chosen:
+    runs = zip(*(each.tolist() for each in (first, last, keep, at)), strict=True)
+    chosen, width = wanted.tolist(), logits.shape[2]
+    for p, (begin, end, count, place) in enumerate(runs):
+        if not chosen[p % len(chosen)]:
             continue
         if not (0 <= begin <= begin + count <= end <= width and 0 <= place <= width - count):
             raise ValueError(f"rank: entries {begin}..{end}, keep {count} do not fit problem {p}")
@@ -174,10 +176,6 @@ def _lightest(scores: Tensor, positions: Tensor, old: Tensor) -> Tensor:
 def _weights(logits: Tensor, lse: Tensor) -> Tensor:
     """This step's attention weights, in the shape of logits; 0 where a list was empty."""
     return (logits - lse[..., None]).exp().nan_to_num(nan=0.0)
-
-
-def _rows(*columns: Tensor) -> list[tuple[int, ...]]:
-    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def _sizes(logits: Tensor, rows: dict[str, Tensor]) -> dict[str, int]:

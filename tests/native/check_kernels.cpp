@@ -331,10 +331,11 @@ void check_products(const char* isa) {
 // The policy kernels, in the emulator or of an instruction set, against the CPU's as compiled here;
 // weights are 0 or 1, so that sums are exact in any order.
 void check_rank(const PolicyKernels& kernels, int width, int heads) {
-  const int problems = 8, rows = 4, first[] = {0, 0, width / 3, 1};
-  const int last[] = {width, width, width, width - width / 4},
-            keep[] = {width / 2, 0, width / 2, 1};
-  const int at[] = {width / 4, width, 0, width - 1}, wanted[] = {1, 1, width % 2, width > 1};
+  const int problems = 8, rows = 4, some = width / 3, half = width / 2, most = width - width / 4;
+  const int first[] = {0, 0, some, 1, some, 0, 0, 0}, keep[] = {half, 0, half, 1, 0, 1, half, 0};
+  const int last[] = {width, width, width, most, most, width, width, width};
+  const int at[] = {width / 4, width, 0, width - 1, 0, 0, half, 0};
+  const int wanted[] = {1, 1, width % 2, width > 1};
   std::mt19937 random(width + heads);
   auto logits = filled<float>(size_t(problems) * heads * width, 0);
   auto lse = filled<float>(problems * heads, 0);

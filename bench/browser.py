@@ -100,9 +100,9 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def open(self, path: Path) -> None:
-        """Go to a file and wait until it says that it is ready."""
-        self.call("Page.navigate", url=path.as_uri())
+    def open(self, place: Path | str) -> None:
+        """Go to a file or an address and wait until it says that it is ready."""
+        self.call("Page.navigate", url=place.as_uri() if isinstance(place, Path) else place)
         for _ in range(300):
             if self.run("document.body && document.body.dataset.ready") == "yes":
                 return

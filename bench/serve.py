@@ -2,6 +2,7 @@
 
     python -m bench.serve                                    the embedded model
     python -m bench.serve --preset 1b --dtype bf16 --weights q4 --clients 1 4 16
+    python -m bench.serve --theirs                           and `transformers serve` beside it
 
 So many clients ask one question after the other (a closed loop), streamed, each about one of a few
 pictures; a further client asks as soon as its answer is complete. The server is a process of its
@@ -14,13 +15,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -48,8 +53,8 @@ class Seen:
 
 
 @contextmanager
-def serving(flags: Sequence[str]) -> Iterator[str]:
-    """A server; yields its address."""
+def serving(flags: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server; yields its process and address."""
     command = [sys.executable, str(common.ROOT / "main.py"), "serve", "--port", "0", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -57,7 +62,36 @@ def serving(flags: Sequence[str]) -> Iterator[str]:
         if "http://" not in line:
             raise RuntimeError(line + process.stderr.read())
         try:
-            yield line.split()[-1]
+            yield process, line.split()[-1]
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def serving_theirs(folder: Path, dtype: str) -> Iterator[str]:
+    """`transformers serve` of the same weights (needs fastapi); yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("transformers")
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype)
+    flags = ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", dtype]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(program), "serve", str(folder), *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, **quiet) as process:  # type: ignore[call-overload]
+        url = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(600):
+                time.sleep(0.2)
+                if process.poll() is not None:
+                    raise RuntimeError(f"{' '.join(command)} ends with {process.returncode}")
+                try:
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    continue
+            yield url
         finally:
             process.terminate()
 
@@ -95,7 +129,7 @@ async def client(
                     return
                 if chunk.get("usage"):
                     seen.tokens += chunk["usage"]["completion_tokens"]
-                elif chunk["choices"][0]["delta"].get("content"):
+                elif chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
                     if last:
                         seen.gaps.append(now - last)
                     else:
@@ -136,6 +170,16 @@ def requests(model: str, urls: Sequence[str], cache: str, tokens: int) -> Iterat
         number += 1
 
 
+def their_requests(
+    model: str, urls: Sequence[str], cache: str, tokens: int
+) -> Iterator[dict[str, Any]]:
+    """The same as transformers takes them: as many tokens, greedy."""
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    for body in requests(model, urls, cache, tokens):
+        kept = {key: body[key] for key in ("model", "messages", "stream", "stream_options")}
+        yield kept | {"generation_config": json.dumps(length)}
+
+
 def row(cache: str, clients: int, seconds: float, seen: Seen) -> dict[str, Any]:
     """A line of the table."""
 
@@ -170,6 +214,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--weights", default="auto")
+    parser.add_argument("--theirs", action="store_true", help="transformers serve as well")
     options = common.read_options(parser)
     if options.preset != "tiny-test":
         options.model = None
@@ -179,12 +224,19 @@ def main() -> None:
     urls, rows = pictures(options.pictures), []
     for cache in caches:
         for clients in common.progress(options.clients, f"loads, {cache}"):
-            with serving(flags) as url:
+            with serving(flags) as (_, url):
                 bodies = requests("it", urls, cache, options.tokens)
                 asyncio.run(load(url, bodies, 1, 3))  # kernels are built, pages are touched
                 seen = asyncio.run(load(url, bodies, clients, options.seconds))
             rows.append(row(cache, clients, options.seconds, seen))
             print(rows[-1], flush=True)
+    for clients in options.clients if options.theirs else ():
+        with serving_theirs(folder, options.dtype) as url:
+            bodies = their_requests(str(folder), urls, "", options.tokens)
+            asyncio.run(load(url, bodies, 1, 3))
+            seen = asyncio.run(load(url, bodies, clients, options.seconds))
+        rows.append(row("transformers serve", clients, options.seconds, seen))
+        print(rows[-1], flush=True)
     settings = subject.about(options) | {
         key: getattr(options, key) for key in ("dtype", "weights", "rows", "tokens", "pictures")
     }

@@ -249,13 +249,13 @@ class Engine:
         """A conversation whose turns share one cache; see ``Chat``."""
         return Chat(self)
 
-    def encode(self, image: Picture) -> EncodedImage:
+    def encode(self, image: Picture, salt: str = "") -> EncodedImage:
         """Encode a picture once, to be given in place of it as often as needed.
 
-        The engine also remembers the latest pictures by itself.
+        The engine also remembers the latest pictures by itself, those of each ``salt`` apart.
         """
         picture = self._open(image)
-        return EncodedImage(self._encoder.encode([picture])[0], picture.size)
+        return EncodedImage(self._encoder.encode([picture], salt)[0], picture.size)
 
     def forget_pictures(self) -> None:
         """Drop the features of pictures seen before, to free them or to time their encoding."""

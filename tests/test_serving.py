@@ -11,69 +11,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.engine import Engine
+from engine.insight.trace import Trace
 from engine.serving.refusal import RefusalError
 from engine.serving.request import Limits, parse
-from tests.checkpoints import Shape
 from tests.oracle import noise
 
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx2")  # which comes with openai
 openai = pytest.importorskip("openai")
 
-import uvicorn  # noqa: E402
+from tests.served import KEY, SHAPE, asked, data_url, post, serving, settled  # noqa: E402
 
-from engine.serving.app import Server  # noqa: E402
-from engine.serving.settings import Settings  # noqa: E402
-from engine.serving.worker import Worker  # noqa: E402
-
-SHAPE = Shape(kv_heads=2)
-KEY = "a-key"
 ROOT = Path(__file__).parents[1]
-
-
-def data_url(seed: int = 0) -> str:
-    file = BytesIO()
-    noise(60, 50, seed).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def asked(text: str, *pictures: str) -> list[dict[str, Any]]:
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-@contextmanager
-def serving(engine: Engine, rows: int = 4, queue: int = 16, **options: Any) -> Iterator[Any]:
-    """A server in a thread; yields it with its address as ``url``."""
-    given = {key: options.pop(key) for key in ("budget", "slices") if key in options}
-    worker = Worker(engine, rows, given.get("budget"), queue, given.get("slices", 2))
-    server = Server(worker, Settings("tiny", **options))
-    config = uvicorn.Config(server.app, port=0, log_level="critical", access_log=False)
-    listening = uvicorn.Server(config)
-    thread = threading.Thread(target=listening.run)
-    worker.start()
-    thread.start()
-    while not listening.started:
-        time.sleep(0.01)
-    port = listening.servers[0].sockets[0].getsockname()[1]
-    server.url = f"http://127.0.0.1:{port}"  # type: ignore[attr-defined]
-    try:
-        yield server
-    finally:
-        listening.should_exit = True
-        thread.join()
-        worker.stop()
 
 
 @pytest.fixture(scope="module")
@@ -91,24 +51,6 @@ def server(engine: Engine) -> Iterator[Any]:
 def client(server: Any) -> Iterator[Any]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as found:
         yield found
-
-
-def post(server: Any, body: Any, **options: Any) -> Any:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
-    headers |= options.pop("headers", {})
-    url = f"{server.url}/v1/chat/completions"
-    return httpx.post(url, content=content, headers=headers, timeout=60, **options)
-
-
-def settled(server: Any) -> None:
-    """Wait until nothing runs."""
-    for _ in range(500):
-        now = server.worker.now()
-        if not (now["requests_running"] or now["requests_waiting"] or server.worker._begun):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"still running: {now}")
 
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -308,6 +250,30 @@ def test_models_health_metrics_and_the_page(server: Any, client: Any) -> None:
     assert 'lvlm:requests_total{finish_reason="length"}' in text
 
 
+def test_who_watches_sees_what_an_observer_sees(engine: Engine, client: Any) -> None:
+    """Of every pass the means over the layers, in bytes; beside them the pictures' own panels."""
+    spec, trace = "avl:floor=4,prefill=1", Trace()
+    options = {"max_new_tokens": 9, "ignore_eos": True}
+    engine.with_cache(spec).generate("What?", [data_url(1)], observer=trace, **options)
+    watched = client.chat.completions.create(
+        model="tiny",
+        messages=asked("What?", data_url(1)),
+        max_tokens=9,
+        stream=True,
+        extra_body={"ignore_eos": True, "cache": {"policy": spec, "tiers": True}},
+    )
+    shown = [chunk.cache for chunk in watched if getattr(chunk, "cache", None)]
+    (panel,) = shown[0]["panels"]
+    assert sorted(panel["tokens"]) == list(range(len(trace.passes[0][0].tiers)))
+    assert [each["step"] for each in shown] == list(range(len(trace.passes)))
+    for each, moments in zip(shown, trace.passes, strict=True):
+        core = torch.stack([(moment.tiers == 2).float() for moment in moments]).mean(0)
+        stored = torch.stack([moment.bits / 64 for moment in moments]).mean(0)
+        for name, expected in (("core", core), ("stored", stored)):
+            told = torch.tensor(list(base64.b64decode(each[name]))) / 255
+            assert (told - expected).abs().max() < 0.003
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 BAD = {
@@ -349,7 +315,13 @@ BAD = {
     "response_format": [{"response_format": {"type": "json_object"}}],
     "logit_bias": [{"logit_bias": {"5": 1}}],
     "frequency_penalty": [{"frequency_penalty": 0.5}],
-    "cache": [{"cache": 5}],
+    "cache": [
+        *({"cache": 5}, {"cache": {"x": 1}}, {"cache": {"policy": 5}}, {"cache": {"tiers": True}}),
+        {"cache": {"tiers": True}, "stream": True},
+        {"cache": {"tiers": True}, "messages": asked("hi", data_url())},
+        {"cache": {"tiers": True}, "messages": asked("hi", data_url()), "stream": True, "n": 2},
+    ],
+    "tiers": [{"cache": {"tiers": 1}}],
     "colour": [{"colour": "red"}],
     "seed": [{"seed": 1.5}],
 }  # fmt: skip

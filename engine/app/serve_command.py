@@ -27,6 +27,16 @@ DESCRIPTION = """Answers requests over HTTP, as OpenAI's chat completions have t
 /v1/chat/completions, GET /v1/models, /health, /metrics, and a page to ask on at /. docs/serving.md
 has fields, limits and promises."""
 ENDING = (signal.SIGINT, signal.SIGTERM)
+# What strangers send is logged nowhere, and heads of requests end.
+LISTENING: dict[str, Any] = {
+    "log_level": "critical",
+    "access_log": False,
+    "server_header": False,
+    "timeout_keep_alive": 30,
+    "timeout_graceful_shutdown": 60,
+    "http": "h11",
+    "h11_max_incomplete_event_size": 64 * 1024,
+}
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -193,18 +203,7 @@ def listen(server: Server, host: str, port: int, *, quiet: bool = False) -> int:
                     file=sys.stderr,
                 )
 
-    config = uvicorn.Config(
-        server.app,
-        host=host,
-        port=port,
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=60,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    listening = Listening(config)
+    listening = Listening(uvicorn.Config(server.app, host, port, **LISTENING))
     listening.run()
     if not listening.started:
         raise OptionError(f"--port {port} on {host} cannot be listened on", hint="use another one")

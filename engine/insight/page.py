@@ -97,7 +97,7 @@ def page_data(
         "exact": None if exact is None else token_pieces(engine, exact.token_ids),
         "differs": None if exact is None else first_difference(result.token_ids, exact.token_ids),
         "positions": [p for start, end in recorder.image_spans for p in range(start, end)],
-        "panels": _panel_values(panels),
+        "panels": panel_values(panels),
         "layers": len(moments[0]),
         "headLayer": recorder.head_layer,
         "sinks": find_sinks(means),
@@ -236,7 +236,7 @@ def _panels(engine: Engine, images: Sequence[Picture] | None) -> list[list[Panel
     return found
 
 
-def _panel_values(panels: Sequence[Sequence[Panel]]) -> list[dict[str, Any]]:
+def panel_values(panels: Sequence[Sequence[Panel]]) -> list[dict[str, Any]]:
     """Panels for JSON; tokens are now counted through all pictures."""
     values, first = [], 0
     for number, group in enumerate(panels):

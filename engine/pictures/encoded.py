@@ -59,7 +59,8 @@ class PictureEncoder:
     """Runs the vision tower, and remembers the features of the latest ``capacity`` pictures.
 
     The key is a hash of the preprocessed pixels with their shape and the picture's size, so that a
-    30 x 150 picture is not a 150 x 30 one with the same bytes; the model never changes.
+    30 x 150 picture is not a 150 x 30 one with the same bytes; the model never changes. Who asks
+    under a ``salt`` of their own cannot tell, by the time it takes, what others have asked about.
     """
 
     def __init__(self, model: Encodes, capacity: int = 8) -> None:
@@ -68,9 +69,9 @@ class PictureEncoder:
         self._lock = Lock()
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Pixels | EncodedImage]) -> list[Tensor]:
+    def encode(self, pictures: Sequence[Pixels | EncodedImage], salt: str = "") -> list[Tensor]:
         """Features ``[image tokens, hidden]`` of each picture; new ones pass the tower together."""
-        keys = [b"" if isinstance(p, EncodedImage) else _key(p) for p in pictures]
+        keys = [b"" if isinstance(p, EncodedImage) else _key(p, salt) for p in pictures]
         with self._lock:
             found = {key: self._known[key] for key in keys if key in self._known}
         fresh = {
@@ -97,9 +98,9 @@ class PictureEncoder:
                 self._known.popitem(last=False)
 
 
-def _key(picture: Pixels) -> bytes:
+def _key(picture: Pixels, salt: str) -> bytes:
     tiles = picture.tiles.contiguous()
-    header = f"{picture.size} {tuple(tiles.shape)} "
+    header = f"{salt!r} {picture.size} {tuple(tiles.shape)} "
     return hashlib.sha256(
         header.encode() + ctypes.string_at(tiles.data_ptr(), tiles.nbytes)
     ).digest()

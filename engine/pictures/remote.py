@@ -57,7 +57,7 @@ def _allowed(url: str, allow_url: bool) -> bytes:
 
 def fetch(url: str, hosts: Container[str] | None = None) -> bytes:
     """Download at most 20 MB over https within 10 s and 3 redirects, from public addresses only,
-    and from ``hosts`` alone (None: from any).
+    and from ``hosts`` alone, at the port of https (None: from any, at any).
 
     Raises ImageError saying which of these was not kept.
     """
@@ -111,7 +111,10 @@ def _hung_up_at(deadline: float, sock: socket.socket) -> Iterator[None]:
 
 
 def _check_host(url: str, hosts: Container[str] | None) -> None:
-    if hosts is not None and _check_url(url).hostname not in hosts:
+    if hosts is None:
+        return
+    split = _check_url(url)
+    if split.hostname not in hosts or split.port not in (None, 443):
         raise ImageError(
             f"{shorten(url)} lies on a host that pictures are not taken from",
             hint="send the picture itself as a data: URL",

@@ -29,7 +29,7 @@ from .request import Asking, parse
 from .settings import Settings
 from .shapes import Shapes
 from .streaming import Events
-from .worker import Finished, News, Piece, Scores, Ticket, Worker
+from .worker import Finished, News, Piece, Scores, Ticket, Watched, Worker
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_NEWS = 4096  # of a request that nobody takes: it is given up
@@ -195,6 +195,7 @@ class Server:
             item = await self._next(request, ticket, news)
             if isinstance(item, RefusalError):
                 raise item
+            assert not isinstance(item, Watched), "tiers are streamed"
             scores[item.choice] += item.scores
             if isinstance(item, Finished):
                 results[item.choice], cached = item.result, item.cached
@@ -231,6 +232,8 @@ async def _chunks(
         if isinstance(item, Piece):
             delta = {"content": item.text}
             yield shapes.chunk(item.choice, delta, None, item.scores, usage=asking.usage)
+        elif isinstance(item, Watched):
+            yield shapes.watched(item.value, usage=asking.usage)
         else:
             results[item.choice], cached = item.result, item.cached
             reason = item.result.finish_reason

@@ -42,6 +42,7 @@ class Asking:
         stream: whether pieces are wanted as they come; ``usage``: and a last one with the counts.
         logprobs: whether every token's log-probability is wanted, and ``top`` others beside it.
         cache: the spec of a policy; None: the server's own.
+        tiers: whether the client watches where image tokens lie, see ``Watching``.
         without_effect: fields that were given and change nothing.
     """
 
@@ -54,6 +55,7 @@ class Asking:
     logprobs: bool = False
     top: int = 0
     cache: str | None = None
+    tiers: bool = False
     without_effect: tuple[str, ...] = ()
 
 
@@ -115,6 +117,9 @@ def parse(body: object, model: str, limits: Limits, *, urls: bool = False) -> As
     top = _whole(given, "top_logprobs", 0, limits.top_logprobs) or 0
     if top and not logprobs:
         raise wrong("top_logprobs", "needs logprobs: true")
+    cache, tiers = _cache(given)
+    if tiers and not (pictures and _flag(given, "stream") and given.get("n", 1) == 1):
+        raise wrong("cache", "tiers are shown of one streamed answer about a picture")
     return Asking(
         messages,
         pictures,
@@ -124,7 +129,8 @@ def parse(body: object, model: str, limits: Limits, *, urls: bool = False) -> As
         usage=_usage(given),
         logprobs=logprobs,
         top=top,
-        cache=_cache(given),
+        cache=cache,
+        tiers=tiers,
         without_effect=tuple(sorted(given.keys() & _WITHOUT_EFFECT)),
     )
 
@@ -207,11 +213,16 @@ def _stops(value: object, limits: Limits) -> list[str]:
     return list(stops)
 
 
-def _cache(given: Mapping[str, Any]) -> str | None:
-    spec = given.get("cache")
+def _cache(given: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """A policy's spec, and whether tiers are to be shown; a spec may stand for itself."""
+    value = given.get("cache")
+    fields = value if isinstance(value, dict) else {"policy": value}
+    for name in fields.keys() - {"policy", "tiers"}:
+        raise wrong("cache", f"{name!r:.40} is unknown, use policy and tiers")
+    spec = fields.get("policy")
     if spec is not None and (not isinstance(spec, str) or len(spec) > 500):
         raise wrong("cache", 'is no spec of a cache policy such as "avl"')
-    return spec
+    return spec, _flag(fields, "tiers")
 
 
 # -- messages and their pictures -------------------------------------------------------------------

@@ -65,6 +65,11 @@ class Shapes:
             "usage": usage(results, cached),
         }
 
+    def watched(self, value: dict[str, Any], *, usage: bool) -> dict[str, Any]:
+        """A chunk of no text, of what the cache of the answer shows."""
+        head = self._head("chat.completion.chunk") | {"choices": [], "cache": value}
+        return head | ({"usage": None} if usage else {})
+
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 

@@ -28,6 +28,7 @@ from .metrics import Metrics
 from .prefixes import Prefixes
 from .refusal import RefusalError, refusal_of
 from .request import Asking
+from .watching import Watching
 
 Scores = list[tuple[int, float, Likeliest]]
 
@@ -55,7 +56,14 @@ class Finished:
     cached: int = 0
 
 
-News = Piece | Finished | RefusalError
+@dataclass(frozen=True)
+class Watched:
+    """What a client sees of its request's cache, see ``Watching``."""
+
+    value: dict[str, Any]
+
+
+News = Piece | Finished | Watched | RefusalError
 
 
 @dataclass(eq=False)
@@ -86,6 +94,7 @@ class Ticket:
     left: int = 0
     read: tuple[int, int] = (0, 0)  # tokens of the prompt, and image tokens among them
     cached: int = 0  # tokens of the prompt that were there already
+    watching: Watching | None = None
 
 
 class Worker:
@@ -195,7 +204,8 @@ class Worker:
             return
         try:
             if len(ticket.encoded) < len(ticket.images):
-                ticket.encoded.append(self.engine.encode(ticket.images[len(ticket.encoded)]))
+                image = ticket.images[len(ticket.encoded)]
+                ticket.encoded.append(self.engine.encode(image, ticket.asker))
             else:
                 self._begin(ticket)
         except Exception as error:
@@ -220,12 +230,15 @@ class Worker:
         """Hand the answers of a ticket to the scheduler."""
         asking = ticket.asking
         engine = self.engine.with_cache(asking.cache) if asking.cache else self.engine
+        if asking.tiers:
+            ticket.watching = Watching(engine, ticket.images)
         for choice in range(asking.choices):
             options: dict[str, Any] = dict(asking.options, cancel=ticket.cancel)
             options["seed"] = (options["seed"] + choice) % 2**63
             options |= {"logprobs": asking.logprobs, "top_logprobs": asking.top}
             options.setdefault("max_new_tokens", self._room(engine, ticket))
-            job = engine.job(asking.messages, ticket.encoded, make_options(**options))
+            made = make_options(**options)
+            job = engine.job(asking.messages, ticket.encoded, made, observer=ticket.watching)
             ticket.jobs[job] = choice
             ticket.told[choice] = 0
         ticket.left = len(ticket.jobs)
@@ -286,7 +299,14 @@ class Worker:
                 self._refuse(ticket, lost)
             self._renew()
             return
+        self._show()
         self._tell(events)
+
+    def _show(self) -> None:
+        """Hand on what the step has shown to those that watch."""
+        for ticket in self._begun:
+            if ticket.watching and (value := ticket.watching.take()):
+                ticket.tell(Watched(value))
 
     def _tell(self, events: Iterable[SchedulerEvent]) -> None:
         """Hand on what a step has brought."""

@@ -146,7 +146,7 @@ async def one(
             await asyncio.sleep(float(error.response.headers["retry-after"]) * draw.random())
     counts.statuses[200] += 1
     if texts is not None:
-        counts.check(texts == expected, f"mixed up: {body['cache']} {texts} is not {expected}")
+        counts.check(texts == expected, f"mixed up: {body.get('cache')} {texts} is not {expected}")
 
 
 async def worker(
@@ -220,14 +220,13 @@ async def attack(options: Any, process: subprocess.Popen[str], url: str) -> dict
             await whole(session, body)
             known.append((body, await whole(session, body)))
         idle = silent(url, options.idle) + taking_nothing(url, urls, options.slow)
-        began, todo = perf_counter(), list(range(options.requests))
-        while todo:  # a tenth of them, then a look at the memory
-            some = [todo.pop() for _ in range(min(len(todo), options.requests // 10 or 1))]
+        began = perf_counter()
+        for tenth in common.progress(range(10), "tenths of the requests"):
+            some = list(range(tenth, options.requests, 10))
             async with asyncio.TaskGroup() as group:
                 for _ in range(options.clients):
                     group.create_task(worker(session, some, known, counts))
             held.append(round(memory(process), 1))
-            print(f"{options.requests - len(todo)} requests, {held[-1]} MB", flush=True)
         seconds = perf_counter() - began
         now = (await session.get("/metrics")).text
         running = [line for line in now.splitlines() if line.startswith("lvlm:requests_running")]

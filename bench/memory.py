@@ -1,4 +1,4 @@
-"""Bytes of the KV cache: the paper's memory table, formats, a prefill's peak, a step beside full.
+"""Bytes of the KV cache: the paper's memory table, formats, features, a prefill's peak, a step.
 
     python -m bench.memory             # all of it, written to bench/results/memory-*.json and .md
     python -m bench.memory --table     # tables alone: no numbers are computed, only shapes
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from bench import common
+from engine.cache.crossing import CrossPools, CrossStored, Sight
 from engine.cache.decode import Decoding
+from engine.cache.looking import Looking
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
 from engine.cache.report import CacheReport, report
@@ -190,6 +192,74 @@ def formats_table() -> list[dict[str, Any]]:
     return rows
 
 
+# -- features beside the sequence -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CrossShape:
+    """A Llama-3.2-Vision: its text and cross layers, of 8 KV heads of 128 each.
+
+    ``kept`` is the share of features that Trimmed Llama's .25 keeps of it, as published.
+    """
+
+    model: str
+    layers: int
+    cross_layers: int
+    hidden: int
+    kept: float
+
+
+LLAMAS = (
+    CrossShape("Llama-3.2-Vision-11B", 32, 8, 4096, 0.615),
+    CrossShape("Llama-3.2-Vision-90B", 80, 20, 8192, 0.742),
+)
+WHOLE_PICTURE, WORDS = 4 * 1601, (128, 1024, 4096)  # features of four tiles; tokens of text
+
+
+class KeepsShare(Policy):
+    """Keeps the first of a picture's features, as many as are published."""
+
+    name = "share"
+    share = 1.0
+
+    def features(self, received: Tensor) -> Tensor:
+        """See ``Policy.features``."""
+        return torch.arange(int(self.share * received.shape[1]), device=received.device)
+
+
+def stored_picture(shape: CrossShape, kept: float) -> CrossStored:
+    """A whole picture in the pools of all cross layers, through the cache's own first pass."""
+    meta, policy = torch.device("meta"), KeepsShare()
+    policy.share = kept
+    pools = CrossPools([Pool(8, 128, torch.bfloat16, meta) for _ in range(shape.cross_layers)])
+    features = torch.empty(WHOLE_PICTURE, shape.hidden, dtype=torch.bfloat16, device=meta)
+    looking = Looking([Sight(0, features, WHOLE_PICTURE)], pools, policy=policy)
+    positions = torch.arange(2)
+    q = torch.empty(2, 32, 128, dtype=torch.bfloat16, device=meta)
+    for layer in range(shape.cross_layers):
+        view = looking.view(layer, positions)
+        assert view is not None, "there is a picture"
+        view.attend(q, lambda given: (given.new_empty(len(given), 8, 128),) * 2)
+    (stored,) = looking.keep()
+    return stored
+
+
+def cross_table() -> list[dict[str, Any]]:
+    """Bytes of pictures and of text, whole and trimmed, by rows that are decoded together."""
+    rows = []
+    for shape in LLAMAS:
+        whole, trimmed = (stored_picture(shape, kept).nbytes for kept in (1.0, shape.kept))
+        text = [shape_report(Shape("", shape.layers, 8, 0, 0, words), "full") for words in WORDS]
+        for batch in (1, 2, 4, 8, 16, 32):
+            held = {"picture GB": whole, "trimmed GB": trimmed}
+            for words, each in zip(WORDS, text, strict=True):
+                held[f"text of {words:,} GB"] = each.bytes_used
+            rounded = {key: round(batch * size / 1e9, 3) for key, size in held.items()}
+            kept = {"trimmed to %": round(100 * shape.kept, 1)}
+            rows.append({"model": shape.model, "rows": batch} | kept | rounded)
+    return rows
+
+
 def policy_kind(spec: str) -> str:
     """Which of the paper's rows a policy is."""
     policy = parse(spec)
@@ -351,6 +421,7 @@ def main() -> None:
     measured = {
         "table": table_part,
         "formats": formats_part,
+        "cross": cross_part,
         "peak": peak_part,
         "steps": steps_part,
     }
@@ -372,7 +443,8 @@ def read_options() -> argparse.Namespace:
 
 def parts(options: argparse.Namespace) -> list[str]:
     """Which tables these options ask for."""
-    return ["table", "formats"] if options.table else ["table", "formats", "peak", "steps"]
+    shapes = ["table", "formats", "cross"]
+    return shapes if options.table else [*shapes, "peak", "steps"]
 
 
 def table_part() -> Part:
@@ -392,6 +464,15 @@ def formats_part() -> Part:
         "half of all tokens are important here, text as well as picture."
     )
     return {"dtype": "float16", "device": "meta"}, formats_table(), [note]
+
+
+def cross_part() -> Part:
+    note = (
+        "One picture of four tiles, 6,404 features, for each row; bf16, GB = 10^9 bytes. Trimmed "
+        "Llama at ratio .25 keeps the published share; how many it keeps of a trained model's "
+        "pictures only such a model can say."
+    )
+    return {"dtype": "bfloat16", "device": "meta"}, cross_table(), [note]
 
 
 def peak_part() -> Part:

@@ -65,7 +65,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer = loaded.family.model, loaded.tokenizer
         self.policy, self.stepping = parse(cache), stepping or Stepping()
-        self.policy.check_depth(self.model.decoder.config.layers)
+        self._check_policy(self.policy)
         self.name, self.load_seconds = loaded.folder.name, loaded.seconds
         self._folder = loaded.folder
         self._family = loaded.family
@@ -276,8 +276,11 @@ class Engine:
         """The same model in memory under another cache policy."""
         other = copy(self)
         other.policy = parse(cache)
-        other.policy.check_depth(self.model.decoder.config.layers)
+        other._check_policy(other.policy)
         return other
+
+    def _check_policy(self, policy: Policy) -> None:
+        policy.check_depth(self.model.decoder.config.layers, self.model.cross_layers)
 
     def answer(self, options: Options, prompt_ids: Sequence[int]) -> Answer:
         """An empty answer under this model's tokenizer and end tokens."""

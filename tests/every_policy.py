@@ -17,17 +17,24 @@ from engine.result import Result
 from engine.running.stepping import Stepping
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.checkpoints import Shape, write_llava
+from tests.mllama_checkpoint import write_mllama
 from tests.oracle import noise
 
 WORDS = "What is in this picture, and what is left of it?"
 
 
 @cache
-def small_engine() -> Engine:
-    """A LLaVA with random weights, in float32."""
+def small_engine(*, cross: bool = False) -> Engine:
+    """A LLaVA with random weights, or a Llama-3.2-Vision, in float32."""
     with tempfile.TemporaryDirectory() as folder:
-        path = write_llava(Path(folder) / "model", Shape())
+        path = Path(folder) / "model"
+        path = write_mllama(path) if cross else write_llava(path, Shape())
         return Engine.load(path, device="cpu", dtype="float32", cache="full")
+
+
+def engine_for(spec: str) -> Engine:
+    """An engine under a policy, of a model that it is made for."""
+    return small_engine(cross=parse(spec).trims).with_cache(spec)
 
 
 def ask_everything(spec: str) -> None:
@@ -55,7 +62,7 @@ def keeps_its_promise(spec: str) -> None:
 
 def answers_alike(spec: str) -> None:
     """Alone, in a batch and by captured steps: the same tokens."""
-    engine = small_engine().with_cache(spec)
+    engine = engine_for(spec)
     options = {"max_new_tokens": 9, "ignore_eos": True}
     requests = [{"prompt": WORDS[: 20 + 9 * n], "images": [noise(60, 50, n)]} for n in range(3)]
     alone = [_ids(engine.generate(r["prompt"], r["images"], **options)) for r in requests]
@@ -68,7 +75,7 @@ def answers_alike(spec: str) -> None:
 
 def goes_on(spec: str) -> None:
     """A conversation with a new picture in it; what is used is never more than what is held."""
-    chat = small_engine().with_cache(spec).chat()
+    chat = engine_for(spec).chat()
     for images in ([noise(50, 40)], [], [noise(40, 50, 2)]):
         result = chat.send(WORDS, images, max_new_tokens=5, ignore_eos=True)
         assert len(result.token_ids) == 5

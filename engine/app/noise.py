@@ -129,7 +129,8 @@ def _more_bits(engine: Engine) -> str:
 def _tiers(cache: CacheReport) -> str:
     """Image tokens by tier, or the features that stand in their place."""
     if cache.features:
-        return f"{cache.features:,} features of pictures in every cross layer"
+        all_ = f" of {cache.features_whole:,}" if cache.features < cache.features_whole else ""
+        return f"{cache.features:,}{all_} features of pictures in every cross layer"
     return (
         f"{cache.image_tokens} image tokens: {cache.core.mean:.0f} core, "
         f"{cache.stored.mean:.0f} stored, {cache.minor.mean:.0f} freed"

@@ -45,12 +45,14 @@ class CrossStored:
     Attributes:
         source: the features that they were computed from, while anybody has them.
         extents: each layer's; its slots are the features, in order.
+        whole: how many features a token saw before any were dropped.
     """
 
     blind: ClassVar[int] = 0  # see ``Sight``
 
     source: ref[Tensor]
     extents: tuple[Extent, ...]
+    whole: int
 
     @property
     def seen(self) -> int:
@@ -61,6 +63,11 @@ class CrossStored:
     def nbytes(self) -> int:
         """Bytes of all layers' keys and values."""
         return sum(extent.size * extent.pool.slot_bytes for extent in self.extents)
+
+    @property
+    def nbytes_whole(self) -> int:
+        """The same with all features."""
+        return self.nbytes * self.whole // self.seen
 
     def pair(self, layer: int, project: Project) -> Pair:
         """A layer's keys and values, where they lie."""
@@ -103,9 +110,11 @@ class CrossPools:
                 return stored
         return None
 
-    def has(self, sights: Sequence[Sight]) -> bool:
-        """Whether there is room for what a turn with these pictures will hold."""
-        fresh = [sight.seen for sight in lasting(sights) if self.find(sight) is None]
+    def has(self, sights: Sequence[Sight], *, trims: bool = False) -> bool:
+        """Whether there is room for what a turn with these pictures will hold; where its policy
+        ``trims``, nothing of it is another's.
+        """
+        fresh = [sight.seen for sight in lasting(sights) if trims or self.find(sight) is None]
         return all(_has_all(pool, fresh) for pool in self.pools)
 
 

@@ -9,28 +9,51 @@ import torch
 from torch import Tensor
 
 from ..ops.attention import whole_attention
+from ..policies.policy import Policy
 from .crossing import CrossPools, CrossStored, Pair, Project, Sight, groups
 from .pool import Extent
+
+_FEW = 64  # tokens whose weights are computed at once
 
 
 class Fresh:
     """A picture that is new to the cache. With ``pools`` it stays there."""
 
-    def __init__(self, sight: Sight, pools: CrossPools | None) -> None:
+    def __init__(self, sight: Sight, pools: CrossPools | None, *, trims: bool) -> None:
+        """``trims``: behind the first layer ``trim`` says what stays of it."""
         self.seen, self.blind = sight.seen, sight.blind
-        self._features, self._pools = sight.features, pools
+        self._features, self._pools, self._whole = sight.features, pools, sight.seen
+        self._trims = trims
+        self._first: Pair | None = None
         self._taken: list[Extent] = []
 
     def pair(self, layer: int, project: Project) -> Pair:
         """A layer's keys and values, computed now: asked once, layer by layer."""
-        k, v = project(self._features)
-        if self._pools is not None:
-            pool = self._pools.pools[layer]
-            self._taken.append(pool.take(self.seen))
-            start = self._taken[-1].start
-            for numbers, new in ((pool.k, k), (pool.v, v)):
-                numbers[start : start + self.seen] = new[: self.seen]
-        return k, v
+        pair = project(self._features)
+        if self._trims and layer == 0:
+            self._first = pair
+        else:
+            self._store(layer, *pair)
+        return pair
+
+    def trim(self, kept: Tensor) -> None:
+        """Only these ascending features stay, of the first layer's too; later ones compute no
+        others. Tokens that see no picture attend as many.
+        """
+        assert self._first is not None, "the first layer has been asked"
+        (k, v), self._first = self._first, None
+        self._features, self.seen = self._features[kept], len(kept)
+        self.blind = min(self.blind, self.seen)
+        self._store(0, k[kept], v[kept])
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if self._pools is None:
+            return
+        pool = self._pools.pools[layer]
+        self._taken.append(pool.take(self.seen))
+        start = self._taken[-1].start
+        for numbers, new in ((pool.k, k), (pool.v, v)):
+            numbers[start : start + self.seen] = new[: self.seen]
 
     def hold(self) -> None:
         """What is not there yet has no holder."""
@@ -38,7 +61,8 @@ class Fresh:
     def kept(self) -> CrossStored:
         """What a row holds after a pass: what has been stored."""
         assert self._pools is not None, "nothing is kept without pools"
-        return self._pools.know(CrossStored(ref(self._features), tuple(self._taken)))
+        stored = CrossStored(ref(self._features), tuple(self._taken), self._whole)
+        return stored if self._trims else self._pools.know(stored)
 
     def give(self) -> None:
         """Give back what was taken."""
@@ -51,7 +75,8 @@ class Looking:
 
     Of the latter those that later tokens see are stored in ``pools``, if there are any. What lies
     there already is held from ``hold`` on, whoever else gives it back meanwhile, up to ``keep``,
-    once all layers are done, or ``release``.
+    once all layers are done, or ``release``. Where ``policy`` trims, each turn has pictures of its
+    own.
     """
 
     def __init__(
@@ -59,14 +84,17 @@ class Looking:
         sights: Sequence[Sight] = (),
         pools: CrossPools | None = None,
         past: Sequence[CrossStored] = (),
+        policy: Policy | None = None,
     ) -> None:
+        self.policy = policy or Policy()
+        trims = self.policy.trims
         self.groups = groups([sight.place for sight in sights], len(past))
         self._last = self.groups[-1][1]
         self.pictures: list[CrossStored | Fresh] = list(past)
         for number, sight in enumerate(sights, len(past)):
             lasts = pools is not None and self._last.start <= number < self._last.stop
-            found = None if pools is None else pools.find(sight)
-            self.pictures.append(found or Fresh(sight, pools if lasts else None))
+            found = None if pools is None or trims else pools.find(sight)
+            self.pictures.append(found or Fresh(sight, pools if lasts else None, trims=trims))
 
     def view(self, layer: int, positions: Tensor) -> LookView | None:
         """A layer's view, for tokens at these ascending ``positions`` of the turn."""
@@ -93,7 +121,9 @@ class LookView:
     """A cross layer's view of a pass; see ``CrossView``."""
 
     def __init__(self, looking: Looking, layer: int, positions: Tensor) -> None:
-        self._pictures, self._layer = looking.pictures, layer
+        self._pictures, self._layer, self._tokens = looking.pictures, layer, len(positions)
+        self._policy = looking.policy
+        self._received: dict[int, Tensor] = {}  # by picture, where some are trimmed
         starts = torch.tensor([start for start, _ in looking.groups], device=positions.device)
         found = torch.searchsorted(positions, starts).tolist()
         ends = [*found[1:], len(positions)]
@@ -116,7 +146,24 @@ class LookView:
                 if pairs:
                     out[mine] = attention_across(q[mine], pairs)
                 sees[mine] = float(not blind)
+                if self._policy.trims and self._layer == 0 and not blind:
+                    self._receive(pictures, received(q[mine], pairs))
+        if self._done == self._tokens:
+            self._trim()
         return out, sees
+
+    def _receive(self, pictures: slice, given: Sequence[Tensor]) -> None:
+        """Add what tokens have given to the features of each picture."""
+        for number, mine in zip(range(pictures.start, pictures.stop), given, strict=True):
+            earlier = self._received.get(number)
+            self._received[number] = mine if earlier is None else earlier + mine
+
+    def _trim(self) -> None:
+        """Let the policy choose of the turn's pictures, behind the first layer."""
+        for number, given in self._received.items():
+            picture = self._pictures[number]
+            if isinstance(picture, Fresh):
+                picture.trim(self._policy.features(given))
 
     def _pairs_of(self, pictures: slice) -> list[Pair]:
         """What a token attends that sees these pictures."""
@@ -128,6 +175,18 @@ class LookView:
         sizes = [picture.blind for picture in self._pictures]
         both = zip(self._pairs, sizes, strict=True)
         return [(k[:size], v[:size]) for (k, v), size in both if size]
+
+
+def received(q: Tensor, pairs: Sequence[Pair]) -> list[Tensor]:
+    """What ``q [tokens, heads, head_dim]`` give to the features of each pair, ``[heads, features]``
+    fp32: softmax weights over all of them together, summed over the tokens.
+    """
+    k = torch.cat([k for k, _ in pairs]).repeat_interleave(q.shape[1] // pairs[0][0].shape[1], 1)
+    total = torch.zeros(q.shape[1], len(k), device=q.device)
+    for few in q.split(_FEW):  # the weights of all tokens at once may be larger than the model
+        logits = torch.einsum("thd,nhd->htn", few.float(), k.float()) * q.shape[2] ** -0.5
+        total += logits.softmax(-1).sum(1)
+    return list(total.split([len(k) for k, _ in pairs], 1))
 
 
 def attention_across(q: Tensor, pairs: Sequence[Pair]) -> Tensor:

@@ -49,6 +49,7 @@ class CacheReport:
         features: of pictures, that each cross layer holds and reads in every step; they are no
             tokens of the sequence, and no count or share above is of them.
         feature_bytes: bytes of their keys and values, in all cross layers.
+        features_whole: how many they were before a policy dropped any.
     """
 
     policy: str
@@ -69,6 +70,7 @@ class CacheReport:
     values_read: float = 1.0
     features: int = 0
     feature_bytes: int = 0
+    features_whole: int = 0
 
 
 def report(row: Row, pools: Sequence[Pool], cross: Sequence[Pool] = ()) -> CacheReport:
@@ -104,7 +106,8 @@ def report(row: Row, pools: Sequence[Pool], cross: Sequence[Pool] = ()) -> Cache
         used_share=sum(steps) / len(steps) if steps else sum(tokens) / (len(tokens) * seen),
         bytes_used=used + feature_bytes,
         bytes_allocated=allocated,
-        bytes_full=len(tokens) * seen * token_bytes + feature_bytes,
+        bytes_full=len(tokens) * seen * token_bytes
+        + sum(picture.nbytes_whole for picture in row.pictures),
         formats=pictures.stored,
         image_stored_share=pictures.share(sum(pictures.stored.values()), total),
         image_read_share=pictures.share(pictures.step_bytes, total),
@@ -112,6 +115,7 @@ def report(row: Row, pools: Sequence[Pool], cross: Sequence[Pool] = ()) -> Cache
         values_read=pictures.values_read,
         features=sum(picture.seen for picture in row.pictures),
         feature_bytes=feature_bytes,
+        features_whole=sum(picture.whole for picture in row.pictures),
     )
 
 

@@ -81,7 +81,7 @@ class Avl(Policy):
             check_count(self, key)
         check_count(self, "layer", low=1)
 
-    def check_depth(self, layers: int) -> None:
+    def check_depth(self, layers: int, cross_layers: int = 0) -> None:
         """Where tokens are dropped after a layer, it must be there."""
         if self.prefill < 1:
             check_layer(self, self.layer, layers)

@@ -27,12 +27,13 @@ class Composed(Policy):
     policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
-        storing = [policy.name for policy in self.policies if policy.stores]
-        if len(storing) > 1:
-            raise OptionError(
-                f"cache policies {' and '.join(storing)} both decide what is stored",
-                hint="join one of them with a policy that only drops tokens, such as fastv",
-            )
+        for what in ("stores", "trims"):
+            both = [policy.name for policy in self.policies if getattr(policy, what)]
+            if len(both) > 1:
+                raise OptionError(
+                    f"cache policies {' and '.join(both)} both decide what is stored",
+                    hint="join one of them with a policy that only drops tokens, such as fastv",
+                )
 
     @property
     def _storing(self) -> Policy:
@@ -42,10 +43,10 @@ class Composed(Policy):
         """See ``Policy.for_sequence``."""
         return replace(self, policies=tuple(policy.for_sequence() for policy in self.policies))
 
-    def check_depth(self, layers: int) -> None:
+    def check_depth(self, layers: int, cross_layers: int = 0) -> None:
         """See ``Policy.check_depth``."""
         for policy in self.policies:
-            policy.check_depth(layers)
+            policy.check_depth(layers, cross_layers)
 
     @property
     def in_one_piece(self) -> bool:
@@ -85,6 +86,15 @@ class Composed(Policy):
         """What the first policy that drops anything lets through."""
         found = (policy.narrow(layer, layout, received) for policy in self.policies)
         return next((onward for onward in found if onward is not None), None)
+
+    @property
+    def trims(self) -> bool:
+        """See ``Policy.trims``."""
+        return any(policy.trims for policy in self.policies)
+
+    def features(self, received: Tensor) -> Tensor:
+        """See ``Policy.features``."""
+        return next(policy for policy in self.policies if policy.trims).features(received)
 
     def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
         """See ``Policy.text_budget``."""

@@ -33,7 +33,7 @@ class FastV(Policy):
         check_count(self, "layer", low=1)
         check_share(self, "drop")
 
-    def check_depth(self, layers: int) -> None:
+    def check_depth(self, layers: int, cross_layers: int = 0) -> None:
         """Where tokens are dropped before a layer, it must be there."""
         if self.drop:
             check_layer(self, self.layer, layers)

@@ -51,8 +51,10 @@ class Policy:
         """
         return self
 
-    def check_depth(self, layers: int) -> None:
-        """Raise OptionError if this policy is of a layer that a model of ``layers`` lacks."""
+    def check_depth(self, layers: int, cross_layers: int = 0) -> None:
+        """Raise OptionError if this policy is of a layer that a model lacks, of its ``layers`` or
+        its ``cross_layers``.
+        """
 
     @property
     def impartial(self) -> bool:
@@ -110,6 +112,18 @@ class Policy:
     def narrow(self, layer: int, layout: Layout, received: Received) -> Tensor | None:
         """Ascending new tokens whose hidden states go on after ``layer``; None: all of them."""
         return None
+
+    @property
+    def trims(self) -> bool:
+        """Whether this policy chooses among the features that cross layers look at."""
+        return type(self).features is not Policy.features
+
+    def features(self, received: Tensor) -> Tensor:
+        """Ascending features of a picture that cross layers keep, all of them alike. ``received
+        [heads, features]`` fp32 is what the first of these layers gave them, summed over the tokens
+        of the prompt that see the picture.
+        """
+        raise NotImplementedError
 
     def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
         """Tokens a head may keep of the evictable text; None: no limit.

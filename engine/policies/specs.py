@@ -18,6 +18,7 @@ from .random import Random
 from .sift import Sift
 from .snapkv import SnapKv
 from .streaming import Streaming
+from .trimmed import Trimmed
 from .zipvl import ZipVl
 
 # Nothing is forgotten, a third of a picture's bytes are stored and a sixth read in a step, within a
@@ -27,7 +28,7 @@ DEFAULT_CACHE = "sift"
 # A new policy is one file in this folder and one row here.
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
-    for policy in (Full, Avl, Sift, ZipVl, H2o, FastV, Streaming, SnapKv, Random)
+    for policy in (Full, Avl, Sift, ZipVl, H2o, FastV, Streaming, SnapKv, Trimmed, Random)
 }
 
 

@@ -200,7 +200,9 @@ class Scheduler:
 
     def _has_features(self, job: Job) -> bool:
         """Whether there is room for what cross layers see of a job's pictures."""
-        return self.cross is None or self.cross.has(job.turn.sights(self.model))
+        if self.cross is None:
+            return True
+        return self.cross.has(job.turn.sights(self.model), trims=job.policy.trims)
 
     def _slots(self, job: Job) -> tuple[int, dict[str, int]]:
         """Slots that a job needs in a layer at most; none to speak of where pools grow."""

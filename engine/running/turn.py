@@ -128,7 +128,7 @@ def reading(
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
     ids = torch.tensor(turn.token_ids, device=device)
     rotary = decoder.rotation.begin(len(turn.token_ids))
-    looking = Looking(turn.sights(model), cross, past.pictures if past else ())
+    looking = Looking(turn.sights(model), cross, past.pictures if past else (), policy)
     with Prefill(pools, policy, layout, new_tokens, past, observer, rotary, looking) as step:
         embedded = model.embed(ids, turn.spans, turn.features)
         hidden = yield from decoder.slices(embedded, step)

@@ -315,7 +315,7 @@ class Engine:
             tokens = torch.tensor(turn.token_ids, device=self.device)
             hidden = self.model.embed(tokens, turn.spans, turn.features)
             looking = Looking(turn.sights(self.model))
-            step = Uncached(len(tokens), self.model.decoder.rotation.begin(len(tokens)), looking)
+            step = Uncached(len(tokens), turn.rotary(self.model), looking)
             return self.model.decoder.logits(self.model.decoder(hidden, step))
         ids = self._continuation(continuation)
         forced, scheduler = Forced(ids), self.scheduler()

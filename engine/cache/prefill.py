@@ -172,7 +172,7 @@ class Prefill:
         self.row = Row(
             policy=self.policy,
             image_spans=[*self.past.image_spans, *_spans(turn, self.past.seen)],
-            rotary=self.past.rotary if self.past.layers or rotary is None else rotary,
+            rotary=self.past.rotary if rotary is None else rotary,
             observer=observer or self.past.observer,
         )
         self.rotary = self.row.rotary[None]

@@ -115,6 +115,7 @@ class State:
         self.text.join(row, r, self.lengths.texts[r], self.lengths.evicts[r])
         self.runs.join(row, r)
         self.crossed.join(row, r)
+        self.rotary[r] = 0
         self.rotary[r, : len(row.rotary)] = row.rotary
         self.most[r] = row.policy.leaves_out()
         for tier in range(len(self.means)):

@@ -22,14 +22,17 @@ from ..checkpoint.mllama_names import mllama_names
 from ..checkpoint.names import Rename, clip_names, llava_names
 from ..checkpoint.packed import settings_of
 from ..checkpoint.qwen_names import qwen_names
+from ..checkpoint.qwen_patches_names import qwen_patches_names
 from ..errors import CheckpointError, OptionError
 from ..models.llava import DECODERS, Llava, LlavaConfig, parse_hub, parse_original
 from ..models.llava_next import LlavaNext, parse_next_hub, parse_next_original
 from ..models.mllama import Mllama, MllamaConfig
+from ..models.qwen_patches import PatchesConfig, QwenPatches
 from ..models.qwen_vl import QwenVl, QwenVlConfig
 from ..models.vision_language import VisionLanguageModel
 from ..pictures.anyres import Canvas, TileProcessor, check_same, read_pinpoints
 from ..pictures.canvas import CanvasProcessor
+from ..pictures.patches import PatchProcessor
 from ..pictures.preprocess import ImageProcessor, Mode
 from ..prompts.chat_template import find_template
 from ..prompts.templates import find_style
@@ -287,6 +290,45 @@ def _mllama(folder: Path, config: Config, wishes: Wishes) -> Family:
     )
 
 
+def _qwen_patches(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``Qwen/Qwen2-VL-*``, ``Qwen/Qwen2.5-VL-*`` and ``Qwen/Qwen3-VL-*``, dense ones."""
+    parsed = PatchesConfig.parse(config)
+    processor = _patch_processor(folder, parsed, third=config["model_type"] == "qwen3_vl")
+    with torch.device("meta"):
+        model = QwenPatches(parsed, processor.cells)
+    third = config["model_type"] == "qwen3_vl"
+    return Family(
+        model=model,
+        rename=qwen_patches_names(),
+        processor=processor,
+        style=wishes.style or ("qwen3-vl" if third else "qwen2-vl"),
+        end_tokens=end_tokens(folder, parsed.end_tokens),
+        image_marks=("<|vision_start|>", "<|vision_end|>"),
+    )
+
+
+def _patch_processor(folder: Path, config: PatchesConfig, *, third: bool) -> PatchProcessor:
+    """The checkpoint's own limits of a picture's pixels, else the published ones."""
+    least, most = (65536, 16777216) if third else (3136, 12845056)
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if third else {}
+    where, values = _picture_rules(folder, half)
+    read = ConfigReader(values, where)
+    size = values.get("size")
+    if isinstance(size, Mapping) and {"shortest_edge", "longest_edge"} <= set(size):
+        # So they are called, and are numbers of pixels.
+        limits = read.section("size")
+        least, most = (limits.integer(f"{side}_edge", low=1) for side in ("shortest", "longest"))
+    least, most = read.integer("min_pixels", least), read.integer("max_pixels", most)
+    if (patch := read.integer("patch_size", config.cells.patch)) != config.cells.patch:
+        raise read.fail("patch_size", f"is {patch}, config.json says {config.cells.patch}")
+    cells = replace(config.cells, least=least, most=most)
+    if not cells.side**2 <= least <= most:
+        raise read.fail("min_pixels", f"and max_pixels are {least} and {most}")
+    exact = {"size": {"height": 1, "width": 1}, "do_center_crop": False}
+    plain = ImageProcessor.from_config({**half, **values, **exact}, "crop", where)
+    return PatchProcessor(**vars(plain), cells=cells)
+
+
 def _canvas_processor(folder: Path, config: MllamaConfig) -> CanvasProcessor:
     """The checkpoint's own rules for tiles, which must be those of the tower."""
     side, tiles = config.vision.image, config.vision.tiles
@@ -412,4 +454,7 @@ FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
     "llava_next": _next_hub,
     "mllama": _mllama,
     "qwen": _qwen,
+    "qwen2_vl": _qwen_patches,
+    "qwen2_5_vl": _qwen_patches,
+    "qwen3_vl": _qwen_patches,
 }

@@ -1,4 +1,4 @@
-"""The language decoder that Llama, Vicuna, Mistral and Qwen2 share.
+"""The language decoder that Llama, Vicuna, Mistral, Qwen2 and Qwen3 share.
 
 Pre-norm layers of RMSNorm, rotary attention with grouped key/value heads, and a SwiGLU MLP. Tensors
 carry no batch dimension: ``hidden`` is ``[tokens, hidden]``, where the tokens are either one
@@ -8,7 +8,7 @@ policy; it hands queries, keys and values to ``view.attend``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar, cast
 
@@ -46,6 +46,7 @@ class DecoderConfig:
     context: int
     windowed: bool = False
     rope: Llama3Rope | None = None
+    qk_norm: bool = False  # queries and keys are normed head by head (Qwen3)
 
     @property
     def limit(self) -> str:
@@ -95,22 +96,24 @@ class DecoderConfig:
             context=min(context, window),
             windowed=window < context,
             rope=_llama3_rope(config),
+            qk_norm=family == "qwen3",
         )
 
 
-# What transformers' LlamaConfig, MistralConfig and Qwen2Config say where a published file is silent
+# What transformers' LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config say where a published file is silent
 # (kv_heads None: as many as heads).
 _DEFAULTS: dict[str, dict[str, int | None]] = {
     "llama": {"kv_heads": None, "mlp": 11008, "vocab": 32000, "context": 2048},
     "mistral": {"kv_heads": 8, "mlp": 14336, "vocab": 32000, "context": 131072},
     "qwen2": {"kv_heads": 32, "mlp": 22016, "vocab": 151936, "context": 32768},
+    "qwen3": {"kv_heads": 32, "mlp": 22016, "vocab": 151936, "context": 32768},
 }
 
 
 def _sliding_window(config: ConfigReader, family: str) -> int | None:
     """How many tokens the model attends to, itself included; None: all of them."""
     default = 4096 if family == "mistral" else None
-    used = config.flag("use_sliding_window", family != "qwen2")
+    used = config.flag("use_sliding_window", not family.startswith("qwen"))
     if not used or config.values.get("sliding_window", default) is None:
         return None
     return config.integer("sliding_window", default)
@@ -166,8 +169,8 @@ class Step(Protocol):
     Attributes:
         positions: ``[tokens]`` int64 numbers of the tokens within their sequences.
         rotary: ``[1 or rows, words]`` int64, each sequence's rotary state: what its rotation has
-            made of its first prefill (see ``Rotation.begin``), once and for all. The cache carries
-            it and reads nothing of it: what a token is rotated by is the model's affair.
+            made of its turns (see ``Rotation.begin``). The cache carries it and reads nothing of
+            it: what a token is rotated by is the model's affair.
     """
 
     positions: Tensor
@@ -205,9 +208,19 @@ class Rotation:
         if scaling is not None:
             self.frequencies = scaling.slowed(self.frequencies)
 
-    def begin(self, tokens: int) -> Tensor:
-        """The rotary state ``[words]`` int64 of a sequence whose first prefill has ``tokens``."""
-        return torch.empty(0, dtype=torch.int64, device=self.frequencies.device)
+    def begin(
+        self,
+        tokens: int,
+        past: Tensor | None = None,
+        spans: Sequence[tuple[int, int]] = (),
+        grids: Sequence[tuple[int, int]] = (),
+    ) -> Tensor:
+        """The rotary state ``[words]`` int64 of a sequence that a turn of ``tokens`` begins, or
+        goes on with, behind the state ``past``. ``spans`` are the numbers of its pictures' tokens,
+        ``grids`` their rows and columns, of a model that tells places apart.
+        """
+        nothing = torch.empty(0, dtype=torch.int64, device=self.frequencies.device)
+        return nothing if past is None else past
 
     def tables(self, positions: Tensor, rotary: Tensor, dtype: torch.dtype) -> Tables:
         """Cosine and signed sine at a step's positions, for a model in ``dtype``; see ``Step``."""
@@ -250,7 +263,10 @@ class DecoderLayer(nn.Module):
         self.gate_proj = Linear(hidden, config.mlp, bias=False)
         self.up_proj = Linear(hidden, config.mlp, bias=False)
         self.down_proj = Linear(config.mlp, hidden, bias=False)
-        self.qkv = Matrix(self.q_proj, self.k_proj, self.v_proj)
+        if config.qk_norm:  # which wants them apart
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) for _ in "qk")
+        else:
+            self.qkv = Matrix(self.q_proj, self.k_proj, self.v_proj)
         self.gate_up = Matrix(self.gate_proj, self.up_proj)
 
     def view(self, step: Step) -> View:
@@ -273,8 +289,15 @@ class DecoderLayer(nn.Module):
     def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         shape = (len(normed), -1, self.config.head_dim)
-        q, k, v = (each.view(shape) for each in self.qkv.product(normed))
+        q, k, v = (each.view(shape) for each in self._qkv(normed))
         return self.o_proj(view.attend(q, k, v, tables).flatten(1))
+
+    def _qkv(self, normed: Tensor) -> Sequence[Tensor]:
+        if not self.config.qk_norm:
+            return self.qkv.product(normed)
+        heads = (-1, self.config.head_dim)
+        q, k = self.q_proj(normed).view(heads), self.k_proj(normed).view(heads)
+        return self.q_norm(q), self.k_norm(k), self.v_proj(normed)
 
 
 Result = TypeVar("Result")
@@ -348,10 +371,14 @@ class Decoder(nn.Module):
         tables = self.rotation.tables(step.positions, step.rotary, hidden.dtype)
         return (yield from self.through(hidden, tables, step))
 
-    def through(self, hidden: Tensor, tables: Tables, step: Step) -> Slices[Tensor]:
-        """All layers and the final norm; see ``slices``."""
+    def through(
+        self, hidden: Tensor, tables: Tables, step: Step, beside: Sequence[Tensor] = ()
+    ) -> Slices[Tensor]:
+        """All layers and the final norm; see ``slices``. ``beside[n] [tokens, hidden]`` is added to
+        the stream behind layer n.
+        """
         delta: Tensor | None = None
-        for layer in cast(Iterable[Layer], self.layers):
+        for number, layer in enumerate(cast(Iterable[Layer], self.layers)):
             view, pieces = layer.view(step), []
             if view is None:
                 continue
@@ -360,10 +387,12 @@ class Decoder(nn.Module):
                 pieces.append(layer(hidden[chunk], behind, tables.at(chunk), view))
                 yield
             hidden, delta = joined(pieces)
+            if number < len(beside):
+                hidden = hidden + beside[number]
             onward = layer.narrow(step)
             if onward is not None:
                 hidden, delta = hidden[onward], delta[onward]
-                tables = tables.at(onward)
+                tables, beside = tables.at(onward), [each[onward] for each in beside]
         return self.norm.after(hidden, delta)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:

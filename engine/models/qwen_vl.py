@@ -113,9 +113,16 @@ class QwenRotation(Rotation):
         super().__init__(decoder.head_dim, decoder.rope_theta, device)
         self.config = config
 
-    def begin(self, tokens: int) -> Tensor:
+    def begin(
+        self,
+        tokens: int,
+        past: Tensor | None = None,
+        spans: Sequence[tuple[int, int]] = (),
+        grids: Sequence[tuple[int, int]] = (),
+    ) -> Tensor:
         """See ``Rotation.begin``."""
-        return torch.tensor([tokens], device=self.frequencies.device)
+        first = torch.tensor([tokens], device=self.frequencies.device)
+        return first if past is None or not len(past) else past
 
     def tables(self, positions: Tensor, rotary: Tensor, dtype: torch.dtype) -> Tables:
         """See ``Rotation.tables``: in fp32 whatever the model is in, as published."""

@@ -49,6 +49,12 @@ class VisionLanguageModel(nn.Module):
             hidden[start:end] = picture
         return hidden
 
+    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Rows and columns of the image tokens of pictures of ``sizes`` (width, height), of a model
+        whose rotation tells them apart; see ``Rotation.begin``.
+        """
+        return []
+
     def sights(
         self,
         spans: Sequence[tuple[int, int]],

@@ -182,6 +182,27 @@ def _chatml(default: str, gap: str) -> Style:
     return Style(opening, turns, closing="<|im_end|>")
 
 
+def _qwen_patches(default: str) -> Style:
+    """Qwen2-VL's and Qwen3-VL's ChatML: texts and pictures in their order, nothing between them,
+    and the system text ``default``, if there is any, where none is given.
+    """
+
+    def turns(messages: Sequence[Message]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for message in messages:
+            pieces += ["\n", Special("<|im_start|>"), f"{message.role}\n"]
+            pieces += [*message.content, Special("<|im_end|>")]
+        return [*pieces, "\n", Special("<|im_start|>"), "assistant\n"]
+
+    def opening(messages: Sequence[Message]) -> list[Piece]:
+        if default and messages[0].role != "system":
+            messages = [Message("system", (default,)), *messages]
+        return turns(messages)[1:]  # no new line in front of the first
+
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    return Style(opening, turns, closing="<|im_end|>", picture=mark)
+
+
 _NEWLINE = Alone("\n")
 _GROUNDING = re.compile(r"(</?(?:ref|box|quad)>)")
 
@@ -230,6 +251,8 @@ STYLES = {
     "mllama-base": Style(_mllama_base, _mllama_base, picture="<|image|>"),
     "yi": _chatml("Answer the questions.", gap=""),
     "chatml": _chatml("You are a helpful assistant.", gap="\n"),
+    "qwen2-vl": _qwen_patches("You are a helpful assistant."),
+    "qwen3-vl": _qwen_patches(""),
     "qwen-vl": Style(_qwen_base, _qwen_base),
     "qwen-vl-chat": Style(_qwen_chat, _qwen_turns, closing="<|im_end|>"),
 }

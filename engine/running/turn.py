@@ -45,8 +45,19 @@ class Turn:
 
     def sights(self, model: VisionLanguageModel) -> list[Sight]:
         """What the model's cross layers see of it, if it has any."""
-        mine = self.sizes[len(self.sizes) - len(self.features) :]
-        return model.sights(self.spans, self.features, mine)
+        return model.sights(self.spans, self.features, self._own_sizes)
+
+    def rotary(self, model: VisionLanguageModel, past: Row | None = None) -> Tensor:
+        """The rotary state of a sequence that it begins or, behind ``past``, goes on with."""
+        before, earlier = (past.rotary, past.seen) if past and past.layers else (None, 0)
+        spans = [(earlier + start, earlier + end) for start, end in self.spans]
+        grids, begin = model.grids(self._own_sizes), model.decoder.rotation.begin
+        return begin(len(self.token_ids), before, spans if grids else (), grids)
+
+    @property
+    def _own_sizes(self) -> Sequence[tuple[int, int]]:
+        """Of its own pictures, without those of earlier turns."""
+        return self.sizes[len(self.sizes) - len(self.features) :]
 
     def slots(self, policy: Policy, new_tokens: int, past: Row) -> tuple[int, dict[str, int]]:
         """Slots of cache that a layer needs at most for it, and ``new_tokens``, behind ``past``:
@@ -127,7 +138,7 @@ def reading(
     device = decoder.norm.weight.device
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
     ids = torch.tensor(turn.token_ids, device=device)
-    rotary = decoder.rotation.begin(len(turn.token_ids))
+    rotary = turn.rotary(model, past)
     looking = Looking(turn.sights(model), cross, past.pictures if past else (), policy)
     with Prefill(pools, policy, layout, new_tokens, past, observer, rotary, looking) as step:
         embedded = model.embed(ids, turn.spans, turn.features)

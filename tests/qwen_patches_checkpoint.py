@@ -151,7 +151,9 @@ def write_qwen_patches(
     (folder / "tokenizer.json").write_text(made.to_str())
     (folder / "chat_template.jinja").write_text(template(kind))
     ends = [made.token_to_id("<|im_end|>"), made.token_to_id("<|endoftext|>")]
-    write_json(folder / "generation_config.json", {"eos_token_id": ends, "repetition_penalty": 1.05})
+    write_json(
+        folder / "generation_config.json", {"eos_token_id": ends, "repetition_penalty": 1.05}
+    )
     write_json(folder / "preprocessor_config.json", preprocessor(kind))
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     settings |= {"tokenizer_class": "Qwen2TokenizerFast", "add_bos_token": False}
@@ -165,18 +167,27 @@ def preprocessor(kind: str) -> dict[str, Any]:
     if kind == "qwen3_vl":
         least, most = LIMITS[kind]
         half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        return common | half | {
-            "patch_size": 16,
-            "size": {"shortest_edge": least, "longest_edge": most},
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-        }
+        return (
+            common
+            | half
+            | {
+                "patch_size": 16,
+                "size": {"shortest_edge": least, "longest_edge": most},
+                "image_processor_type": "Qwen2VLImageProcessorFast",
+            }
+        )
     means = {"image_mean": [0.48145466, 0.4578275, 0.40821073]}
     means |= {"image_std": [0.26862954, 0.26130258, 0.27577711]}
     limits = {"min_pixels": 3136, "max_pixels": 50176}
-    return common | means | limits | {
-        "patch_size": 14,
-        "image_processor_type": "Qwen2VLImageProcessor",
-    }
+    return (
+        common
+        | means
+        | limits
+        | {
+            "patch_size": 14,
+            "image_processor_type": "Qwen2VLImageProcessor",
+        }
+    )
 
 
 def _rename(folder: Path) -> None:

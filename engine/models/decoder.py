@@ -100,8 +100,8 @@ class DecoderConfig:
         )
 
 
-# What transformers' LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config say where a published file is silent
-# (kv_heads None: as many as heads).
+# What transformers' LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config say where a published
+# file is silent (kv_heads None: as many as heads).
 _DEFAULTS: dict[str, dict[str, int | None]] = {
     "llama": {"kv_heads": None, "mlp": 11008, "vocab": 32000, "context": 2048},
     "mistral": {"kv_heads": 8, "mlp": 14336, "vocab": 32000, "context": 131072},

@@ -148,7 +148,9 @@ class PatchTower(nn.Module):
             self.positions = nn.Parameter(torch.empty(config.positions**2, config.hidden))
         self.layers = nn.ModuleList(TowerLayer(config) for _ in range(config.layers))
         self.merger = Merger(config, cells)
-        self.deep_mergers = nn.ModuleList(Merger(config, cells, late=True) for _ in config.deepstack)
+        self.deep_mergers = nn.ModuleList(
+            Merger(config, cells, late=True) for _ in config.deepstack
+        )
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features ``[cells, (1 + deepstack) * output]`` of one picture's ``patches [patches, 3,

@@ -58,7 +58,9 @@ class PatchesConfig:
         _check_frames(vision)
         tower = _TOWERS[kind](vision, cells)
         if tower.output != decoder.hidden:
-            problem = f"make tokens of {tower.output}, the decoder's hidden_size is {decoder.hidden}"
+            problem = (
+                f"make tokens of {tower.output}, the decoder's hidden_size is {decoder.hidden}"
+            )
             raise vision.fail("the tower's sizes", problem)
         return cls(
             decoder=decoder,
@@ -71,7 +73,7 @@ class PatchesConfig:
 
 
 def _rope(text: ConfigReader) -> ConfigReader:
-    """Where a file says how it rotates: rope_parameters since transformers 5, rope_scaling before."""
+    """Where a file says how it rotates: rope_scaling, or since transformers 5 rope_parameters."""
     name = "rope_parameters" if text.values.get("rope_parameters") else "rope_scaling"
     rope = text.section(name)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))

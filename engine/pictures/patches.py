@@ -81,7 +81,7 @@ class Cells:
 class PatchProcessor(ImageProcessor):
     """Turns a picture into the patches of its cells."""
 
-    cells: Cells = Cells()  # noqa: RUF009 - immutable
+    cells: Cells = Cells()
 
     def prepare(self, image: Image.Image) -> Pixels:
         """Return ``[patches, 3, patch, patch]``."""

@@ -18,6 +18,7 @@ from .cache.prefill import Uncached
 from .checkpoint.fingerprint import fingerprint
 from .errors import CheckpointError, OptionError
 from .loading.capacity import memory_for
+from .loading.families import Wishes
 from .loading.loading import Loaded, load
 from .loading.processors import choose_threads
 from .loading.quantising import held
@@ -83,6 +84,7 @@ class Engine:
         revision: str | None = None,
         offline: bool = False,
         vision_tower: str | PathLike[str] | None = None,
+        max_image_tokens: int | None = None,
         selection: str = "branch",
         graphs: bool = False,
         threads: int | None = None,
@@ -104,6 +106,8 @@ class Engine:
             offline: never download.
             vision_tower: folder or hub name of the vision tower of a checkpoint that leaves it out,
                 in place of the one that its config.json names (``mm_vision_tower``).
+            max_image_tokens: of a picture, for models that take pictures of any size (Qwen2-VL and
+                its successors); None: as many as the checkpoint allows, which may be 16,384.
             selection: where cached tokens are ranked and evicted on a GPU: "branch" (beside the end
                 of the step), "layers" (each layer's beside the next layers) or "sync" (in order).
                 The tokens are the same; on a CPU it is always in order.
@@ -118,7 +122,8 @@ class Engine:
 
         Raises:
             CheckpointError: weights, configuration or tokenizer are missing, damaged, unsupported.
-            OptionError: an unknown device, dtype, policy, style or selection, too many threads.
+            OptionError: an unknown device, dtype, policy, style or selection, too many threads, a
+                limit of image tokens where their number is fixed.
         """
         check_kinds(str, device=device, dtype=dtype, selection=selection, weights=weights)
         check_kinds(str | None, style=style, revision=revision)
@@ -127,7 +132,9 @@ class Engine:
         check_threads(threads)
         choose_threads(threads)
         policy, stepping = parse(cache), Stepping(selection, graphs)
-        loaded = load(name, device, dtype, style, revision, offline, vision_tower, weights)
+        tower = None if vision_tower is None else str(vision_tower)
+        wishes = Wishes(style, tower, offline, max_image_tokens)
+        loaded = load(name, device, dtype, revision, weights, wishes)
         return cls(loaded, policy, stepping)
 
     @property

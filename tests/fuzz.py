@@ -498,7 +498,7 @@ def _config(path: Path) -> Target:
     def read(content: bytes) -> None:
         path.write_bytes(content)
         try:
-            recognise(path.parent, None)
+            recognise(path.parent)
         finally:
             path.write_bytes(seed)
 

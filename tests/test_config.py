@@ -16,7 +16,7 @@ from engine.app.doctor import Examination
 from engine.checkpoint.config import ConfigReader
 from engine.engine import Engine
 from engine.errors import CapacityError, CheckpointError
-from engine.loading.families import recognise
+from engine.loading.families import Wishes, recognise
 from engine.loading.loading import load
 from engine.models.clip import ClipConfig
 from engine.models.decoder import DecoderConfig
@@ -74,7 +74,7 @@ def test_published_llava_has_the_shape_its_file_leaves_out(published: dict[str, 
 def test_published_folder_is_recognised() -> None:
     if not PUBLISHED.is_dir():
         pytest.skip("the published LLaVA-1.5 metadata is not here (AVL_REFERENCE_DATA)")
-    family = recognise(PUBLISHED, None)
+    family = recognise(PUBLISHED)
     assert family.style == "llava-hf"
     assert family.end_tokens == {2}
     assert family.processor.output_size == (336, 336)
@@ -156,10 +156,12 @@ def test_several_end_tokens_are_read(tmp_path: Path) -> None:
     ).end_tokens == (2, 9)
     write_llava(tmp_path, Shape())
     edit_json(tmp_path / "generation_config.json", eos_token_id=[2, 5])
-    assert recognise(tmp_path, None).end_tokens == {2, 5}
+    assert recognise(tmp_path).end_tokens == {2, 5}
     (tmp_path / "generation_config.json").unlink()
     assert recognise(tmp_path).end_tokens == frozenset()
-    assert load(tmp_path, "cpu", "auto", None, None, True).family.end_tokens == {2}  # </s>
+    assert load(tmp_path, "cpu", "auto", None, "auto", Wishes(offline=True)).family.end_tokens == {
+        2
+    }  # </s>
 
 
 @pytest.mark.parametrize(
@@ -427,5 +429,5 @@ def test_missing_preprocessor_takes_the_towers_size(
 ) -> None:
     write_llava(tmp_path, Shape())
     (tmp_path / "preprocessor_config.json").unlink()
-    processor = recognise(tmp_path, None).processor
-    assert processor == recognise(write_llava(tmp_path / "with", Shape()), None).processor
+    processor = recognise(tmp_path).processor
+    assert processor == recognise(write_llava(tmp_path / "with", Shape())).processor

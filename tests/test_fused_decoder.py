@@ -164,7 +164,7 @@ def test_weights_lie_side_by_side_and_once(
 
 def peak_of_loading(folder: Path, *, in_place: bool) -> tuple[int, int]:
     """Bytes of a model's parameters, and the most that was allocated while they were loaded."""
-    family = recognise(folder, None)
+    family = recognise(folder)
     model = family.model
     placement = side_by_side(model, torch.device("cpu")) if in_place else anywhere
     with (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.loading.families import recognise
+from engine.loading.families import Wishes, recognise
 from engine.options import make_options
 from engine.prompts.prompt import build_prompt, continue_prompt, parse_messages
 from engine.running.generation import Answer
@@ -95,7 +95,7 @@ def test_without_a_template_the_tokenizer_tells(folder: Path, tmp_path: Path) ->
         if path.name != "chat_template.jinja":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     assert recognise(tmp_path).style == "llama3"
-    assert recognise(tmp_path, "llava-hf").style == "llava-hf"
+    assert recognise(tmp_path, Wishes("llava-hf")).style == "llava-hf"
     (tmp_path / "chat_template.json").write_text('{"chat_template": "USER: "}')
     assert recognise(tmp_path).style in ("llava-hf", "llava-v1")
 

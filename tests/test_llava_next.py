@@ -413,7 +413,7 @@ def test_published_shapes_ask_for_exactly_the_published_tensors(name: str, tmp_p
     plain.write_json(tmp_path / "config.json", config)
     knows = {"added_tokens_decoder": {"6": {"content": "<|im_start|>"}}} if name == "34b" else {}
     plain.write_json(tmp_path / "tokenizer_config.json", knows)
-    family = recognise(tmp_path, None)
+    family = recognise(tmp_path)
     assert isinstance(family.model, LlavaNext)
     assert family.style == style
     assert family.model.decoder.config.rope_theta == text.get("rope_theta", 1e4)
@@ -442,7 +442,7 @@ def test_the_original_layout_needs_no_other_model_for_the_published_tower(tmp_pa
         "vocab_size": 32000,
     }
     plain.write_json(tmp_path / "config.json", config)
-    family = recognise(tmp_path, None)
+    family = recognise(tmp_path)
     assert isinstance(family.model, LlavaNext)
     assert (family.style, family.tower) == ("mistral", None)
     assert family.model.pinpoints == ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))

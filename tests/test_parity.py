@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine.engine import Engine
 from engine.errors import CheckpointError
-from engine.loading.families import recognise
+from engine.loading.families import Wishes, recognise
 from engine.prompts.prompt import STYLES, build_prompt, parse_messages, raw_prompt
 from tests.checkpoints import (
     DEFAULT,
@@ -118,7 +118,7 @@ def test_pixels_equal_transformers(
     size: tuple[int, int], oracle: Callable[..., Oracle], checkpoint: Callable[..., Path]
 ) -> None:
     image = noise(*size)
-    processor = recognise(checkpoint(Shape()), None).processor
+    processor = recognise(checkpoint(Shape())).processor
     expected = oracle().inputs([turn("user", PICTURE, ASK)], [image])["pixel_values"][0]
     assert torch.equal(processor(image), expected)
 
@@ -250,7 +250,7 @@ def test_a_style_decides_the_prompt_and_the_checkpoint_the_picture(
     original = engine_of(shape, "original")
     plain = engine_of(shape).processor
     for style in STYLES:
-        assert recognise(tmp_path, style).processor == original.processor != plain
+        assert recognise(tmp_path, Wishes(style)).processor == original.processor != plain
     ours = hub.logits("What is this?", [image])[:, :PIECES]
     torch.testing.assert_close(ours, original.logits("What is this?", [image]), rtol=0, atol=2e-5)
 

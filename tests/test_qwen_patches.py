@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from engine.engine import Engine
 from engine.errors import CheckpointError, ImageError, OptionError
+from engine.insight.panels import panels_of
 from engine.loading.families import recognise
 from engine.pictures.patches import Cells, packed, unpacked
 from engine.prompts.messages import parse_messages
@@ -162,9 +163,8 @@ GOLDEN = {
 @pytest.mark.parametrize("size", GOLDEN)
 def test_published_sizes_and_token_counts(size: tuple[int, int]) -> None:
     *resized, second, third = GOLDEN[size]
-    for cells, expected, tokens in zip(
-        (TWO_AND_A_HALF, THREE), resized, (second, third), strict=False
-    ):
+    both = zip((TWO_AND_A_HALF, THREE), resized, (second, third), strict=True)
+    for cells, expected, tokens in both:
         assert expected in (None, cells.resized(size))
         rows, columns = cells.grid(size)
         assert rows * columns == tokens
@@ -206,67 +206,44 @@ def test_every_layout_is_the_same_model(kind: str, options: Any, tmp_path: Path)
     assert (engine.logits(messages, images) - expected).abs().max() < TOLERANCE
 
 
-# Layers, hidden size, parameters in all (billions) of the published models.
+def decoder(hidden: int, layers: int, heads: int, kv: int, mlp: int, vocab: int) -> dict[str, Any]:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = dict(zip(names, (hidden, layers, heads, kv), strict=True))
+    return sizes | {"intermediate_size": mlp, "vocab_size": vocab}
+
+
+TIED = {"tie_word_embeddings": True}
+SMALLER = {"hidden_size": 1024, "depth": 24, "intermediate_size": 4096}
+SMALLER["deepstack_visual_indexes"] = [5, 11, 17]  # type: ignore[assignment]
+# The published models, and their parameters in billions.
 PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
     "Qwen2.5-VL-3B": (
         "qwen2_5_vl",
-        {
-            "hidden_size": 2048,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-        }
-        | {"intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True},
+        decoder(2048, 36, 16, 2, 11008, 151936) | TIED,
         {"out_hidden_size": 2048, "hidden_size": 1280},
         3.75,
     ),
     "Qwen2.5-VL-7B": (
         "qwen2_5_vl",
-        {
-            "hidden_size": 3584,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        }
-        | {"intermediate_size": 18944, "vocab_size": 152064},
+        decoder(3584, 28, 28, 4, 18944, 152064),
         {"out_hidden_size": 3584, "hidden_size": 1280},
         8.29,
     ),
     "Qwen3-VL-2B": (
         "qwen3_vl",
-        {
-            "hidden_size": 2048,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-        }
-        | {"intermediate_size": 6144, "vocab_size": 151936, "tie_word_embeddings": True},
-        {"out_hidden_size": 2048, "hidden_size": 1024, "depth": 24, "intermediate_size": 4096}
-        | {"deepstack_visual_indexes": [5, 11, 17]},
+        decoder(2048, 28, 16, 8, 6144, 151936) | TIED,
+        {"out_hidden_size": 2048} | SMALLER,
         2.13,
     ),
     "Qwen3-VL-4B": (
         "qwen3_vl",
-        {
-            "hidden_size": 2560,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        }
-        | {"intermediate_size": 9728, "vocab_size": 151936, "tie_word_embeddings": True},
-        {"out_hidden_size": 2560, "hidden_size": 1024, "depth": 24, "intermediate_size": 4096}
-        | {"deepstack_visual_indexes": [5, 11, 17]},
+        decoder(2560, 36, 32, 8, 9728, 151936) | TIED,
+        {"out_hidden_size": 2560} | SMALLER,
         4.44,
     ),
     "Qwen3-VL-8B": (
         "qwen3_vl",
-        {
-            "hidden_size": 4096,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        }
-        | {"intermediate_size": 12288, "vocab_size": 151936},
+        decoder(4096, 36, 32, 8, 12288, 151936),
         {"out_hidden_size": 4096},
         8.77,
     ),
@@ -372,6 +349,21 @@ def test_what_is_dropped_takes_its_inner_features_along(made: Any) -> None:
     assert dropped.cache.stored.low < full.cache.stored.low
 
 
+def test_pictures_may_be_limited_to_so_many_tokens(tmp_path: Path, ask: Any) -> None:
+    folder = write_qwen_patches(tmp_path / "m", "qwen3_vl")
+    noise(200, 150).save(tmp_path / "a.png")
+    flags = ("--model", folder, "--image", tmp_path / "a.png", "-p", "What?", "-n", "1", "--json")
+    counts = [
+        json.loads(ask(*flags, "--quiet", *more).out)["image_tokens"]
+        for more in ([], ["--max-image-tokens", "9"], ["--max-image-tokens", "1"])
+    ]
+    assert counts == [30, 6, 1]
+    assert ask("--model", "weights/tiny", "--max-image-tokens", "9", "-p", "x").code == 2
+    assert ask("--model", folder, "--max-image-tokens", "0", "-p", "x").code == 2
+    checked = ask("--check", "--model", folder)
+    assert "pictures of 4 to 64 tokens" in checked.out + checked.err
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -408,3 +400,16 @@ def test_a_style_of_the_right_generation(made: Any) -> None:
     engine, *_ = made("qwen2_vl")
     with pytest.raises(OptionError, match="has no"):
         build_prompt(parse_messages([turn("user", "hi")], 0), "llama3", engine.tokenizer, 0, [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_attention_page_shows_tokens_where_they_are(made: Any, kind: str) -> None:
+    """A token for each cell, on the picture as it was resized."""
+    engine, *_ = made(kind)
+    image = noise(200, 120)
+    pixels = engine.processor.prepare(image)
+    (panel,) = panels_of(engine.model, engine.processor, pixels)
+    assert (panel.rows, panel.columns) == engine.model.grids([image.size])[0]
+    assert panel.tokens == list(range(engine.model.image_tokens(pixels)))
+    resized = image.resize(engine.processor.cells.resized(image.size), Image.Resampling.BICUBIC)
+    assert panel.picture.tobytes() == resized.tobytes()

@@ -41,7 +41,7 @@ def test_features_equal_the_slow_reference(name: str, tmp_path: Path) -> None:
     engine = Engine.load(write_qwen(tmp_path / "qwen", shape), device="cpu", cache="full")
     reference = QwenReference(config_of(shape), draw(shape))
     pictures = [noise(90, 61), noise(33, 500)]
-    prepared = [recognise(tmp_path / "qwen", None).processor.prepare(p) for p in pictures]
+    prepared = [recognise(tmp_path / "qwen").processor.prepare(p) for p in pictures]
     with torch.inference_mode():
         features = engine.model.encode(prepared)
     assert [engine.model.image_tokens(p) for p in prepared] == [256, 256]
@@ -60,7 +60,7 @@ def test_positions_are_interpolated_bicubically() -> None:
 
 
 def test_pictures_are_stretched_to_a_square(tmp_path: Path) -> None:
-    processor = recognise(write_qwen(tmp_path / "qwen", QwenShape()), None).processor
+    processor = recognise(write_qwen(tmp_path / "qwen", QwenShape())).processor
     image = noise(301, 77)
     plain = torch.tensor(list(image.resize((448, 448), Image.Resampling.BICUBIC).tobytes()))
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -84,7 +84,7 @@ def test_pixels_and_features_equal_the_original_code() -> None:
     folder = golden_folder()
     expected = load_file(folder / "golden.safetensors")
     digests = json.loads((folder / "golden.json").read_text())["pixels_sha256_f32"]
-    family = recognise(folder, None)
+    family = recognise(folder)
     config = json.loads((folder / "config.json").read_text())
     tensors = {}
     for shard in folder.glob("model-*.safetensors"):

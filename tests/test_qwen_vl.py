@@ -162,7 +162,7 @@ def test_slow_reference_replays_the_original_code(
 def test_published_files_fit_the_model_exactly() -> None:
     folder = data_folder("qwen-vl-chat")
     index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
-    family = recognise(folder, None)
+    family = recognise(folder)
     parameters = family.model.state_dict()
     names = [ours for name in index["weight_map"] for ours in target_names(family.rename(name))]
     assert len(index["weight_map"]) == 853
@@ -354,8 +354,8 @@ def test_base_prompt_has_nothing_around_it(folder: Path) -> None:
 
 
 def test_the_chat_format_chooses_the_prompt(tmp_path: Path) -> None:
-    assert recognise(write_qwen(tmp_path / "chat", QwenShape()), None).style == "qwen-vl-chat"
-    base = recognise(write_qwen(tmp_path / "base", QwenShape(chat_format="raw")), None)
+    assert recognise(write_qwen(tmp_path / "chat", QwenShape())).style == "qwen-vl-chat"
+    base = recognise(write_qwen(tmp_path / "base", QwenShape(chat_format="raw")))
     assert (base.style, base.end_tokens, base.window) == ("qwen-vl", {346}, None)
 
 
@@ -471,7 +471,7 @@ def test_unsupported_relatives_are_refused_by_name(
         del config[key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=words):
-        recognise(tmp_path, None)
+        recognise(tmp_path)
 
 
 def test_draw_boxes_is_refused_before_loading() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import CheckpointError, OptionError
-from engine.loading.families import CLIP_L_336, recognise
+from engine.loading.families import CLIP_L_336, Wishes, recognise
 from engine.models.llava import Llava
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, edit_json, write_json, write_original_with_tower
@@ -58,7 +58,7 @@ def test_another_tower_than_a_models_own_is_refused(
         (folder / path.name).write_bytes(path.read_bytes())
     edit_json(folder / "config.json", "_test_only_vision_config")
     with pytest.raises(OptionError, match="tower of its own"):
-        recognise(folder, vision_tower=str(moved[1]))
+        recognise(folder, Wishes(vision_tower=str(moved[1])))
 
 
 def test_the_published_towers_shape_is_known_wherever_a_trainer_had_it(
@@ -79,14 +79,14 @@ def test_nothing_is_downloaded_offline(tmp_path: Path) -> None:
     folder = write_original_with_tower(tmp_path, Shape())
     edit_json(folder / "config.json", mm_vision_tower="nobody/has-this-tower")
     with pytest.raises(CheckpointError, match=r"nobody/has-this-tower.* not in the hub cache"):
-        recognise(folder, offline=True)
+        recognise(folder, Wishes(offline=True))
 
 
 def test_a_tower_of_another_kind_is_refused_by_name_before_it_is_fetched(tmp_path: Path) -> None:
     folder = write_original_with_tower(tmp_path, Shape())
     edit_json(folder / "config.json", mm_vision_tower="google/siglip-so400m-patch14-384")
     with pytest.raises(CheckpointError, match="siglip") as caught:
-        recognise(folder, offline=True)
+        recognise(folder, Wishes(offline=True))
     assert "not supported yet" in caught.value.hint
 
 
@@ -101,7 +101,7 @@ def test_the_original_layout_says_how_a_picture_becomes_square(
     if aspect != "absent":
         edit_json(folder / "config.json", image_aspect_ratio=aspect)
     for style in (None, "llava-v1", "llava-hf"):
-        assert recognise(folder, style).processor.mode == ("pad" if padded else "crop")
+        assert recognise(folder, Wishes(style)).processor.mode == ("pad" if padded else "crop")
 
 
 def test_an_unknown_way_is_refused_by_name(tmp_path: Path) -> None:

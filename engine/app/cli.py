@@ -171,10 +171,11 @@ def _convert(flags: argparse.Namespace) -> int:
     tower = find_tower(source, flags.vision_tower, flags.offline, flags.weights)
     pack: Packer = as_it_is
     if flags.weights != "auto":
-        from ..loading.families import recognise
+        from ..loading.families import Wishes, recognise
         from ..loading.quantising import packer
 
-        pack = packer(recognise(source, None, flags.vision_tower, flags.offline), flags.weights)
+        wishes = Wishes(None, flags.vision_tower, flags.offline)
+        pack = packer(recognise(source, wishes), flags.weights)
     convert(source, target, tower, None if flags.quiet else _show_progress, flags.weights, pack)
     say(f"{target}\n")
     return 0

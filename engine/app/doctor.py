@@ -24,7 +24,8 @@ from ..checkpoint.names import target_names
 from ..checkpoint.packed import format_name
 from ..checkpoint.tensors import Checkpoint, TensorInfo, fit_weights
 from ..errors import CheckpointError, EngineError
-from ..loading.families import Family, recognise
+from ..loading.families import Family, Wishes, recognise
+from ..pictures.patches import PatchProcessor
 from ..prompts.chat_template import TemplateError, difference, find_template
 from ..prompts.tokenizer import Tokenizer
 from ..refusals import hint_for
@@ -147,13 +148,17 @@ class Examination:
             return Finding(name, False, escaped(str(error)), escaped(error.hint))
 
     def _config(self) -> str:
-        self._family = recognise(self.folder, None, self._vision_tower, self._offline)
+        self._family = recognise(self.folder, Wishes(None, self._vision_tower, self._offline))
         model = self._family.model
         _check_ends(self.folder, self._family)
         size = sum(parameter.numel() for parameter in model.parameters())
         kind = f"{type(model).__name__}, {size / 1e6:,.1f} M parameters"
         limit = model.decoder.config.limit
         said = f"{kind}, prompts as {self._family.style}, a {limit} tokens"
+        if isinstance(self._family.processor, PatchProcessor):
+            cells = self._family.processor.cells
+            said += f", pictures of {cells.least // cells.side**2:,} to "
+            said += f"{cells.most // cells.side**2:,} tokens (--max-image-tokens makes it fewer)"
         if model.cross_layers:
             said += f", pictures of up to {model.most_features:,} features beside the sequence, "
             said += f"looked at in {model.cross_layers} cross layers"

@@ -287,6 +287,12 @@ def add_model(parser: Parser) -> None:
         metavar="DIR_OR_ID",
         help="vision tower of a model that leaves it out (default: the one that it names)",
     )
+    add(
+        "--max-image-tokens",
+        type=_whole,
+        metavar="N",
+        help="shrink pictures to N tokens, where a model takes them of any size (Qwen2-VL on)",
+    )
 
 
 def add_cache(parser: Parser) -> None:

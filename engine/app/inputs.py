@@ -165,6 +165,7 @@ def engine_of(flags: argparse.Namespace) -> Engine:
         revision=flags.revision,
         offline=flags.offline,
         vision_tower=flags.vision_tower,
+        max_image_tokens=flags.max_image_tokens,
         selection="sync" if flags.sync_selection else "branch",
         graphs=flags.graphs,
         threads=flags.threads,

@@ -12,7 +12,7 @@ from ..errors import OptionError
 _ALWAYS = {"quiet", "debug"}
 _FOLDER = {"model", "revision", "offline", "vision_tower"}
 _RUN = {"dtype", "weights", "device", "threads", "cache", "sync_selection", "graphs"}
-_LOADED = _FOLDER | _RUN | {"style"}
+_LOADED = _FOLDER | _RUN | {"style", "max_image_tokens"}
 _ASKED = {"image", "prompt", "allow_url", "max_pixels", "system", "max_new_tokens", "stop"}
 _DRAWN = {"temperature", "top_k", "top_p", "seed", "repetition_penalty"}
 _ANSWER = _ALWAYS | _LOADED | _ASKED | _DRAWN

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..models.llava import Llava
 from ..models.llava_next import LlavaNext
+from ..models.qwen_patches import QwenPatches
 from ..models.vision_language import VisionLanguageModel
+from ..pictures.patches import unpacked
 from ..pictures.preprocess import ImageProcessor, Pixels
 
 LIST_COLUMNS = 16
@@ -49,6 +51,8 @@ def panels_of(model: VisionLanguageModel, processor: ImageProcessor, pixels: Pix
     LLaVA-1.5 has one of 24 x 24. LLaVA-1.6 has the whole picture and the tiles joined, the black
     border cut off: a 640 x 480 one has 24 x 24 and 36 x 48 patches with 36 newlines.
     """
+    if isinstance(model, QwenPatches):
+        return [_whole(model, processor, pixels)]
     seen = [to_picture(tile, processor) for tile in pixels.tiles]
     if isinstance(model, LlavaNext):
         return _tiled(model, pixels, seen)
@@ -67,6 +71,14 @@ def to_picture(tile: Tensor, processor: ImageProcessor) -> Image.Image:
     values = (tile * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     height, width = values.shape[1:]
     return Image.frombytes("RGB", (width, height), bytes_of(values.permute(1, 2, 0)))
+
+
+def _whole(model: QwenPatches, processor: ImageProcessor, pixels: Pixels) -> Panel:
+    """A picture of any size, whose tokens lie on it row by row."""
+    rows, columns = model.cells.grid(pixels.size)
+    picture = to_picture(unpacked(pixels.tiles, (rows, columns), model.cells), processor)
+    title = f"the picture as the model sees it, {picture.width} x {picture.height}"
+    return Panel(title, picture, rows, columns, _range(rows * columns))
 
 
 def _tiled(model: LlavaNext, pixels: Pixels, seen: list[Image.Image]) -> list[Panel]:

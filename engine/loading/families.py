@@ -93,22 +93,17 @@ class Wishes:
     style: str | None = None
     vision_tower: str | None = None
     offline: bool = False
+    max_image_tokens: int | None = None
 
 
-def recognise(
-    folder: Path,
-    style: str | None = None,
-    vision_tower: str | None = None,
-    offline: bool = False,
-) -> Family:
-    """Read ``folder``'s config.json and build what it describes; ``style`` overrides its prompts.
-
-    ``vision_tower`` (a folder or hub name) is in place of the one that an original layout names.
+def recognise(folder: Path, wishes: Wishes | None = None) -> Family:
+    """Read ``folder``'s config.json and build what it describes, as far as nobody wishes otherwise.
 
     Raises CheckpointError for an unknown model type, a wrong key, an adapter or quantised weights.
     """
-    if style is not None:
-        find_style(style)
+    wishes = wishes or Wishes()
+    if wishes.style is not None:
+        find_style(wishes.style)
     refuse_adapter(folder)
     path = folder / "config.json"
     if not path.exists():
@@ -127,13 +122,20 @@ def recognise(
             f"{path}: model_type is {shown(config.get('model_type'))}",
             hint=f"supported: {', '.join(FAMILIES)}, and LLaVA's original layout",
         )
-    if vision_tower is not None and build is not _original:
+    if wishes.vision_tower is not None and build is not _original:
         raise OptionError(
             f"{folder} has a vision tower of its own; another one would change the model",
             hint="leave out --vision-tower",
         )
+    most = wishes.max_image_tokens
+    if most is not None and (most < 1 or build is not _qwen_patches):
+        fixed = "" if build is _qwen_patches else "; this model's pictures have tokens of their own"
+        raise OptionError(
+            f"max_image_tokens is {most}{fixed}",
+            hint="use 1 or more" if not fixed else "leave it out",
+        )
     try:
-        return build(folder, config, Wishes(style, vision_tower, offline))
+        return build(folder, config, wishes)
     except RuntimeError as error:  # each size is in its range, but their product is no size
         if "overflow" not in str(error):
             raise
@@ -293,10 +295,10 @@ def _mllama(folder: Path, config: Config, wishes: Wishes) -> Family:
 def _qwen_patches(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``Qwen/Qwen2-VL-*``, ``Qwen/Qwen2.5-VL-*`` and ``Qwen/Qwen3-VL-*``, dense ones."""
     parsed = PatchesConfig.parse(config)
-    processor = _patch_processor(folder, parsed, third=config["model_type"] == "qwen3_vl")
+    third = config["model_type"] == "qwen3_vl"
+    processor = _patch_processor(folder, parsed, third=third).limited(wishes.max_image_tokens)
     with torch.device("meta"):
         model = QwenPatches(parsed, processor.cells)
-    third = config["model_type"] == "qwen3_vl"
     return Family(
         model=model,
         rename=qwen_patches_names(),

@@ -19,7 +19,7 @@ from ..prompts.templates import find_style
 from ..prompts.tokenizer import Tokenizer
 from .capacity import memory_for
 from .device import pick_device
-from .families import Family, recognise
+from .families import Family, Wishes, recognise
 from .preparing import prepare, side_by_side
 from .quantising import bytes_of, check_weights, taker
 
@@ -41,11 +41,9 @@ def load(
     name: str | PathLike[str] | None,
     device: str,
     dtype: str,
-    style: str | None,
     revision: str | None,
-    offline: bool,
-    vision_tower: str | PathLike[str] | None = None,
-    weights: str = "auto",
+    weights: str,
+    wishes: Wishes,
 ) -> Loaded:
     """Load a model; see ``Engine.load``."""
     began = perf_counter()
@@ -54,9 +52,8 @@ def load(
     check_weights(weights)
     if target.type == "mps" and wanted is torch.bfloat16:
         raise OptionError("bfloat16 is not offered on mps", hint="use fp16 or fp32")
-    folder = resolve(None if name is None else Path(name), revision, offline)
-    tower = None if vision_tower is None else str(vision_tower)
-    family = recognise(folder, style, tower, offline)
+    folder = resolve(None if name is None else Path(name), revision, wishes.offline)
+    family = recognise(folder, wishes)
     tokenizer = Tokenizer.from_folder(folder, family.new_tokens)
     _fill(family, folder, target, wanted, weights)
     return Loaded(folder, _with_ends(family, tokenizer), tokenizer, perf_counter() - began)

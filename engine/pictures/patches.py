@@ -8,7 +8,7 @@ cells row by row. Sizes are (width, height).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -82,6 +82,15 @@ class PatchProcessor(ImageProcessor):
     """Turns a picture into the patches of its cells."""
 
     cells: Cells = Cells()
+
+    def limited(self, tokens: int | None) -> PatchProcessor:
+        """The same with pictures of so many cells at most."""
+        if tokens is None:
+            return self
+        most = min(self.cells.most, tokens * self.cells.side**2)
+        return replace(
+            self, cells=replace(self.cells, most=most, least=min(self.cells.least, most))
+        )
 
     def prepare(self, image: Image.Image) -> Pixels:
         """Return ``[patches, 3, patch, patch]``."""

@@ -1,7 +1,7 @@
 """Whole decode steps of a decoder of 7B width, of the full cache and of policies over it.
 
     python -m bench.headline [--sizes 8 16] [--weights q4] [--image 2880]
-    python -m bench.headline --shape qwen3-vl-2b --sizes 1 8       an A4 page at 300 dpi, 8,580 tokens
+    python -m bench.headline --shape qwen3-vl-2b --sizes 1 8     an A4 page at 300 dpi
 
 The A-VL paper's headline is a decode at 50.5 % of the original's time. What a policy can save
 depends on how many bytes of a step are keys and values: on the rows, the picture, the bits of the

@@ -136,9 +136,10 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _tower(rest: str, vision_layers: int) -> str | None:
-    """A name inside the vision tower; layers after the last used one are dropped, and its norm."""
+    """A name inside the vision tower; what comes after the last used layer is dropped."""
     layer = _LAYER.fullmatch(rest)
-    if rest.startswith("post_layernorm.") or (layer and int(layer[1]) >= vision_layers):
+    unused = rest.startswith(("post_layernorm.", "head."))
+    if unused or (layer and int(layer[1]) >= vision_layers):
         return None
     return translate(rest, _CLIP)
 

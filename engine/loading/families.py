@@ -26,11 +26,13 @@ from ..checkpoint.qwen_patches_names import qwen_patches_names
 from ..errors import CheckpointError, OptionError
 from ..models.llava import DECODERS, Llava, LlavaConfig, parse_hub, parse_original
 from ..models.llava_next import LlavaNext, parse_next_hub, parse_next_original
+from ..models.llava_onevision import LlavaOnevision, OnevisionProcessor, parse_onevision
 from ..models.mllama import Mllama, MllamaConfig
 from ..models.qwen_patches import PatchesConfig, QwenPatches
 from ..models.qwen_vl import QwenVl, QwenVlConfig
 from ..models.vision_language import VisionLanguageModel
 from ..pictures.anyres import Canvas, TileProcessor, check_same, read_pinpoints
+from ..pictures.boxes import Box, Reads, parse_boxes, parse_json_boxes
 from ..pictures.canvas import CanvasProcessor
 from ..pictures.patches import PatchProcessor
 from ..pictures.preprocess import ImageProcessor, Mode
@@ -66,7 +68,8 @@ class Family:
         tower: folder and names of a vision tower that the checkpoint may leave out.
         window: earlier turns are left out of a prompt so that they have fewer tokens; None: never.
         strip: whether white space around an answer is dropped.
-        boxes: whether an answer may name regions of the picture; see ``pictures.boxes``.
+        boxes: what reads the regions that an answer names, of a model that does; see
+            ``pictures.boxes``.
         image_marks: special tokens before and behind a picture's place, or none.
         new_tokens: special tokens that the vocabulary is longer by if the tokenizer lacks them.
         original: the original repository's layout; its tokenizer may still hold its base's prompt.
@@ -80,7 +83,7 @@ class Family:
     tower: tuple[Path, Rename] | None = None
     window: int | None = None
     strip: bool = False
-    boxes: bool = False
+    boxes: Reads | None = None
     image_marks: tuple[str, ...] = ()
     new_tokens: tuple[str, ...] = ()
     original: bool = False
@@ -165,6 +168,21 @@ def _next_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``llava-hf/llava-v1.6-*``."""
     parsed, pinpoints = parse_next_hub(config)
     return _llava(folder, parsed, wishes.style or _trained(folder, _text_model(config)), pinpoints)
+
+
+def _onevision(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``llava-hf/llava-onevision-qwen2-*``; the original code's prompts are the style chatml."""
+    parsed, pinpoints, tiles = parse_onevision(config)
+    plain = _llava_processor(folder, parsed.vision.image, pinpoints, "crop", HALF)
+    with torch.device("meta"):
+        model = LlavaOnevision(parsed, pinpoints, tiles)
+    return Family(
+        model=model,
+        rename=llava_names(parsed.vision.used_layers, image_newline=True),
+        processor=OnevisionProcessor(**vars(plain)),
+        style=wishes.style or "onevision",
+        end_tokens=end_tokens(folder, parsed.end_tokens),
+    )
 
 
 def _original(folder: Path, config: Config, wishes: Wishes) -> Family:
@@ -273,7 +291,7 @@ def _qwen(folder: Path, config: Config, wishes: Wishes) -> Family:
         end_tokens=end_tokens(folder, ()) | {parsed.specials[token] for token in ends},
         window=values.integer("max_window_size", 6144) if style == "qwen-vl-chat" else None,
         strip=True,
-        boxes=True,
+        boxes=parse_boxes,
     )
 
 
@@ -299,8 +317,14 @@ def _qwen_patches(folder: Path, config: Config, wishes: Wishes) -> Family:
     processor = _patch_processor(folder, parsed, third=third).limited(wishes.max_image_tokens)
     with torch.device("meta"):
         model = QwenPatches(parsed, processor.cells)
+    resized = processor.cells.resized
+
+    def boxes(text: str, size: tuple[int, int]) -> list[Box]:
+        return parse_json_boxes(text, size, (1000, 1000) if third else resized(size))
+
     return Family(
         model=model,
+        boxes=boxes if config["model_type"] != "qwen2_vl" else None,
         rename=qwen_patches_names(),
         processor=processor,
         style=wishes.style or ("qwen3-vl" if third else "qwen2-vl"),
@@ -312,7 +336,7 @@ def _qwen_patches(folder: Path, config: Config, wishes: Wishes) -> Family:
 def _patch_processor(folder: Path, config: PatchesConfig, *, third: bool) -> PatchProcessor:
     """The checkpoint's own limits of a picture's pixels, else the published ones."""
     least, most = (65536, 16777216) if third else (3136, 12845056)
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if third else {}
+    half: Config = HALF if third else {}
     where, values = _picture_rules(folder, half)
     read = ConfigReader(values, where)
     size = values.get("size")
@@ -399,12 +423,27 @@ def _holds_tower(folder: Path) -> bool:
         return False
 
 
+# SigLIP's and Qwen3-VL's pictures lie from -1 to 1.
+HALF: Config = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
 def _llava_processor(
-    folder: Path, size: int, pinpoints: tuple[Canvas, ...] | None, mode: Mode | None
+    folder: Path,
+    size: int,
+    pinpoints: tuple[Canvas, ...] | None,
+    mode: Mode | None,
+    instead: Config | None = None,
 ) -> ImageProcessor:
-    """The checkpoint's own picture rules, else CLIP's at the tower's size; ``mode`` overrides."""
-    usual = {"size": {"shortest_edge": size}, "crop_size": size}
+    """The checkpoint's own picture rules, else CLIP's at the tower's size; ``mode`` overrides.
+
+    ``instead`` stands for a tower that is stretched to its size, with numbers of its own.
+    """
+    usual: Config = {"size": {"shortest_edge": size}, "crop_size": size}
+    if instead is not None:
+        usual = {"size": {"height": size, "width": size}, **instead}
     where, values = _picture_rules(folder, usual)
+    if instead is not None:
+        values = {**values, "do_center_crop": False}
     if pinpoints:
         # Here do_pad of the file is about the number of tiles in a batch, not about the picture.
         plain = ImageProcessor.from_config(values, "crop", where)
@@ -454,6 +493,7 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
 FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
     "llava": _llava_hub,
     "llava_next": _next_hub,
+    "llava_onevision": _onevision,
     "mllama": _mllama,
     "qwen": _qwen,
     "qwen2_vl": _qwen_patches,

@@ -8,7 +8,9 @@ the hidden state before the last layer and drops the class token, so the last la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,14 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
 class ClipLayer(nn.Module):
     """One pre-norm transformer layer with biases everywhere."""
 
@@ -107,7 +117,7 @@ class ClipLayer(nn.Module):
         self.norm2 = nn.LayerNorm(hidden, config.norm_eps)
         self.fc1 = Linear(hidden, config.mlp)
         self.fc2 = Linear(config.mlp, hidden)
-        self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """One layer over ``hidden [pictures, patches + 1, hidden]``."""

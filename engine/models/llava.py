@@ -19,6 +19,7 @@ from ..pictures.preprocess import Pixels
 from .clip import ClipConfig, ClipVision
 from .decoder import Decoder, DecoderConfig
 from .matrix import Linear
+from .siglip import SiglipVision, parse_siglip
 from .vision_language import VisionLanguageModel
 
 # What the original layout calls its models, and the decoder inside.
@@ -38,7 +39,8 @@ class LlavaConfig:
     """A LLaVA: its two halves, and the id that stands for an image token in a prompt.
 
     ``vision_tower`` names where the tower's weights and configuration lie when the checkpoint
-    leaves them out (original layout); otherwise it is None.
+    leaves them out (original layout); otherwise it is None. ``siglip`` is whether the tower is a
+    SigLIP, else a CLIP.
     """
 
     decoder: DecoderConfig
@@ -46,13 +48,18 @@ class LlavaConfig:
     image_token: int
     vision_tower: str | None
     end_tokens: tuple[int, ...]
+    siglip: bool = False
 
 
 def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
     """Read the nested config.json of ``llava-hf/*`` and of transformers' save_pretrained."""
     top = ConfigReader(config, "config.json")
     top.text("projector_hidden_act", "gelu", ("gelu",))
-    top.text("vision_feature_select_strategy", "default", ("default",))
+    siglip = top.section("vision_config").values.get("model_type") == "siglip_vision_model"
+    # SigLIP has no class token that could be left out.
+    strategy = "full" if siglip else "default"
+    top.text("vision_feature_select_strategy", "default", (strategy,))
+    parse = parse_siglip if siglip else ClipConfig.parse
     if isinstance(config.get("vision_feature_layer"), list):
         raise top.unsupported("vision_feature_layer", "names several layers; one is supported")
     feature_layer = top.integer("vision_feature_layer", -2, low=-1000, high=1000)
@@ -60,7 +67,8 @@ def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
     image_key = "image_token_id" if "image_token_id" in config else "image_token_index"
     return LlavaConfig(
         decoder=decoder,
-        vision=ClipConfig.parse(top.section("vision_config"), feature_layer),
+        vision=parse(top.section("vision_config"), feature_layer),
+        siglip=siglip,
         image_token=top.integer(image_key, 32000, low=0, high=decoder.vocab - 1),
         vision_tower=None,
         end_tokens=top.section("text_config").tokens("eos_token_id", ()),
@@ -108,7 +116,7 @@ class Llava(VisionLanguageModel):
         super().__init__()
         self.config = config
         self.image_token = config.image_token
-        self.vision = ClipVision(config.vision)
+        self.vision = (SiglipVision if config.siglip else ClipVision)(config.vision)
         self.projector = Projector(config.vision.hidden, config.decoder.hidden)
         self.decoder = Decoder(config.decoder)
 

@@ -102,6 +102,10 @@ class ImageProcessor:
         """Return the picture as one tile."""
         return Pixels(self(image)[None], image.size)
 
+    def prepare_beside(self, image: Image.Image) -> Pixels:
+        """The same of one of several pictures in a prompt."""
+        return self.prepare(image)
+
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixels of an RGB picture as ``[3, height, width]`` float32."""
         if self.mode == "pad":

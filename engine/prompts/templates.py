@@ -203,6 +203,15 @@ def _qwen_patches(default: str) -> Style:
     return Style(opening, turns, closing="<|im_end|>", picture=mark)
 
 
+def _onevision(messages: Sequence[Message]) -> list[Piece]:
+    """LLaVA-OneVision's: ``<|im_start|>user <image>\\nWhat?<|im_end|><|im_start|>assistant\\n``."""
+    pieces: list[Piece] = []
+    for message in messages:
+        pieces += [Special("<|im_start|>"), f"{message.role} ", *message.places]
+        pieces += [*(f"\n{text}" for text in message.texts), Special("<|im_end|>")]
+    return [*pieces, Special("<|im_start|>"), "assistant\n"]
+
+
 _NEWLINE = Alone("\n")
 _GROUNDING = re.compile(r"(</?(?:ref|box|quad)>)")
 
@@ -251,6 +260,7 @@ STYLES = {
     "mllama-base": Style(_mllama_base, _mllama_base, picture="<|image|>"),
     "yi": _chatml("Answer the questions.", gap=""),
     "chatml": _chatml("You are a helpful assistant.", gap="\n"),
+    "onevision": Style(_onevision, _onevision, closing="<|im_end|>"),
     "qwen2-vl": _qwen_patches("You are a helpful assistant."),
     "qwen3-vl": _qwen_patches(""),
     "qwen-vl": Style(_qwen_base, _qwen_base),

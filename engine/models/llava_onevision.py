@@ -1,0 +1,89 @@
+"""LLaVA-OneVision (Li et al. 2024): LLaVA-1.6's tiles over SigLIP and Qwen2, fewer tokens of many.
+
+A picture by itself is tiled as in LLaVA-1.6, on up to 36 canvases; where its tiles would have more
+patches than nine whole ones, their grid is shrunk to as many. Of several pictures in one prompt
+each is one tile, padded to a square, and one newline behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..checkpoint.config import ConfigReader
+from ..pictures.anyres import Canvas, Grid, TileProcessor, read_pinpoints
+from ..pictures.preprocess import ImageProcessor, Pixels
+from .llava import LlavaConfig, parse_hub
+from .llava_next import LlavaNext
+
+_SLACK = 1.1  # how much longer a grid's sides may be before it is shrunk
+
+
+@dataclass(frozen=True)
+class OnevisionProcessor(TileProcessor):
+    """Turns a picture by itself into tiles, one of several into a single one."""
+
+    def prepare_beside(self, image: Image.Image) -> Pixels:
+        """Return ``[1, 3, size, size]``, padded to a square with the mean colour."""
+        return Pixels(ImageProcessor.__call__(replace(self, mode="pad"), image)[None], image.size)
+
+
+class LlavaOnevision(LlavaNext):
+    """The joined model; ``tiles`` bounds the patches of a picture's grid, in whole tiles."""
+
+    def __init__(self, config: LlavaConfig, pinpoints: tuple[Canvas, ...], tiles: int) -> None:
+        super().__init__(config, pinpoints)
+        self.tiles = tiles
+
+    def shrunk(self, grid: Grid) -> tuple[int, int]:
+        """Rows and columns of the patches that become tokens."""
+        most = self.tiles * self.config.vision.patches
+        ratio = math.sqrt(grid.height * grid.width / most)
+        if ratio <= _SLACK:
+            return grid.height, grid.width
+        return int(grid.height // ratio), int(grid.width // ratio)
+
+    def image_tokens(self, pixels: Pixels) -> int:
+        """Tokens that a picture takes in the sequence: up to about 8,800 alone, 730 beside others
+        in the published models.
+        """
+        if len(pixels.tiles) == 1:
+            return self.config.vision.patches + 1
+        rows, columns = self.shrunk(self.grid(pixels))
+        return self.config.vision.patches + rows * (columns + 1)
+
+    def _join(self, features: Tensor, grid: Grid) -> Tensor:
+        """Lay ``features [1 + tiles, patches, hidden]`` out: the whole, then row after row."""
+        newline: Tensor = self.image_newline
+        if len(features) == 1:
+            return torch.cat([features[0], newline[None]])
+        inside, size = self._unpadded(features[1:], grid), self.shrunk(grid)
+        if size != tuple(inside.shape[:2]):
+            channels = inside.permute(2, 0, 1)[None]
+            inside = F.interpolate(channels, size=size, mode="bilinear")[0].permute(1, 2, 0)
+        rows = torch.cat([inside, newline.expand(size[0], 1, -1)], 1)
+        return torch.cat([features[0], rows.flatten(0, 1)])
+
+
+def parse_onevision(config: Mapping[str, Any]) -> tuple[LlavaConfig, tuple[Canvas, ...], int]:
+    """Read config.json of ``llava-hf/llava-onevision-*``: shape, canvases, tiles at most."""
+    top = ConfigReader(config, "config.json")
+    aspect = top.text("vision_aspect_ratio", "anyres_max_9")
+    most = aspect.removeprefix("anyres_max_")
+    if not most.isdecimal() or not 0 < int(most) < 1000:
+        raise top.unsupported("vision_aspect_ratio", f"is {aspect!r:.40}; anyres_max_9 is known")
+    usual = {
+        "image_token_index": 151646,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+    parsed = parse_hub({**usual, **config})
+    pinpoints = read_pinpoints(config, "config.json", parsed.vision.image, width_first=False)
+    return parsed, pinpoints, int(most)

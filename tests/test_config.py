@@ -223,7 +223,7 @@ WRONG_VISION: list[tuple[str, dict[str, Any]]] = [
     ("image_size", {"image_size": 7}),
     ("hidden_act", {"hidden_act": "relu"}),
     ("layer_norm_eps", {"layer_norm_eps": 0}),
-    ("model_type", {"model_type": "siglip_vision_model"}),
+    ("model_type", {"model_type": "dinov2"}),
 ]
 WRONG_TOP: list[tuple[str, dict[str, Any]]] = [
     ("model_type", {"model_type": "idefics"}),

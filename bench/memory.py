@@ -156,6 +156,16 @@ WITH_ONE_PICTURE = [
     for name, layers, heads in (("7B", 32, 32), ("13B", 40, 40))
     for image in (576, 2880)
 ]
+# An A4 page at 300 dpi, of models whose query heads share keys: layers, KV heads, image tokens.
+WITH_ONE_PICTURE += [
+    Shape(f"{name}, {image:,} image tokens", layers, heads, 35, image, 35)
+    for name, layers, heads, image in (
+        ("Qwen3-VL-2B", 28, 8, 8580),
+        ("Qwen3-VL-4B and 8B", 36, 8, 8580),
+        ("Qwen2.5-VL-3B", 36, 2, 11125),
+        ("Qwen2.5-VL-7B", 28, 4, 11125),
+    )
+]
 IN_FORMATS = (
     "full",
     "avl:secondary=0.9,core=0.6,prefill=1,text=1",

@@ -407,7 +407,8 @@ class Engine:
         ``earlier`` is how many pictures the conversation holds that it continues, None at its
         start.
         """
-        pictures = [self._open(image) for image in listed(images)]
+        given = listed(images)
+        pictures = [self._open(image, len(given)) for image in given]
         counts = list(map(self._tokens_of, pictures))
         return pictures, self._prompt(prompt, counts, raw, earlier)
 
@@ -417,10 +418,11 @@ class Engine:
             return self.model.image_tokens(picture)
         return 1 if self.model.cross_layers else len(picture.features)
 
-    def _open(self, image: Picture) -> Pixels | EncodedImage:
+    def _open(self, image: Picture, among: int = 1) -> Pixels | EncodedImage:
+        """One of so many pictures ``among`` those of a prompt, as the tower takes it."""
         if isinstance(image, EncodedImage):
             return image
-        return self._family.processor.prepare(open_image(image).pixels)
+        return self._family.processor.among(among).prepare(open_image(image).pixels)
 
     def _prompt(
         self, prompt: Messages, counts: list[int], raw: bool, earlier: int | None

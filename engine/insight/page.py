@@ -231,7 +231,8 @@ def _panels(engine: Engine, images: Sequence[Picture] | None) -> list[list[Panel
             raise OptionError(
                 "the attention page needs the picture itself", hint="give it unencoded"
             )
-        pixels = engine.processor.prepare(open_image(image).pixels)
+        processor = engine.processor.among(len(images))
+        pixels = processor.prepare(open_image(image).pixels)
         found.append(panels_of(engine.model, engine.processor, pixels))
     return found
 

@@ -24,13 +24,22 @@ from ..checkpoint.packed import settings_of
 from ..checkpoint.qwen_names import qwen_names
 from ..checkpoint.qwen_patches_names import qwen_patches_names
 from ..errors import CheckpointError, OptionError
-from ..models.llava import DECODERS, Llava, LlavaConfig, parse_hub, parse_original
+from ..models.clip import ClipConfig
+from ..models.llava import Llava, LlavaConfig, decoder_kind, parse_hub, parse_original
 from ..models.llava_next import LlavaNext, parse_next_hub, parse_next_original
+from ..models.llava_onevision import LlavaOneVision, most_tiles, parse_onevision_hub
 from ..models.mllama import Mllama, MllamaConfig
 from ..models.qwen_patches import PatchesConfig, QwenPatches
 from ..models.qwen_vl import QwenVl, QwenVlConfig
+from ..models.siglip import SiglipConfig
 from ..models.vision_language import VisionLanguageModel
-from ..pictures.anyres import Canvas, TileProcessor, check_same, read_pinpoints
+from ..pictures.anyres import (
+    Canvas,
+    LoneTileProcessor,
+    TileProcessor,
+    check_same,
+    read_pinpoints,
+)
 from ..pictures.canvas import CanvasProcessor
 from ..pictures.patches import PatchProcessor
 from ..pictures.preprocess import ImageProcessor, Mode
@@ -39,9 +48,9 @@ from ..prompts.templates import find_style
 
 Config = Mapping[str, Any]
 
-# The tower that all published LLaVAs of the original layout name, by its published configuration:
-# a checkpoint that brings the weights along needs nothing else of that model. Trainers write the
-# path that it had on their machine.
+# The towers that the published LLaVAs of the original layout name, by their published
+# configurations: a checkpoint that brings the weights along needs nothing else of that model.
+# Trainers write the path that it had on their machine.
 CLIP_L_336_NAME = "openai/clip-vit-large-patch14-336"
 CLIP_L_336 = {
     "hidden_size": 1024,
@@ -50,6 +59,18 @@ CLIP_L_336 = {
     "num_attention_heads": 16,
     "num_hidden_layers": 24,
     "patch_size": 14,
+}
+_PUBLISHED_TOWERS: dict[str, Config] = {
+    CLIP_L_336_NAME: CLIP_L_336,
+    "google/siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
 }
 
 
@@ -167,19 +188,31 @@ def _next_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
     return _llava(folder, parsed, wishes.style or _trained(folder, _text_model(config)), pinpoints)
 
 
+def _onevision_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``llava-hf/llava-onevision-qwen2-*``, whose first template has a space behind a role."""
+    parsed, pinpoints, most = parse_onevision_hub(config)
+    template = find_template(folder, with_tokenizers=True)
+    lines = template is not None and "+ ' '" not in template.text
+    style = wishes.style or ("chatml" if lines else "onevision")
+    return _llava(folder, parsed, style, pinpoints, most=most)
+
+
 def _original(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``liuhaotian/llava-v1.*``: a flat configuration, whose vision tower may lie elsewhere."""
     tower, vision = _tower(folder, config, wishes)
     reader = ConfigReader(config, "config.json")
+    most = 0
     if _is_anyres(config):
         parsed, pinpoints = parse_next_original(config, vision)
+        if config["image_aspect_ratio"] != "anyres":
+            most = most_tiles(reader, "image_aspect_ratio", "anyres")
         if wishes.vision_tower is None:
             tower = None  # LLaVA-1.6 has trained its tower further: no other one is right
     else:
         parsed, pinpoints = parse_original(config, vision), None
     aspect = "crop" if pinpoints else reader.text("image_aspect_ratio", "square", tuple(_ASPECTS))
-    style = wishes.style or _trained(folder, DECODERS[reader.text("model_type", "llava")])
-    family = _llava(folder, parsed, style, pinpoints, _ASPECTS.get(aspect, "crop"))
+    style = wishes.style or _trained(folder, decoder_kind(reader))
+    family = _llava(folder, parsed, style, pinpoints, _ASPECTS.get(aspect, "crop"), most)
     start_end = reader.flag("mm_use_im_start_end", False)
     marks = ("<im_start>", "<im_end>") if start_end else ()
     patch = ("<im_patch>",) if reader.flag("mm_use_im_patch_token", False) else ()
@@ -239,14 +272,19 @@ def _llava(
     style: str,
     pinpoints: tuple[Canvas, ...] | None,
     mode: Mode | None = None,
+    most: int = 0,
 ) -> Family:
-    """Join the halves of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6."""
+    """Join the halves of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6, or with a number of tiles
+    at ``most`` a LLaVA-OneVision.
+    """
     with torch.device("meta"):
         model: Llava = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
+        if pinpoints and most:
+            model = LlavaOneVision(config, pinpoints, most)
     return Family(
         model=model,
         rename=llava_names(config.vision.used_layers, image_newline=bool(pinpoints)),
-        processor=_llava_processor(folder, config.vision.image, pinpoints, mode),
+        processor=_llava_processor(folder, config.vision, pinpoints, mode, lone=most > 0),
         style=style,
         end_tokens=end_tokens(folder, config.end_tokens),
     )
@@ -363,17 +401,20 @@ def _tower(folder: Path, config: Config, wishes: Wishes) -> tuple[Path | None, C
             hint="leave out --vision-tower",
         )
     name = wishes.vision_tower or reader.text("mm_vision_tower")
-    if "siglip" in name.lower():
-        raise reader.unsupported("mm_vision_tower", f"is {shown(name)}; CLIP's are supported")
-    published = Path(name).name == Path(CLIP_L_336_NAME).name
+    named = (tower for known, tower in _PUBLISHED_TOWERS.items() if _same_name(known, name))
+    published = next(named, None)
     if published and wishes.vision_tower is None and (inside or _is_anyres(config)):
-        return None, CLIP_L_336
+        return None, published
     tower = _find_tower(folder, name, wishes)
     vision = read_json(tower / "config.json")
     nested = vision.get("vision_config", vision)
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"{tower / 'config.json'}: vision_config must be an object")
     return tower, nested
+
+
+def _same_name(known: str, name: str) -> bool:
+    return Path(name).name == Path(known).name
 
 
 def _find_tower(folder: Path, name: str, wishes: Wishes) -> Path:
@@ -400,18 +441,30 @@ def _holds_tower(folder: Path) -> bool:
 
 
 def _llava_processor(
-    folder: Path, size: int, pinpoints: tuple[Canvas, ...] | None, mode: Mode | None
+    folder: Path,
+    vision: ClipConfig,
+    pinpoints: tuple[Canvas, ...] | None,
+    mode: Mode | None,
+    *,
+    lone: bool,
 ) -> ImageProcessor:
-    """The checkpoint's own picture rules, else CLIP's at the tower's size; ``mode`` overrides."""
-    usual = {"size": {"shortest_edge": size}, "crop_size": size}
+    """The checkpoint's own picture rules, else the tower's at its size; ``mode`` overrides.
+
+    ``lone``: only a picture that is alone in its prompt is tiled.
+    """
+    size = vision.image
+    siglip = _siglip_rules(size) if isinstance(vision, SiglipConfig) else {}
+    usual = siglip or {"size": {"shortest_edge": size}, "crop_size": size}
     where, values = _picture_rules(folder, usual)
+    values = siglip | dict(values)
     if pinpoints:
         # Here do_pad of the file is about the number of tiles in a batch, not about the picture.
         plain = ImageProcessor.from_config(values, "crop", where)
         if "image_grid_pinpoints" in values:
             own = read_pinpoints(values, where, size, width_first=False)
             check_same(pinpoints, own, where)
-        processor: ImageProcessor = TileProcessor(**vars(plain), pinpoints=pinpoints)
+        kind = LoneTileProcessor if lone else TileProcessor
+        processor: ImageProcessor = kind(**vars(plain), pinpoints=pinpoints)
     else:
         processor = ImageProcessor.from_config(values, mode, where)
     if processor.output_size != (size, size):
@@ -421,6 +474,12 @@ def _llava_processor(
             hint="this file and config.json may be of different models",
         )
     return processor
+
+
+def _siglip_rules(size: int) -> dict[str, Any]:
+    """What SigLIP was trained with: pictures stretched to a square, values from -1 to 1."""
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return {"size": {"height": size, "width": size}, "do_center_crop": False, **half}
 
 
 def _picture_rules(folder: Path, usual: Config) -> tuple[str, Config]:
@@ -454,6 +513,7 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
 FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
     "llava": _llava_hub,
     "llava_next": _next_hub,
+    "llava_onevision": _onevision_hub,
     "mllama": _mllama,
     "qwen": _qwen,
     "qwen2_vl": _qwen_patches,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint.config import ConfigReader
 from ..pictures.anyres import Canvas, Grid, grid_of, read_pinpoints
 from ..pictures.preprocess import Pixels
+from .clip import ClipConfig
 from .llava import Llava, LlavaConfig, parse_hub, parse_original
 
 
@@ -46,19 +47,31 @@ class LlavaNext(Llava):
 
     def _join(self, features: Tensor, grid: Grid) -> Tensor:
         """Lay ``features [1 + tiles, patches, hidden]`` out: the whole, then row after row."""
-        whole, tiles = features[0], features[1:]
+        rows = self._inside(features[1:], grid)
+        newline = self.image_newline.expand(len(rows), 1, -1)
+        return torch.cat([features[0], torch.cat([rows, newline], 1).flatten(0, 1)])
+
+    def _inside(self, tiles: Tensor, grid: Grid) -> Tensor:
+        """Tiles side by side ``[height, width, hidden]``, without the border."""
         side, (rows, columns) = self.config.vision.grid, grid.tiles
         joined = tiles.view(rows, columns, side, side, -1).transpose(1, 2)
         joined = joined.reshape(rows * side, columns * side, -1)
-        inside = joined[grid.top : grid.top + grid.height, grid.left : grid.left + grid.width]
-        newline = self.image_newline.expand(grid.height, 1, -1)
-        return torch.cat([whole, torch.cat([inside, newline], 1).flatten(0, 1)])
+        return joined[grid.top : grid.top + grid.height, grid.left : grid.left + grid.width]
 
 
 def parse_next_hub(config: Mapping[str, Any]) -> tuple[LlavaConfig, tuple[Canvas, ...]]:
     """Read config.json of ``llava-hf/llava-v1.6-*``: shape and canvases."""
     parsed = parse_hub(config)
+    check_square(parsed.vision, "vision_feature_select_strategy")
     return parsed, read_pinpoints(config, "config.json", parsed.vision.image, width_first=False)
+
+
+def check_square(vision: ClipConfig, key: str) -> None:
+    """Refuse a tower whose features are no grid: rows of tiles could not be joined."""
+    if vision.features != vision.patches:
+        raise ConfigReader({}, "config.json").unsupported(
+            key, f"leaves {vision.features} features of {vision.patches} patches in a tile"
+        )
 
 
 def parse_next_original(
@@ -66,7 +79,7 @@ def parse_next_original(
 ) -> tuple[LlavaConfig, tuple[Canvas, ...]]:
     """Read config.json of ``liuhaotian/llava-v1.6-*`` and its tower's configuration."""
     top = ConfigReader(config, "config.json")
-    top.text("image_aspect_ratio", "square", ("anyres",))
     top.text("mm_patch_merge_type", "flat", ("spatial_unpad",))
     parsed = parse_original(config, vision_config)
+    check_square(parsed.vision, "mm_vision_select_feature")
     return parsed, read_pinpoints(config, "config.json", parsed.vision.image, width_first=True)

@@ -10,9 +10,7 @@ well, which the decoder takes in layer by layer (*deepstack*, arXiv 2406.04334).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from ..ops.attention import whole_attention
 from ..ops.products import many_rows
 from ..ops.rotary import Tables, rotated, turned
 from ..pictures.patches import Cells
-from .clip import quick_gelu
+from .clip import ACTIVATIONS
 from .layers import RMSNorm
 from .matrix import Linear
 
@@ -30,12 +28,7 @@ NORM_EPS = 1e-6
 FRAMES = 2  # of a patch: a still picture shows the same in both
 _THETA = 10000.0
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
+_ACTIVATIONS = {**ACTIVATIONS, "silu": F.silu}
 
 
 @dataclass(frozen=True)

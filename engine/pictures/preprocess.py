@@ -98,6 +98,10 @@ class ImageProcessor:
         assert size is not None  # from_config refuses the other combinations
         return size
 
+    def among(self, pictures: int) -> "ImageProcessor":
+        """What prepares each of so many pictures of a prompt: for most models itself."""
+        return self
+
     def prepare(self, image: Image.Image) -> Pixels:
         """Return the picture as one tile."""
         return Pixels(self(image)[None], image.size)

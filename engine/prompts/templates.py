@@ -182,6 +182,17 @@ def _chatml(default: str, gap: str) -> Style:
     return Style(opening, turns, closing="<|im_end|>")
 
 
+def _onevision(messages: Sequence[Message]) -> list[Piece]:
+    """LLaVA-OneVision's first template: ``<|im_start|>user <image>\\nWhat?<|im_end|>``, no new line
+    between messages, and before an earlier answer a space more than where it was made.
+    """
+    pieces: list[Piece] = []
+    for message in messages:
+        pieces += [Special("<|im_start|>"), f"{message.role} ", *message.places]
+        pieces += [*(f"\n{text}" for text in message.texts), Special("<|im_end|>")]
+    return [*pieces, Special("<|im_start|>"), "assistant\n"]
+
+
 def _qwen_patches(default: str) -> Style:
     """Qwen2-VL's and Qwen3-VL's ChatML: texts and pictures in their order, nothing between them,
     and the system text ``default``, if there is any, where none is given.
@@ -251,6 +262,7 @@ STYLES = {
     "mllama-base": Style(_mllama_base, _mllama_base, picture="<|image|>"),
     "yi": _chatml("Answer the questions.", gap=""),
     "chatml": _chatml("You are a helpful assistant.", gap="\n"),
+    "onevision": Style(_onevision, _onevision, closing="<|im_end|>"),
     "qwen2-vl": _qwen_patches("You are a helpful assistant."),
     "qwen3-vl": _qwen_patches(""),
     "qwen-vl": Style(_qwen_base, _qwen_base),

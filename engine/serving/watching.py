@@ -32,11 +32,13 @@ class Watching:
         """Raises RefusalError for a model whose pictures are no tokens of the sequence."""
         if engine.model.cross_layers:
             raise wrong("cache", "tiers are of image tokens, which this model has none of")
-        prepare, model = engine.processor.prepare, engine.model
-        panels = [panels_of(model, engine.processor, prepare(each)) for each in pictures]
+        processor = engine.processor.among(len(pictures))
+        prepared = map(processor.prepare, pictures)
+        panels = [panels_of(engine.model, processor, each) for each in prepared]
         self._first: dict[str, Any] = {"panels": panel_values(panels)}
-        self._layers = model.decoder.config.layers
-        self._bits = 16 * model.decoder.norm.weight.element_size()  # of a key and a value
+        decoder = engine.model.decoder
+        self._layers = decoder.config.layers
+        self._bits = 16 * decoder.norm.weight.element_size()  # of a key and a value
         self._sum = torch.zeros(3, 0)
         self._latest: dict[str, Any] | None = None
 

@@ -1,10 +1,11 @@
 """Whole decode steps of a decoder of 7B width, of the full cache and of policies over it.
 
     python -m bench.headline [--sizes 8 16] [--weights q4] [--image 2880]
+    python -m bench.headline --shape qwen3-vl-2b --sizes 1 8     an A4 page at 300 dpi
 
 The A-VL paper's headline is a decode at 50.5 % of the original's time. What a policy can save
 depends on how many bytes of a step are keys and values: on the rows, the picture, the bits of the
-weights. Here are as many heads of keys as of queries, as in Vicuna, 8 of 32 layers, and no prefill:
+weights. Vicuna has as many heads of keys as of queries, here 8 of 32 layers; there is no prefill:
 keys and values are random, so peaked that a tenth of the tokens holds nine tenths of a head's
 attention, as in trained models (docs/quality.md); how many values are read is printed. Every policy
 has its own rows and takes its steps in turn; *limit* is the ratio of the bytes that steps read,
@@ -40,19 +41,32 @@ from engine.running.stepping import Stepper, Stepping
 POLICIES = ("full", "sift", "sift:skip=0", "avl:prefill=1,text=1")
 SYSTEM, TEXT = 35, 35  # tokens before the picture and behind it
 PEAKED = 2.6  # standard deviation of logits
-WIDTH = {"vocab": 32000, "hidden": 4096, "heads": 32, "head_dim": 128, "mlp": 11008}
+# A decoder, how many layers are measured, and image tokens of a row.
+SHAPES: dict[str, tuple[DecoderConfig, int]] = {
+    "vicuna-7b": (
+        DecoderConfig(
+            vocab=32000, hidden=4096, layers=8, heads=32, kv_heads=32, head_dim=128, mlp=11008,
+            rope_theta=1e4, norm_eps=1e-5, qkv_bias=False, tied_head=False, context=32768,
+        ),
+        2880,
+    ),
+    "qwen3-vl-2b": (
+        DecoderConfig(
+            vocab=151936, hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=6144,
+            rope_theta=5e6, norm_eps=1e-6, qkv_bias=False, tied_head=False, context=32768,
+            qk_norm=True,
+        ),
+        8580,
+    ),
+}  # fmt: skip
 NOTES = (
     "Ratios are within blocks. At 50.5 % lies the paper's figure; where the limit is above it no "
     "cache of this size can reach it.",
 )
 
 
-def make_decoder(layers: int, kv_heads: int, weights: str) -> Decoder:
+def make_decoder(config: DecoderConfig, weights: str) -> Decoder:
     """A decoder of random weights, its layers in few bits unless ``weights`` is bf16."""
-    config = DecoderConfig(
-        **WIDTH, layers=layers, kv_heads=kv_heads, rope_theta=10000.0, norm_eps=1e-5,
-        qkv_bias=False, tied_head=False, context=32768,
-    )  # fmt: skip
     with torch.device("meta"):
         decoder = Decoder(config)
     drawn: dict[tuple[tuple[int, ...], bool], torch.Tensor | FewBits] = {}
@@ -94,26 +108,26 @@ class Given(Prefill):
         self._keep(layer, k, v, self._turn, Received(q, k))
 
 
-def filled(pools: Sequence[Pool], spec: str, image: int, steps: int) -> Row:
+def filled(pools: Sequence[Pool], config: DecoderConfig, spec: str, image: int, steps: int) -> Row:
     """A row with one picture, whose keys and values are random."""
     spans = [(SYSTEM, SYSTEM + image)]
     layout = Layout.of_tokens(SYSTEM + image + TEXT, spans, torch.device("cpu"))
-    kv_heads, head_dim = pools[0].k.shape[1:]
+    shape = layout.columns, config.kv_heads, config.head_dim
+    # Of queries: they are normed, or sums over the stream of numbers of 0.02.
+    deviation = 1.0 if config.qk_norm else 0.02 * config.hidden**0.5
     with Given(pools, parse(spec), layout, steps) as step:
         for layer in range(len(pools)):
-            step.fill(layer, *numbers(layer, layout.columns, kv_heads, head_dim))
+            step.fill(layer, *numbers(layer, PEAKED / deviation, *shape))
     return step.row
 
 
 @functools.cache
-def numbers(layer: int, *shape: int) -> tuple[torch.Tensor, ...]:
+def numbers(layer: int, deviation: float, *shape: int) -> tuple[torch.Tensor, ...]:
     """A query, keys and values of a layer: the same in every row, whose memory is its own."""
     generator = torch.Generator().manual_seed(layer)
     k, v = torch.randn(2, *shape, generator=generator)
     q = torch.randn(1, *shape[1:], generator=generator)
-    # Queries of the decoder have a deviation of 0.02 * sqrt(hidden).
-    k *= PEAKED / (0.02 * WIDTH["hidden"] ** 0.5)
-    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+    return q.bfloat16(), (k * deviation).bfloat16(), v.bfloat16()
 
 
 class Cell:
@@ -128,7 +142,7 @@ class Cell:
         model: Any = SimpleNamespace(decoder=decoder)
         self.stepper = Stepper(model, self.pools, Stepping())
         for _ in range(rows):
-            self.stepper.join(filled(self.pools, spec, image, steps + 4))
+            self.stepper.join(filled(self.pools, config, spec, image, steps + 4))
         self.go_on(2)
 
     def go_on(self, steps: int) -> float:
@@ -192,9 +206,9 @@ def main() -> None:
     parser = common.make_parser(__doc__, name="headline")
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 16], help="rows")
     parser.add_argument("--weights", default="q4", choices=("bf16", "q8", "q4"))
-    parser.add_argument("--image", type=int, default=2880, help="image tokens of a row")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=32)
+    parser.add_argument("--shape", default="vicuna-7b", choices=tuple(SHAPES))
+    parser.add_argument("--image", type=int, help="image tokens of a row")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--cache", action="append", help="policies, the first beside all others")
     parser.add_argument("--steps", type=int, default=6, help="of a block: whole cycles of K = 3")
     parser.add_argument("--blocks", type=int, default=7)
@@ -203,10 +217,19 @@ def main() -> None:
     args.cache = args.cache or [*POLICIES]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    decoder = make_decoder(args.layers, args.kv_heads, args.weights)
+    config, image = SHAPES[args.shape]
+    config = replace(config, layers=args.layers or config.layers)
+    args.image = args.image or image
+    decoder = make_decoder(config, args.weights)
     lines = [line for rows in args.sizes for line in measure(decoder, rows, args)]
-    settings = {"weights": args.weights, "layers": args.layers, "kv heads": args.kv_heads}
-    settings |= {"image tokens": args.image, "threads": args.threads, "seed": 0, "dtype": "bf16"}
+    settings = {"shape": args.shape, "weights": args.weights, "layers": config.layers}
+    settings |= {
+        "kv heads": config.kv_heads,
+        "image tokens": args.image,
+        "threads": args.threads,
+        "seed": 0,
+        "dtype": "bf16",
+    }
     path = common.write_report(args.name, settings, lines, NOTES, args.out)
     print(path.with_suffix(".md").read_text())
 

@@ -75,13 +75,18 @@ class CacheRun:
             for _ in range(config.layers)
         ]
         self.row: Row | None = None
+        # Of a model that tells rows and columns apart: those of pictures by their tokens.
+        self.grids: dict[int, tuple[int, int]] = {}
         self.decoding: Decoding | None = None
 
     @torch.inference_mode()
     def prefill(self, hidden: Tensor, spans: list[tuple[int, int]], new_tokens: int) -> Tensor:
         self.settle()
         layout = Layout.of_tokens(len(hidden), spans, torch.device("cpu"))
-        rotary = self.decoder.rotation.begin(len(hidden))
+        before, seen = (self.row.rotary, self.row.seen) if self.row else (None, 0)
+        places = [(seen + start, seen + end) for start, end in spans if self.grids]
+        grids = [self.grids[end - start] for start, end in places]
+        rotary = self.decoder.rotation.begin(len(hidden), before, places, grids)
         given = self.pools, self.policy, layout, new_tokens, self.row, None, rotary
         with WatchedPrefill(*given) as step:
             self.step = step

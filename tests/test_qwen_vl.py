@@ -271,7 +271,7 @@ def test_a_batch_answers_as_single_requests_do(spec: str, engine: Engine) -> Non
         assert together[number] == single.generate(**request).token_ids
 
 
-@pytest.mark.parametrize("spec", POLICIES)
+@pytest.mark.parametrize("spec", [name for name in POLICIES if name != "trimmed"])
 def test_every_policy_runs_on_its_pictures(spec: str, folder: Path, engine: Engine) -> None:
     other = Engine.load(folder, device="cpu", dtype="float32", cache=spec)
     messages, images = REQUESTS["two pictures"][0], [noise(60, 41), noise(61, 41)]

@@ -37,8 +37,8 @@ def interleaved(sections: Sequence[int]) -> list[int]:
     """
     axes = [TIME] * sum(sections)
     for axis in (ROW, COLUMN):
-        for number in range(sections[axis]):
-            axes[axis + 3 * number] = axis
+        for i in range(axis, min(3 * sections[axis], len(axes)), 3):
+            axes[i] = axis
     return axes
 
 

@@ -217,7 +217,7 @@ def test_warnings_are_named_where_a_folder_is_called_whole(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("jinja2")
-    (folder / "chat_template.jinja").write_text("{% for %}")
+    (folder / "chat_template.jinja").write_text("ASSISTANT {% for %}")
     assert main(["--check", "--model", str(folder), "--quiet"]) == 0
     assert capsys.readouterr().out.endswith("whole, with a warning of its template\n")
 

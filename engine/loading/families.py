@@ -44,7 +44,7 @@ from ..pictures.canvas import CanvasProcessor
 from ..pictures.patches import PatchProcessor
 from ..pictures.preprocess import ImageProcessor, Mode
 from ..prompts.chat_template import find_template
-from ..prompts.templates import find_style
+from ..prompts.templates import OWN, Style, find_style
 
 Config = Mapping[str, Any]
 
@@ -82,7 +82,8 @@ class Family:
         model: built, without memory for its weights.
         rename: names on disk to names of ``model``.
         processor: pictures to pixels.
-        style: prompt style.
+        style: prompt style; "template": that of the checkpoint's own chat template.
+        own: what that template makes, once it has been read with the tokenizer.
         end_tokens: ids that end an answer, as far as the configuration names them.
         tower: folder and names of a vision tower that the checkpoint may leave out.
         window: earlier turns are left out of a prompt so that they have fewer tokens; None: never.
@@ -105,6 +106,12 @@ class Family:
     image_marks: tuple[str, ...] = ()
     new_tokens: tuple[str, ...] = ()
     original: bool = False
+    own: Style | None = None
+
+    @property
+    def prompts(self) -> str | Style:
+        """The style, by its name or as it is."""
+        return self.own or self.style
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,8 @@ def recognise(folder: Path, wishes: Wishes | None = None) -> Family:
     Raises CheckpointError for an unknown model type, a wrong key, an adapter or quantised weights.
     """
     wishes = wishes or Wishes()
-    if wishes.style is not None:
-        find_style(wishes.style)
+    if wishes.style not in (None, OWN):
+        find_style(str(wishes.style))
     refuse_adapter(folder)
     path = folder / "config.json"
     if not path.exists():
@@ -247,18 +254,29 @@ def _trained(folder: Path, decoder: str) -> str:
 
 
 def _style(folder: Path, decoder: str, usual: str) -> str:
-    """The style whose tokens the checkpoint's own template holds, or its tokenizer without one.
+    """The style whose tokens the checkpoint's own template holds, or its tokenizer without one; a
+    template that holds none that we know decides itself.
 
     Vicuna, Yi and Llama 3 are all Llamas; only Yi's tokenizer knows ChatML.
     """
-    held = _content(folder, "chat_template.jinja", "chat_template.json") or _content(
+    template = _content(folder, "chat_template.jinja", "chat_template.json")
+    held = template or _content(
         folder, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
     )
     if b"<|start_header_id|>" in held:
         return "llama3"
     if b"<|im_start|>" in held:
         return "chatml" if decoder == "qwen2" else "yi"
-    return usual
+    return OWN if template and _TOLD_BY[usual] not in template else usual
+
+
+# What is written in the templates of these styles.
+_TOLD_BY = {
+    "llava-hf": b"ASSISTANT",
+    "llava-v1": b"ASSISTANT",
+    "mistral": b"[INST]",
+    "chatml": b"<|im_start|>",
+}
 
 
 def _content(folder: Path, *names: str) -> bytes:

@@ -270,10 +270,18 @@ STYLES = {
 }
 
 
-def find_style(name: str) -> Style:
-    """Return a style by its name; an unknown one is an ``OptionError`` that lists the known."""
+# The name of the style that a checkpoint's own chat template makes (``own_template``).
+OWN = "template"
+
+
+def find_style(name: str | Style) -> Style:
+    """Return a style by its name, or one that is made already; an unknown name is an
+    ``OptionError`` that lists the known.
+    """
+    if isinstance(name, Style):
+        return name
     try:
         return STYLES[name]
     except KeyError:
-        known = f"known styles: {', '.join(STYLES)}"
+        known = f"known styles: {', '.join(STYLES)}, {OWN}"
         raise OptionError(f"unknown prompt style {name!r}", hint=known) from None

@@ -160,7 +160,7 @@ class Engine:
     @property
     def names_regions(self) -> bool:
         """Whether answers may name regions of the picture; see ``Result.boxes``."""
-        return self._family.boxes
+        return self._family.boxes is not None
 
     def fingerprint(self) -> str:
         """Tells apart engines that may answer differently under the same cache policy."""
@@ -256,12 +256,14 @@ class Engine:
         """A conversation whose turns share one cache; see ``Chat``."""
         return Chat(self)
 
-    def encode(self, image: Picture, salt: str = "") -> EncodedImage:
+    def encode(self, image: Picture, salt: str = "", *, beside: bool = False) -> EncodedImage:
         """Encode a picture once, to be given in place of it as often as needed.
 
         The engine also remembers the latest pictures by itself, those of each ``salt`` apart.
+        ``beside`` is whether others stand in the same prompt: LLaVA-OneVision then takes fewer
+        tokens of each.
         """
-        picture = self._open(image)
+        picture = self._open(image, beside=beside)
         return EncodedImage(self._encoder.encode([picture], salt)[0], picture.size)
 
     def forget_pictures(self) -> None:
@@ -408,7 +410,8 @@ class Engine:
         start.
         """
         given = listed(images)
-        pictures = [self._open(image, len(given)) for image in given]
+        beside = len(given) + (earlier or 0) > 1
+        pictures = [self._open(image, beside=beside) for image in given]
         counts = list(map(self._tokens_of, pictures))
         return pictures, self._prompt(prompt, counts, raw, earlier)
 
@@ -418,11 +421,11 @@ class Engine:
             return self.model.image_tokens(picture)
         return 1 if self.model.cross_layers else len(picture.features)
 
-    def _open(self, image: Picture, among: int = 1) -> Pixels | EncodedImage:
-        """One of so many pictures ``among`` those of a prompt, as the tower takes it."""
+    def _open(self, image: Picture, *, beside: bool) -> Pixels | EncodedImage:
         if isinstance(image, EncodedImage):
             return image
-        return self._family.processor.among(among).prepare(open_image(image).pixels)
+        pixels, processor = open_image(image).pixels, self._family.processor
+        return processor.prepare_beside(pixels) if beside else processor.prepare(pixels)
 
     def _prompt(
         self, prompt: Messages, counts: list[int], raw: bool, earlier: int | None

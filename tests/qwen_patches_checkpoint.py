@@ -99,10 +99,10 @@ def make_config(kind: str, *, tied: bool = False) -> Any:
     made, _, _ = KINDS[kind]
     third = kind == "qwen3_vl"
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 5e6 if third else 1e6}
-    rope |= {"mrope_section": [3, 2, 3] if not third else [4, 3, 3]}
+    rope |= {"mrope_section": [3, 2, 3] if not third else [6, 5, 5]}
     rope |= {"mrope_interleaved": True} if third else {}
     text = TEXT | {"vocab_size": 320, "rope_parameters": rope}
-    text |= {"head_dim": 20, "attention_bias": False} if third else {}
+    text |= {"head_dim": 32, "attention_bias": False} if third else {}
     text |= {"bos_token_id": id_of("<|endoftext|>"), "eos_token_id": id_of("<|im_end|>")}
     return made(
         text_config=text | {"tie_word_embeddings": tied},

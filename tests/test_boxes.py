@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from engine.pictures.boxes import Box, draw_boxes, parse_boxes
+from engine.pictures.boxes import Box, draw_boxes, parse_boxes, parse_json_boxes
 
 SIZE = (640, 480)
 
@@ -73,3 +73,28 @@ def test_names_and_quads_are_painted_on_any_picture(size: tuple[int, int]) -> No
     painted = draw_boxes(image, parse_boxes(text, size))
     assert painted.size == size
     assert painted.tobytes() != image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no region here", []),
+        ('[{"bbox_2d": [0, 0, 1000, 1000]}]', [Box("", ((0, 0), (639, 479)))]),
+        (
+            '```json\n[\n\t{"bbox_2d": [100, 250, 300, 500], "label": "a \\"red\\" car"},\n'
+            '\t{"label": "star", "bbox_2d": [500.5,0,250,100]}\n]\n```',
+            [Box('a "red" car', ((64, 120), (192, 240))), Box("star", ((160, 0), (320, 48)))],
+        ),
+        ('{"bbox_2d": [1, 2, 3]}', []),
+        ('{"bbox_2d": [1, 2, 3, "x"]}', []),
+        ('{"bbox_2d": [1, 2, 3, 4]', []),
+        ('{"bbox_2d": [0, 0, 99999, 5], "label": 7}', [Box("", ((0, 0), (639, 2)))]),
+    ],
+)
+def test_regions_in_json(text: str, expected: list[Box]) -> None:
+    assert parse_json_boxes(text, SIZE, (1000, 1000)) == expected
+
+
+def test_regions_in_pixels_of_the_resized_picture() -> None:
+    text = '{"bbox_2d": [322, 238, 644, 476], "label": "half"}'
+    assert parse_json_boxes(text, SIZE, (644, 476)) == [Box("half", ((320, 240), (639, 479)))]

@@ -1,9 +1,10 @@
-"""LLaVA-OneVision and SigLIP under LLaVA beside transformers: pixels, prompts, logits, answers."""
+"""LLaVA-OneVision beside transformers: SigLIP, tiles whose grid is shrunk, several pictures."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,162 +12,189 @@ import jinja2
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from engine.engine import Engine
 from engine.errors import CheckpointError
-from engine.insight.panels import panels_of
 from engine.loading.families import recognise
-from engine.models.llava_onevision import LlavaOneVision, all_pinpoints
+from engine.models.llava_onevision import LlavaOnevision
 from engine.pictures.anyres import grid_of
-from tests import checkpoints as plain
-from tests.checkpoints import Shape, edit_json, write_json
-from tests.onevision_checkpoint import (
-    TEMPLATES,
-    TEXT,
-    make_model,
-    preprocessor,
-    tokenizer,
-    vision_config,
-    write_onevision,
-)
+from engine.result import Result
+from tests.checkpoints import edit_json, write_json
 from tests.oracle import noise
-from tests.qwen_patches_checkpoint import scatter
 
-TOLERANCE = 2e-4
-PICTURE, QUESTION = {"type": "image"}, "What is in the picture?"
+SIDE = 62  # four patches of 14, and six pixels that fill none
+PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in range(1, 7) for columns in range(1, 7)]
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+PICTURE = {"type": "image"}
 
 
-def turn(role: str, *content: Any) -> dict[str, Any]:
-    parts = [{"type": "text", "text": c} if isinstance(c, str) else c for c in content]
-    return {"role": role, "content": parts}
+def tokenizer() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["user assistant What is in the picture?"], trainer)
+    made.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
+    return made
 
 
-ASKED = [turn("user", PICTURE, QUESTION)]
-CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[tuple[int, int]]]] = {
-    "one": (ASKED, [(120, 90)]),
-    "tile": (ASKED, [(40, 44)]),
-    "wide": (ASKED, [(400, 60)]),
-    "tall": (ASKED, [(70, 300)]),
-    "shrunk": (ASKED, [(260, 250)]),
-    "two": ([turn("user", PICTURE, PICTURE, QUESTION)], [(90, 120), (200, 60)]),
-    "none": ([turn("user", "Who are you?")], []),
-    "system": ([turn("system", "Be brief."), *ASKED], [(64, 64)]),
-    "later": (
-        [
-            *ASKED,
-            turn("assistant", "A cat."),
-            turn("user", "And?"),
-            turn("assistant", "A dog."),
-            turn("user", "Sure?"),
-        ],
-        [(100, 60)],
-    ),
-}
+def make_config() -> Any:
+    made = tokenizer()
+    text = {
+        **{"model_type": "qwen2", "hidden_size": 56, "intermediate_size": 96},
+        **{"num_hidden_layers": 3, "num_attention_heads": 7, "num_key_value_heads": 1},
+        **{"vocab_size": 320, "max_position_embeddings": 8192, "rope_theta": 1e6},
+        **{"eos_token_id": made.token_to_id("<|im_end|>"), "bos_token_id": None},
+    }
+    vision = {
+        **{"model_type": "siglip_vision_model", "hidden_size": 48, "intermediate_size": 80},
+        **{"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIDE},
+        **{"patch_size": 14, "vision_use_head": False},
+    }
+    return LlavaOnevisionConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=made.token_to_id("<image>"),
+        video_token_index=made.token_to_id("<video>"),
+        image_grid_pinpoints=PINPOINTS,
+    )
+
+
+def make_model() -> Any:
+    model = LlavaOnevisionForConditionalGeneration(make_config()).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.7, 1.3, generator=generator)
+            elif weight.dim() == 1:
+                weight.normal_(0, 0.2, generator=generator)
+            else:
+                wide = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+                deviation = wide * weight[0].numel() ** -0.5
+                weight.normal_(0, 0.5 if "embed" in name else deviation, generator=generator)
+    return model
+
+
+def rules() -> dict[str, Any]:
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return half | {
+        "size": {"height": SIDE, "width": SIDE},
+        "image_grid_pinpoints": PINPOINTS,
+        "resample": 3,
+    }
+
+
+def write(folder: Path) -> Path:
+    make_model().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer().to_str())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    kind = {"image_processor_type": "LlavaOnevisionImageProcessor", "do_pad": True}
+    write_json(folder / "preprocessor_config.json", rules() | kind)
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    write_json(folder / "tokenizer_config.json", settings)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_onevision(tmp_path_factory.mktemp("onevision") / "m")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[Engine, Any, Any]]:
+    @functools.cache
+    def make() -> tuple[Engine, Any, Any]:
+        folder = write(tmp_path_factory.mktemp("onevision") / "m")
+        engine = Engine.load(folder, device="cpu", dtype="float32", cache="full")
+        return engine, make_model(), LlavaOnevisionImageProcessorPil(**rules())
+
+    return make
 
 
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return Engine.load(folder, device="cpu", dtype="float32", cache="full")
+def asked(count: int, text: str = "What is in the picture?") -> list[dict[str, Any]]:
+    content = [*[PICTURE] * count, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
 
 
-@pytest.fixture(scope="module")
-def theirs() -> Any:
-    return make_model()
-
-
-@functools.cache
-def process() -> Any:
-    given = {k: v for k, v in preprocessor().items() if k != "image_processor_type"}
-    return LlavaOnevisionImageProcessorPil(**given)
-
-
-def pictures(sizes: list[tuple[int, int]]) -> list[Image.Image]:
+def pictures(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
     return [noise(*size, seed=number) for number, size in enumerate(sizes)]
 
 
-def inputs(engine: Engine, messages: Any, images: list[Image.Image]) -> dict[str, Any]:
-    """What transformers' model takes: our ids, its pixels."""
+SIZES: dict[str, list[tuple[int, int]]] = {
+    "none": [],
+    "one tile": [(60, 60)],
+    "wide": [(300, 40)],
+    "tall": [(50, 280)],
+    "large": [(360, 350)],  # 36 tiles, shrunk to as many patches as nine have
+    "shrunk unevenly": [(370, 250)],
+    "two": [(100, 60), (64, 64)],
+    "three": [(40, 90), (200, 10), (62, 62)],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_logits_and_answers_are_transformers(made: Any, name: str) -> None:
+    engine, theirs, process = made()
+    images, sizes = pictures(SIZES[name]), SIZES[name]
+    messages = asked(len(sizes))
     ids = torch.tensor([engine.render(messages, images).token_ids])
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if images:
-        given |= dict(process()([images], return_tensors="pt"))
-    return given
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_logits_and_answers_are_transformers(engine: Engine, theirs: Any, name: str) -> None:
-    messages, sizes = CONVERSATIONS[name]
-    images = pictures(sizes)
-    given = inputs(engine, messages, images)
+        made_pixels = process([images], return_tensors="pt")
+        given |= {key: made_pixels[key] for key in ("pixel_values", "image_sizes")}
+        given["batch_num_images"] = torch.tensor([len(images)])
     with torch.inference_mode():
         expected = theirs(**given).logits[0].float()
         answer = theirs.generate(**given, max_new_tokens=16, do_sample=False, eos_token_id=None)
     got = engine.logits(messages, images)
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() < TOLERANCE
+    assert (got - expected).abs().max() < 2e-4
     result = engine.generate(messages, images, max_new_tokens=16, ignore_eos=True)
-    assert result.token_ids == answer[0, given["input_ids"].shape[1] :].tolist()
+    assert result.token_ids == answer[0, ids.shape[1] :].tolist()
 
 
-def test_a_batch_of_mixed_rows_answers_as_single_ones(engine: Engine) -> None:
-    asked = [CONVERSATIONS[name] for name in ("one", "none", "two", "shrunk", "later")]
-    requests: list[dict[str, Any]] = [
-        {"prompt": messages, "images": pictures(sizes), "max_new_tokens": 12, "ignore_eos": True}
-        for messages, sizes in asked
+@pytest.mark.parametrize("name", [name for name in SIZES if SIZES[name]])
+def test_pixels_are_bit_equal(made: Any, name: str) -> None:
+    engine, _, process = made()
+    images = pictures(SIZES[name])
+    theirs = process([images], return_tensors="pt")["pixel_values"]
+    prepare = engine.processor.prepare if len(images) == 1 else engine.processor.prepare_beside
+    for image, expected in zip(images, theirs, strict=True):
+        tiles = prepare(image).tiles
+        assert torch.equal(tiles, expected[: len(tiles)])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_prompts_are_the_templates(made: Any, count: int) -> None:
+    engine, *_ = made()
+    images = pictures([(60, 60), (50, 90)][:count])
+    messages = asked(count, "Hi?")
+    messages += [{"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]
+    messages += asked(0, "Sure?")
+    text = jinja2.Template(TEMPLATE).render(messages=messages, add_generation_prompt=True)
+    prompt = engine.render(messages, images)
+    assert prompt.text == text
+    image_token = engine.model.image_token
+    squeezed = [
+        token
+        for n, token in enumerate(prompt.token_ids)
+        if token != image_token or prompt.token_ids[n - 1] != image_token or count == 2
     ]
-    results = {result.index: result for result in engine.generate_batch(requests)}
-    for index, request in enumerate(requests):
-        assert results[index].token_ids == engine.generate(**request).token_ids  # type: ignore[union-attr]
+    if count < 2:
+        assert squeezed == tokenizer().encode(text).ids
 
 
-@pytest.mark.parametrize(
-    "sizes", [[(640, 480)], [(33, 31)], [(44, 44)], [(500, 30)], [(70, 51), (31, 200), (44, 44)]]
-)
-def test_pixels_are_bit_equal(engine: Engine, sizes: list[tuple[int, int]]) -> None:
-    images = pictures(sizes)
-    expected = process()([images], return_tensors="pt")["pixel_values"]
-    processor = engine.processor.among(len(images))
-    for image, theirs in zip(images, expected, strict=True):
-        ours = processor.prepare(image).tiles
-        assert torch.equal(ours, theirs[: len(ours)])
-        assert len(images) > 1 or len(ours) == len(theirs)
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("style", TEMPLATES)
-def test_prompts_are_the_templates(tmp_path: Path, style: str, name: str) -> None:
-    """Rendered by jinja and encoded as a whole, special tokens included; no BOS."""
-    folder = write_onevision(tmp_path / "m", style=style)
-    engine = Engine.load(folder, device="cpu")
-    messages, sizes = CONVERSATIONS[name]
-    rendered = jinja2.Template(TEMPLATES[style], keep_trailing_newline=True).render(
-        messages=messages, add_generation_prompt=True
-    )
-    if style == "chatml" and name == "two":  # images first, and one line for each
-        rendered = rendered.replace("<image><image>", "<image>\n<image>")
-    if style == "chatml" and name != "system":  # as it was trained; this template leaves it out
-        rendered = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + rendered
-    prompt = engine.render(messages, pictures(sizes))
-    assert prompt.text == rendered
-    ids, image = tokenizer().encode(rendered).ids, engine.model.image_token
-    counts = iter([s.end - s.start for s in prompt.segments if s.kind == "image"])
-    assert prompt.token_ids == [
-        x for token in ids for x in [token] * (next(counts) if token == image else 1)
-    ]
-
-
-# The published token counts of single pictures.
+# Of a picture by itself at the published sizes: 384 px, 27 patches a side, 36 canvases.
 TOKENS = {
     (384, 384): 1485,
     (640, 480): 2929,
@@ -181,210 +209,68 @@ TOKENS = {
 
 
 @pytest.mark.parametrize("size", TOKENS)
-def test_published_token_counts(size: tuple[int, int]) -> None:
-    assert grid_of(size, all_pinpoints(384), 384, 27, 9).tokens == TOKENS[size]
-
-
-@pytest.mark.parametrize(("layout", "tied"), [("hub", False), ("hub", True), ("original", False)])
-def test_every_layout_is_the_same_model(
-    engine: Engine, tmp_path: Path, layout: str, tied: bool
-) -> None:
-    folder = write_onevision(tmp_path / "m", layout=layout, tied=tied)
-    made = Engine.load(folder, device="cpu", dtype="float32", cache="full", style="onevision")
-    images = pictures([(260, 250)])
-    if tied:
-        with torch.inference_mode():
-            expected = make_model(tied=True)(**inputs(made, ASKED, images)).logits[0]
-    else:
-        expected = engine.logits(ASKED, images)
-    got = made.logits(ASKED, images)
-    assert (got - expected).abs().max() < TOLERANCE
-
-
-def test_siglip_may_lie_in_a_folder_of_its_own(engine: Engine, tmp_path: Path) -> None:
-    """A complete SigLIP, with the half that reads text and the head that pools."""
-    folder, tower = write_onevision(tmp_path / "m", layout="original"), tmp_path / "m" / "siglip"
-    path, inside, outside = folder / "model.safetensors", {}, {}
-    for name, value in load_file(path).items():
-        _, prefix, rest = name.rpartition("vision_tower.vision_model.")
-        (outside if prefix else inside)[f"vision_model.{rest}" if prefix else name] = value
-    more = {"vision_model.head.probe": torch.ones(2), "logit_bias": torch.ones(1)}
-    more["text_model.head.weight"] = torch.ones(3)
-    tower.mkdir()
-    plain.save(inside, folder)
-    plain.save(outside | more, tower)
-    edit_json(folder / "config.json", "_test_only_vision_config", mm_vision_tower="siglip")
-    edit_json(folder / "config.json", image_aspect_ratio="pad")
-    write_json(tower / "config.json", {"vision_config": vision_config(4)})
-    made = Engine.load(folder, device="cpu", dtype="float32")
-    image = noise(90, 50)
-    pixels = made.processor.prepare(image)
-    assert torch.equal(pixels.tiles, engine.processor.among(2).prepare(image).tiles)
-    with torch.inference_mode():
-        expected = engine.model.encode([pixels])[0][:-1]  # without the newline
-        torch.testing.assert_close(made.model.encode([pixels])[0], expected)
-
-
-def test_the_original_layout_has_its_own_prompt(tmp_path: Path) -> None:
-    family = recognise(write_onevision(tmp_path / "m", layout="original"))
-    assert (family.style, type(family.model)) == ("chatml", LlavaOneVision)
-    assert family.end_tokens == {0}
-
-
-@pytest.mark.parametrize("policy", ["avl", "h2o", "fastv"])
-def test_policies_run_on_it(engine: Engine, policy: str) -> None:
-    images = pictures([(260, 250)])
-    result = engine.with_cache(policy).generate(ASKED, images, max_new_tokens=12, ignore_eos=True)
-    whole = engine.generate(ASKED, images, max_new_tokens=12, ignore_eos=True)
-    assert result.cache.bytes_used < whole.cache.bytes_used
-
-
-@pytest.mark.parametrize("name", ["one", "shrunk", "two"])
-def test_the_attention_page_shows_each_token_once(engine: Engine, name: str) -> None:
-    _, sizes = CONVERSATIONS[name]
-    processor = engine.processor.among(len(sizes))
-    for image in pictures(sizes):
-        pixels = processor.prepare(image)
-        panels = panels_of(engine.model, processor, pixels)
-        shown = [token for panel in panels for token in (*panel.tokens, *panel.newlines)]
-        assert sorted(shown) == list(range(engine.model.image_tokens(pixels)))
-
-
-def test_pictures_of_later_turns_are_tiled_by_themselves(engine: Engine) -> None:
-    """What is in the cache stays as it was read: each turn counts its own pictures."""
-    chat, (first, second) = engine.chat(), pictures([(120, 90), (60, 150)])
-    alone = [engine.generate(QUESTION, [image]).image_tokens for image in (first, second)]
-    given = [
-        chat.send(QUESTION, [image], max_new_tokens=2).image_tokens for image in (first, second)
-    ]
-    assert given == alone
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("vision_aspect_ratio", "square", "vision_aspect_ratio"),
-        ("vision_feature_select_strategy", "default", "leaves 8 features of 9 patches"),
-        ("image_grid_pinpoints", [[44, 45]], "tiles have 44 x 44"),
-    ],
-)
-def test_what_is_not_supported_is_named(tmp_path: Path, key: str, value: Any, words: str) -> None:
-    folder = write_onevision(tmp_path / "m")
-    edit_json(folder / "config.json", **{key: value})
-    with pytest.raises(CheckpointError, match=words):
-        recognise(folder)
-
-
-# -- published shapes ------------------------------------------------------------------------------
-
-PUBLISHED = {
-    "0.5b": ((896, 24, 14, 2, 4864, 152000), True, "0.894"),
-    "7b": ((3584, 28, 28, 4, 18944, 152128), False, "8.03"),
-    "72b": ((8192, 80, 64, 8, 29568, 152128), False, "73.2"),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_shapes(tmp_path: Path, name: str) -> None:
-    """With as many parameters as the hub says, in billions."""
-    sizes, tied, billions = PUBLISHED[name]
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    text = dict(zip((*keys, "intermediate_size", "vocab_size"), sizes, strict=True))
-    config = {"model_type": "llava_onevision", "image_token_index": 151646}
-    config |= {"text_config": {"model_type": "qwen2", "tie_word_embeddings": tied, **text}}
-    write_json(tmp_path / "config.json", config)
-    family = recognise(tmp_path)
-    assert isinstance(family.model, LlavaOneVision)
-    assert (family.model.most, len(family.model.pinpoints)) == (9, 36)
-    assert family.processor.output_size == (384, 384)
-    parameters = sum(p.numel() for p in family.model.parameters())
-    shared = text["vocab_size"] * text["hidden_size"] if tied else 0
-    assert f"{(parameters - shared) / 1e9:.3g}" == billions
-
-
-# -- SigLIP, and other choices, under plain LLaVA --------------------------------------------------
+def test_published_token_counts(size: tuple[int, int], made: Any) -> None:
+    published = tuple(
+        (384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)
+    )
+    grid = grid_of(size, published, 384, 27)
+    with torch.device("meta"):
+        model = LlavaOnevision(_published(), published, 9)
+    rows, columns = model.shrunk(grid)
+    assert 729 + rows * (columns + 1) == TOKENS[size]
 
 
 @functools.cache
-def siglip_llava(strategy: str, layer: int) -> Any:
-    config = LlavaConfig(
-        text_config=TEXT,
-        vision_config=vision_config(),
-        image_token_index=tokenizer().token_to_id("<image>"),
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    scatter(model, 41)
-    return model
+def _published() -> Any:
+    from engine.models.llava_onevision import parse_onevision
+
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304}
+    vision |= {"num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384}
+    text = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14}
+    text |= {"num_key_value_heads": 2, "num_hidden_layers": 24, "vocab_size": 152000}
+    values = {"vision_config": vision | {"patch_size": 14}, "text_config": text}
+    return parse_onevision(values | {"image_grid_pinpoints": [[384, 384]]})[0]
 
 
-@pytest.mark.parametrize(("strategy", "layer"), [("full", -1), ("full", -2), ("default", -2)])
-def test_siglip_under_llava_equals_transformers(tmp_path: Path, strategy: str, layer: int) -> None:
-    model = siglip_llava(strategy, layer)
-    model.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(tokenizer().to_str())
-    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
-    given = {"size": {"height": 44, "width": 44}, "resample": 3}
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    named = {"image_processor_type": "SiglipImageProcessor"}
-    write_json(tmp_path / "preprocessor_config.json", given | named)
-    engine = Engine.load(tmp_path, device="cpu", dtype="float32", cache="full")
-    image = noise(90, 50)
-    pixels = SiglipImageProcessorPil(**given, **half)([image], return_tensors="pt")["pixel_values"]
-    assert torch.equal(engine.processor.prepare(image).tiles, pixels)
-    ids = torch.tensor([engine.render(QUESTION, [image]).token_ids])
-    assert (ids == engine.model.image_token).sum() == (9 if strategy == "full" else 8)
-    with torch.inference_mode():
-        expected = model(input_ids=ids, pixel_values=pixels).logits[0]
-    assert (engine.logits(QUESTION, [image]) - expected).abs().max() < TOLERANCE
+@pytest.mark.parametrize("spec", ["full", "avl:floor=4", "sift"])
+def test_rows_of_a_batch_answer_as_alone(made: Any, spec: str) -> None:
+    engine = made()[0].with_cache(spec)
+    requests = [
+        {"prompt": asked(len(SIZES[name])), "images": pictures(SIZES[name])}
+        | {"max_new_tokens": 6 + n, "ignore_eos": True}
+        for n, name in enumerate(("wide", "two", "none", "tall"))
+    ]
+    alone = [engine.generate(**each).token_ids for each in requests]
+    done = {r.index: r for r in engine.generate_batch(requests, 4)}
+    for number, expected in enumerate(alone):
+        result = done[number]
+        assert isinstance(result, Result), result
+        assert result.token_ids == expected
 
 
-def test_a_kept_class_token_equals_transformers(
-    tmp_path: Path, oracle_of: Callable[[Path], Any]
+def test_a_later_picture_stands_beside_the_earlier(made: Any) -> None:
+    """It is one tile, as several pictures in one prompt are."""
+    engine, *_ = made()
+    chat = engine.chat()
+    first = chat.send("What?", pictures([(300, 40)]), max_new_tokens=3, ignore_eos=True)
+    second = chat.send("And that?", pictures([(300, 40)]), max_new_tokens=3, ignore_eos=True)
+    assert first.image_tokens > 17
+    assert second.image_tokens == 17
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vision_aspect_ratio": "pad"}, "vision_aspect_ratio"),
+        ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy"),
+        ({"image_grid_pinpoints": [[60, 60]]}, "image_grid_pinpoints"),
+    ],
+)
+def test_wrong_files_are_refused_by_key(
+    changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    folder = plain.write_llava(tmp_path / "m", Shape())
-    edit_json(folder / "config.json", vision_feature_select_strategy="full")
-    edit_json(folder / "processor_config.json", vision_feature_select_strategy="full")
-    engine, oracle = Engine.load(folder, device="cpu", dtype="float32"), oracle_of(folder)
-    given = oracle.inputs([turn("user", PICTURE, QUESTION)], [noise(80, 60)])
-    prompt = engine.render(QUESTION, [noise(80, 60)])
-    assert prompt.token_ids == given["input_ids"][0].tolist()
-    got = engine.logits(QUESTION, [noise(80, 60)])
-    assert (got - oracle.logits(given)).abs().max() < TOLERANCE
-    pixels = engine.processor.prepare(noise(80, 60))
-    (panel,) = panels_of(engine.model, engine.processor, pixels)
-    assert (panel.tokens, panel.newlines) == (list(range(1, 17)), (0,))
-
-
-@pytest.fixture
-def oracle_of() -> Callable[[Path], Any]:
-    from tests.oracle import Oracle
-
-    return Oracle
-
-
-@pytest.mark.parametrize(("kind", "depth"), [("linear", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
-def test_projectors_of_other_depths(tmp_path: Path, kind: str, depth: int) -> None:
-    """Against the definition: linear layers, exact GELUs between them."""
-    folder, shape = plain.write_llava(tmp_path / "m", Shape(), "original"), Shape()
-    edit_json(folder / "config.json", mm_projector_type=kind)
-    tensors = plain.spelled(plain.draw(shape), "original")
-    for name in [name for name in tensors if "mm_projector" in name]:
-        del tensors[name]
-    generator = torch.Generator().manual_seed(5)
-    layers = []
-    for number in range(depth):
-        width = shape.vision_hidden if number == 0 else shape.hidden
-        weight = torch.randn(shape.hidden, width, generator=generator)
-        layers.append((weight, torch.randn(shape.hidden, generator=generator)))
-        name = "model.mm_projector." + (f"{2 * number}." if depth > 1 else "")
-        tensors |= {f"{name}weight": layers[-1][0], f"{name}bias": layers[-1][1]}
-    plain.save(tensors, folder)
-    projector = Engine.load(folder, device="cpu", dtype="float32").model.projector
-    given = torch.randn(3, shape.vision_hidden, generator=generator)
-    expected = given
-    for number, (weight, bias) in enumerate(layers):
-        bent = torch.nn.functional.gelu(expected) if number else expected
-        expected = bent @ weight.T + bias
-    torch.testing.assert_close(projector(given), expected)
+    folder = write(tmp_path / "m")
+    edit_json(folder / "config.json", **changes)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llava_onevision"
+    with pytest.raises(CheckpointError, match=words):
+        recognise(folder)

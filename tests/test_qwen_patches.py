@@ -18,10 +18,13 @@ from engine.engine import Engine
 from engine.errors import CheckpointError, ImageError, OptionError
 from engine.insight.panels import panels_of
 from engine.loading.families import recognise
+from engine.ops import native, products
 from engine.pictures.patches import Cells, packed, unpacked
 from engine.prompts.messages import parse_messages
 from engine.prompts.prompt import build_prompt
-from engine.result import Result
+from engine.result import Result, Timings
+from engine.running.stepping import Stepper, Stepping
+from engine.running.turn import make_pools, prefill
 from tests.checkpoints import edit_json
 from tests.oracle import noise
 from tests.qwen_patches_checkpoint import (
@@ -362,6 +365,50 @@ def test_pictures_may_be_limited_to_so_many_tokens(tmp_path: Path, ask: Any) -> 
     assert ask("--model", folder, "--max-image-tokens", "0", "-p", "x").code == 2
     checked = ask("--check", "--model", folder)
     assert "pictures of 4 to 64 tokens" in checked.out + checked.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_weights_in_few_bits_say_nearly_the_same(
+    made: Any, kind: str, weights: str, tmp_path: Path
+) -> None:
+    """The decoder's layers are rounded, the tower is not."""
+    engine, *_ = made(kind)
+    folder = write_qwen_patches(tmp_path / "m", kind)
+    few = Engine.load(folder, device="cpu", dtype="float32", cache="full", weights=weights)
+    messages, sizes = CONVERSATIONS["one"]
+    whole, rounded = (e.logits(messages, pictures(sizes)).log_softmax(-1) for e in (engine, few))
+    divergence = (whole.exp() * (whole - rounded)).sum(-1).mean()
+    assert 0 < divergence < {"q8": 0.01, "q4": 0.3}[weights]
+
+
+@pytest.mark.skipif(not native.loaded(), reason="needs the native module")
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_recorded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of queries and keys are native calls too; rows count their own coordinates."""
+    monkeypatch.setattr(products, "_native_pays", lambda: True)
+    folder = write_qwen_patches(tmp_path / "m", kind)
+    engine = Engine.load(folder, device="cpu", dtype="bfloat16", cache="avl:floor=4")
+    pools = make_pools(engine.model)
+    stepper = Stepper(engine.model, pools, Stepping())
+    for name in ("one", "none", "two"):
+        messages, sizes = CONVERSATIONS[name]
+        asked = engine.turn(messages, pictures(sizes), Timings())
+        stepper.join(prefill(engine.model, pools, engine.policy, asked, 12)[0])
+    for step in range(9):
+        stepper.step(torch.arange(3) * 7 + step)
+    assert stepper.eager_because is None
+    assert all(stepper._taped._tapes.values())
+
+
+def test_regions_are_read_in_each_generations_measure(made: Any) -> None:
+    """Of the resized picture's pixels, or in thousandths; Qwen2-VL's are special tokens."""
+    said = '[{"bbox_2d": [56, 28, 112, 84], "label": "x"}]'
+    second, third = (made(kind)[0]._family.boxes for kind in ("qwen2_5_vl", "qwen3_vl"))
+    assert second(said, (224, 168))[0].corners == ((56, 28), (112, 84))
+    assert second(said, (448, 336))[0].corners == ((99, 56), (199, 168))  # shrunk to 252 x 168
+    assert third(said, (1000, 500))[0].corners == ((56, 14), (112, 42))
+    assert not made("qwen2_vl")[0].names_regions
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from engine.insight.trace import Trace
 from engine.serving.refusal import RefusalError
 from engine.serving.request import Limits, parse
 from tests.oracle import noise
+from tests.qwen_patches_checkpoint import write_qwen_patches
 
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx2")  # which comes with openai
@@ -189,6 +190,21 @@ def test_questions_about_one_picture_read_it_once(engine: Engine, spec: str) -> 
             assert details["cached_tokens"] > alone.image_tokens
             assert server.worker.now()["prefix_misses"] == 1
             assert server.worker.now()["prefix_hits"] == number + 1
+
+
+def test_questions_about_a_picture_of_rows_and_columns_share_its_coordinates(
+    tmp_path: Path,
+) -> None:
+    """The stored beginning's rotary state goes on with the question."""
+    folder = write_qwen_patches(tmp_path / "m", "qwen3_vl")
+    engine = Engine.load(folder, device="cpu", dtype="float32", cache="full")
+    with serving(engine) as server:
+        for text in ("What is it?", "And what else is there?"):
+            said, usage = ask_about(server, text, "full")
+            alone = engine.generate(text, [data_url(3)], max_new_tokens=8, ignore_eos=True)
+            assert said == alone.text
+            assert usage["prompt_tokens_details"]["cached_tokens"] > alone.image_tokens
+        assert server.worker.now()["prefix_misses"] == 1
 
 
 def test_few_bits_are_shared_in_place_and_answers_repeat(engine: Engine) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.llava import Llava
 from ..models.llava_next import LlavaNext
+from ..models.llava_onevision import LlavaOnevision
 from ..models.qwen_patches import QwenPatches
 from ..models.vision_language import VisionLanguageModel
 from ..pictures.patches import unpacked
@@ -101,10 +102,13 @@ def _tiled(model: LlavaNext, pixels: Pixels, seen: list[Image.Image]) -> list[Pa
         canvas.paste(tile, (number % columns * size, number // columns * size))
     left, top = grid.left * patch, grid.top * patch
     box = (left, top, left + grid.width * patch, top + grid.height * patch)
-    height, width = grid.shown
+    height, width = grid.height, grid.width
+    if isinstance(model, LlavaOnevision):
+        height, width = model.shrunk(grid)
     starts = [grid.base + row * (width + 1) for row in range(height)]
     seams = (grid.top, height), (grid.left, width)
-    across, down = ((), ()) if grid.shrunk else (_seams(*ends, vision.grid) for ends in seams)
+    shrunk = (height, width) != (grid.height, grid.width)  # so that no cell is of one tile
+    across, down = ((), ()) if shrunk else (_seams(*ends, vision.grid) for ends in seams)
     return [
         Panel("the whole picture", seen[0], vision.grid, vision.grid, _range(grid.base)),
         Panel(

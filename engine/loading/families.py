@@ -27,19 +27,19 @@ from ..errors import CheckpointError, OptionError
 from ..models.clip import ClipConfig
 from ..models.llava import Llava, LlavaConfig, decoder_kind, parse_hub, parse_original
 from ..models.llava_next import LlavaNext, parse_next_hub, parse_next_original
-from ..models.llava_onevision import LlavaOneVision, most_tiles, parse_onevision_hub
+from ..models.llava_onevision import (
+    LlavaOnevision,
+    OnevisionProcessor,
+    most_tiles,
+    parse_onevision,
+)
 from ..models.mllama import Mllama, MllamaConfig
 from ..models.qwen_patches import PatchesConfig, QwenPatches
 from ..models.qwen_vl import QwenVl, QwenVlConfig
 from ..models.siglip import SiglipConfig
 from ..models.vision_language import VisionLanguageModel
-from ..pictures.anyres import (
-    Canvas,
-    LoneTileProcessor,
-    TileProcessor,
-    check_same,
-    read_pinpoints,
-)
+from ..pictures.anyres import Canvas, TileProcessor, check_same, read_pinpoints
+from ..pictures.boxes import Box, Reads, parse_boxes, parse_json_boxes
 from ..pictures.canvas import CanvasProcessor
 from ..pictures.patches import PatchProcessor
 from ..pictures.preprocess import ImageProcessor, Mode
@@ -88,7 +88,8 @@ class Family:
         tower: folder and names of a vision tower that the checkpoint may leave out.
         window: earlier turns are left out of a prompt so that they have fewer tokens; None: never.
         strip: whether white space around an answer is dropped.
-        boxes: whether an answer may name regions of the picture; see ``pictures.boxes``.
+        boxes: what reads the regions that an answer names, of a model that does; see
+            ``pictures.boxes``.
         image_marks: special tokens before and behind a picture's place, or none.
         new_tokens: special tokens that the vocabulary is longer by if the tokenizer lacks them.
         original: the original repository's layout; its tokenizer may still hold its base's prompt.
@@ -102,7 +103,7 @@ class Family:
     tower: tuple[Path, Rename] | None = None
     window: int | None = None
     strip: bool = False
-    boxes: bool = False
+    boxes: Reads | None = None
     image_marks: tuple[str, ...] = ()
     new_tokens: tuple[str, ...] = ()
     original: bool = False
@@ -195,31 +196,32 @@ def _next_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
     return _llava(folder, parsed, wishes.style or _trained(folder, _text_model(config)), pinpoints)
 
 
-def _onevision_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
-    """``llava-hf/llava-onevision-qwen2-*``, whose first template has a space behind a role."""
-    parsed, pinpoints, most = parse_onevision_hub(config)
+def _onevision(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``llava-hf/llava-onevision-qwen2-*``; the original code's prompts are the style chatml."""
+    parsed, pinpoints, tiles = parse_onevision(config)
     template = find_template(folder, with_tokenizers=True)
+    # The hub's first template has a space behind a role, later conversions have new lines.
     lines = template is not None and "+ ' '" not in template.text
     style = wishes.style or ("chatml" if lines else "onevision")
-    return _llava(folder, parsed, style, pinpoints, most=most)
+    return _llava(folder, parsed, style, pinpoints, tiles=tiles)
 
 
 def _original(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``liuhaotian/llava-v1.*``: a flat configuration, whose vision tower may lie elsewhere."""
     tower, vision = _tower(folder, config, wishes)
     reader = ConfigReader(config, "config.json")
-    most = 0
+    tiles = 0
     if _is_anyres(config):
         parsed, pinpoints = parse_next_original(config, vision)
         if config["image_aspect_ratio"] != "anyres":
-            most = most_tiles(reader, "image_aspect_ratio", "anyres")
+            tiles = most_tiles(reader, "image_aspect_ratio", "anyres")
         if wishes.vision_tower is None:
             tower = None  # LLaVA-1.6 has trained its tower further: no other one is right
     else:
         parsed, pinpoints = parse_original(config, vision), None
     aspect = "crop" if pinpoints else reader.text("image_aspect_ratio", "square", tuple(_ASPECTS))
     style = wishes.style or _trained(folder, decoder_kind(reader))
-    family = _llava(folder, parsed, style, pinpoints, _ASPECTS.get(aspect, "crop"), most)
+    family = _llava(folder, parsed, style, pinpoints, _ASPECTS.get(aspect, "crop"), tiles)
     start_end = reader.flag("mm_use_im_start_end", False)
     marks = ("<im_start>", "<im_end>") if start_end else ()
     patch = ("<im_patch>",) if reader.flag("mm_use_im_patch_token", False) else ()
@@ -260,9 +262,8 @@ def _style(folder: Path, decoder: str, usual: str) -> str:
     Vicuna, Yi and Llama 3 are all Llamas; only Yi's tokenizer knows ChatML.
     """
     template = _content(folder, "chat_template.jinja", "chat_template.json")
-    held = template or _content(
-        folder, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-    )
+    tokenizers = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+    held = template or _content(folder, *tokenizers)
     if b"<|start_header_id|>" in held:
         return "llama3"
     if b"<|im_start|>" in held:
@@ -290,19 +291,19 @@ def _llava(
     style: str,
     pinpoints: tuple[Canvas, ...] | None,
     mode: Mode | None = None,
-    most: int = 0,
+    tiles: int = 0,
 ) -> Family:
-    """Join the halves of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6, or with a number of tiles
-    at ``most`` a LLaVA-OneVision.
+    """Join the halves of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6, or with a limit of
+    ``tiles`` a LLaVA-OneVision.
     """
     with torch.device("meta"):
         model: Llava = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
-        if pinpoints and most:
-            model = LlavaOneVision(config, pinpoints, most)
+        if pinpoints and tiles:
+            model = LlavaOnevision(config, pinpoints, tiles)
     return Family(
         model=model,
         rename=llava_names(config.vision.used_layers, image_newline=bool(pinpoints)),
-        processor=_llava_processor(folder, config.vision, pinpoints, mode, lone=most > 0),
+        processor=_llava_processor(folder, config.vision, pinpoints, mode, lone=tiles > 0),
         style=style,
         end_tokens=end_tokens(folder, config.end_tokens),
     )
@@ -329,7 +330,7 @@ def _qwen(folder: Path, config: Config, wishes: Wishes) -> Family:
         end_tokens=end_tokens(folder, ()) | {parsed.specials[token] for token in ends},
         window=values.integer("max_window_size", 6144) if style == "qwen-vl-chat" else None,
         strip=True,
-        boxes=True,
+        boxes=parse_boxes,
     )
 
 
@@ -355,8 +356,14 @@ def _qwen_patches(folder: Path, config: Config, wishes: Wishes) -> Family:
     processor = _patch_processor(folder, parsed, third=third).limited(wishes.max_image_tokens)
     with torch.device("meta"):
         model = QwenPatches(parsed, processor.cells)
+    resized = processor.cells.resized
+
+    def boxes(text: str, size: tuple[int, int]) -> list[Box]:
+        return parse_json_boxes(text, size, (1000, 1000) if third else resized(size))
+
     return Family(
         model=model,
+        boxes=boxes if config["model_type"] != "qwen2_vl" else None,
         rename=qwen_patches_names(),
         processor=processor,
         style=wishes.style or ("qwen3-vl" if third else "qwen2-vl"),
@@ -368,7 +375,7 @@ def _qwen_patches(folder: Path, config: Config, wishes: Wishes) -> Family:
 def _patch_processor(folder: Path, config: PatchesConfig, *, third: bool) -> PatchProcessor:
     """The checkpoint's own limits of a picture's pixels, else the published ones."""
     least, most = (65536, 16777216) if third else (3136, 12845056)
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if third else {}
+    half: Config = HALF if third else {}
     where, values = _picture_rules(folder, half)
     read = ConfigReader(values, where)
     size = values.get("size")
@@ -458,6 +465,10 @@ def _holds_tower(folder: Path) -> bool:
         return False
 
 
+# SigLIP's and Qwen3-VL's pictures lie from -1 to 1.
+HALF: Config = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
 def _llava_processor(
     folder: Path,
     vision: ClipConfig,
@@ -468,7 +479,7 @@ def _llava_processor(
 ) -> ImageProcessor:
     """The checkpoint's own picture rules, else the tower's at its size; ``mode`` overrides.
 
-    ``lone``: only a picture that is alone in its prompt is tiled.
+    ``lone``: only a picture by itself is tiled.
     """
     size = vision.image
     siglip = _siglip_rules(size) if isinstance(vision, SiglipConfig) else {}
@@ -481,7 +492,7 @@ def _llava_processor(
         if "image_grid_pinpoints" in values:
             own = read_pinpoints(values, where, size, width_first=False)
             check_same(pinpoints, own, where)
-        kind = LoneTileProcessor if lone else TileProcessor
+        kind = OnevisionProcessor if lone else TileProcessor
         processor: ImageProcessor = kind(**vars(plain), pinpoints=pinpoints)
     else:
         processor = ImageProcessor.from_config(values, mode, where)
@@ -495,9 +506,8 @@ def _llava_processor(
 
 
 def _siglip_rules(size: int) -> dict[str, Any]:
-    """What SigLIP was trained with: pictures stretched to a square, values from -1 to 1."""
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return {"size": {"height": size, "width": size}, "do_center_crop": False, **half}
+    """What SigLIP was trained with: pictures stretched to a square."""
+    return {"size": {"height": size, "width": size}, "do_center_crop": False, **HALF}
 
 
 def _picture_rules(folder: Path, usual: Config) -> tuple[str, Config]:
@@ -531,7 +541,7 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
 FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
     "llava": _llava_hub,
     "llava_next": _next_hub,
-    "llava_onevision": _onevision_hub,
+    "llava_onevision": _onevision,
     "mllama": _mllama,
     "qwen": _qwen,
     "qwen2_vl": _qwen_patches,

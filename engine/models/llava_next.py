@@ -47,12 +47,14 @@ class LlavaNext(Llava):
 
     def _join(self, features: Tensor, grid: Grid) -> Tensor:
         """Lay ``features [1 + tiles, patches, hidden]`` out: the whole, then row after row."""
-        rows = self._inside(features[1:], grid)
-        newline = self.image_newline.expand(len(rows), 1, -1)
-        return torch.cat([features[0], torch.cat([rows, newline], 1).flatten(0, 1)])
+        inside = self._unpadded(features[1:], grid)
+        newline = self.image_newline.expand(grid.height, 1, -1)
+        return torch.cat([features[0], torch.cat([inside, newline], 1).flatten(0, 1)])
 
-    def _inside(self, tiles: Tensor, grid: Grid) -> Tensor:
-        """Tiles side by side ``[height, width, hidden]``, without the border."""
+    def _unpadded(self, tiles: Tensor, grid: Grid) -> Tensor:
+        """The patches of ``tiles [tiles, patches, hidden]`` as they lie beside each other, without
+        the border: ``[height, width, hidden]``.
+        """
         side, (rows, columns) = self.config.vision.grid, grid.tiles
         joined = tiles.view(rows, columns, side, side, -1).transpose(1, 2)
         joined = joined.reshape(rows * side, columns * side, -1)

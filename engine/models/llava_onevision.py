@@ -1,80 +1,108 @@
-"""LLaVA-OneVision (Li et al. 2024): LLaVA-1.6 over SigLIP and Qwen2, with many more canvases.
+"""LLaVA-OneVision (Li et al. 2024): LLaVA-1.6's tiles over SigLIP and Qwen2, fewer tokens of many.
 
-A picture alone in its prompt is cut into tiles; where their patches would be more than those of
-nine tiles, the joined grid is shrunk. Several pictures in one prompt are one padded square each,
-and one newline token behind it. Published in the hub layout (``llava-hf/llava-onevision-*``) and in
-the original one (``lmms-lab/llava-onevision-*``). Videos are not read.
+A picture by itself is tiled as in LLaVA-1.6, on up to 36 canvases; where its tiles would have more
+patches than nine whole ones, their grid is shrunk to as many. Of several pictures in one prompt
+each is one tile, padded to a square, and one newline behind it.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ..checkpoint.config import ConfigReader
-from ..pictures.anyres import Canvas, Grid, grid_of, read_pinpoints
-from ..pictures.preprocess import Pixels
+from ..pictures.anyres import Canvas, Grid, TileProcessor, read_pinpoints
+from ..pictures.preprocess import ImageProcessor, Pixels
 from .llava import LlavaConfig, parse_hub
 from .llava_next import LlavaNext, check_square
 
+_SLACK = 1.1  # how much longer a grid's sides may be before it is shrunk
 
-class LlavaOneVision(LlavaNext):
-    """A LLaVA-1.6 whose tiles are joined to a grid of ``most`` tiles' patches or so."""
 
-    def __init__(self, config: LlavaConfig, pinpoints: tuple[Canvas, ...], most: int) -> None:
+@dataclass(frozen=True)
+class OnevisionProcessor(TileProcessor):
+    """Turns a picture by itself into tiles, one of several into a single one."""
+
+    def prepare_beside(self, image: Image.Image) -> Pixels:
+        """Return ``[1, 3, size, size]``, padded to a square with the mean colour."""
+        return Pixels(ImageProcessor.__call__(replace(self, mode="pad"), image)[None], image.size)
+
+
+class LlavaOnevision(LlavaNext):
+    """The joined model; ``tiles`` bounds the patches of a picture's grid, in whole tiles."""
+
+    def __init__(self, config: LlavaConfig, pinpoints: tuple[Canvas, ...], tiles: int) -> None:
         super().__init__(config, pinpoints)
-        self.most = most
+        self.tiles = tiles
 
-    def grid(self, pixels: Pixels) -> Grid:
-        """How a picture that is tiled is laid out."""
-        vision = self.config.vision
-        return grid_of(pixels.size, self.pinpoints, vision.image, vision.grid, self.most)
+    def shrunk(self, grid: Grid) -> tuple[int, int]:
+        """Rows and columns of the patches that become tokens."""
+        most = self.tiles * self.config.vision.patches
+        ratio = math.sqrt(grid.height * grid.width / most)
+        if ratio <= _SLACK:
+            return grid.height, grid.width
+        return int(grid.height // ratio), int(grid.width // ratio)
 
     def image_tokens(self, pixels: Pixels) -> int:
-        """Tokens that a picture takes: up to 8,765 alone, 730 beside others as published."""
+        """Tokens that a picture takes in the sequence: up to about 8,800 alone, 730 beside others
+        in the published models.
+        """
         if len(pixels.tiles) == 1:
             return self.config.vision.patches + 1
-        return self.grid(pixels).tokens
+        rows, columns = self.shrunk(self.grid(pixels))
+        return self.config.vision.patches + rows * (columns + 1)
 
     def _join(self, features: Tensor, grid: Grid) -> Tensor:
+        """Lay ``features [1 + tiles, patches, hidden]`` out: the whole, then row after row."""
+        newline: Tensor = self.image_newline
         if len(features) == 1:
-            return torch.cat([features[0], self.image_newline[None]])
-        return super()._join(features, grid)
-
-    def _inside(self, tiles: Tensor, grid: Grid) -> Tensor:
-        inside = super()._inside(tiles, grid)
-        if grid.shrunk is None:
-            return inside
-        image = inside.permute(2, 0, 1)[None]
-        return F.interpolate(image, grid.shrunk, mode="bilinear")[0].permute(1, 2, 0)
+            return torch.cat([features[0], newline[None]])
+        inside, size = self._unpadded(features[1:], grid), self.shrunk(grid)
+        if size != tuple(inside.shape[:2]):
+            channels = inside.permute(2, 0, 1)[None]
+            inside = F.interpolate(channels, size=size, mode="bilinear")[0].permute(1, 2, 0)
+        rows = torch.cat([inside, newline.expand(size[0], 1, -1)], 1)
+        return torch.cat([features[0], rows.flatten(0, 1)])
 
 
-def parse_onevision_hub(config: Mapping[str, Any]) -> tuple[LlavaConfig, tuple[Canvas, ...], int]:
-    """Read config.json of ``llava-hf/llava-onevision-*``: shape, canvases, most tiles' patches."""
-    text, usual = dict(config.get("text_config") or {}), {"vision_feature_select_strategy": "full"}
-    text.setdefault("model_type", "qwen2")
-    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
-    own = {"text_config": {**text, "tie_word_embeddings": tied}}
-    vision = {"vision_config": _PUBLISHED | dict(config.get("vision_config") or {})}
-    numbers = {"vision_feature_layer": -1, "image_token_index": 151646}
+def parse_onevision(config: Mapping[str, Any]) -> tuple[LlavaConfig, tuple[Canvas, ...], int]:
+    """Read config.json of ``llava-hf/llava-onevision-*``: shape, canvases, tiles at most."""
     given = {key: value for key, value in config.items() if value is not None}
-    parsed = parse_hub({**usual, **numbers, **given, **own, **vision})
+    nested = {key: dict(given.get(key) or {}) for key in ("text_config", "vision_config")}
+    text = {"model_type": "qwen2", **nested["text_config"]}
+    # As transformers has it: either place may say so.
+    tied = given.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+    own = {
+        "text_config": {**text, "tie_word_embeddings": tied},
+        "vision_config": _TOWER | nested["vision_config"],
+    }
+    parsed = parse_hub({**_USUAL, **given, **own})
     check_square(parsed.vision, "vision_feature_select_strategy")
+    side = parsed.vision.image
+    canvases = [[side * rows, side * columns] for rows in _SIDES for columns in _SIDES]
+    pinpoints = {"image_grid_pinpoints": canvases} | given
     top = ConfigReader(config, "config.json")
-    tile = parsed.vision.image
-    pinpoints = all_pinpoints(tile)
-    if config.get("image_grid_pinpoints") is not None:
-        pinpoints = read_pinpoints(config, "config.json", tile, width_first=False)
-    return parsed, pinpoints, most_tiles(top, "vision_aspect_ratio", "anyres_max_9")
+    return (
+        parsed,
+        read_pinpoints(pinpoints, "config.json", side, width_first=False),
+        most_tiles(top, "vision_aspect_ratio", "anyres_max_9"),
+    )
 
 
-# What transformers' LlavaOnevisionConfig says of the tower where a file is silent.
-_PUBLISHED = {
+# What transformers' LlavaOnevisionConfig says where a file is silent.
+_USUAL = {
+    "image_token_index": 151646,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+_TOWER = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -83,17 +111,13 @@ _PUBLISHED = {
     "num_hidden_layers": 26,
     "num_attention_heads": 16,
 }
-
-
-def all_pinpoints(tile: int) -> tuple[Canvas, ...]:
-    """The published canvases: one to six tiles high and wide."""
-    sides = range(tile, 7 * tile, tile)
-    return tuple((height, width) for height in sides for width in sides)
+_SIDES = range(1, 7)  # of a canvas, in tiles
 
 
 def most_tiles(top: ConfigReader, key: str, default: str) -> int:
     """The number in "anyres_max_9"."""
-    found = re.fullmatch(r"anyres_max_([1-9]\d?)", kind := top.text(key, default))
-    if found is None:
-        raise top.unsupported(key, f"is {kind!r:.40}; such as 'anyres_max_9' is supported")
-    return int(found[1])
+    aspect = top.text(key, default)
+    most = aspect.removeprefix("anyres_max_")
+    if not most.isdecimal() or not 0 < int(most) < 1000:
+        raise top.unsupported(key, f"is {aspect!r:.40}; anyres_max_9 is known")
+    return int(most)

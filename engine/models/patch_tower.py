@@ -28,8 +28,6 @@ NORM_EPS = 1e-6
 FRAMES = 2  # of a patch: a still picture shows the same in both
 _THETA = 10000.0
 
-_ACTIVATIONS = {**ACTIVATIONS, "silu": F.silu}
-
 
 @dataclass(frozen=True)
 class TowerConfig:
@@ -68,7 +66,7 @@ class TowerLayer(nn.Module):
         super().__init__()
         hidden, mlp = config.hidden, config.mlp
         self.heads, self.gated = config.heads, config.gated
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.norm1, self.norm2 = _norm(config), _norm(config)
         self.qkv, self.proj = Linear(hidden, 3 * hidden), Linear(hidden, hidden)
         if config.gated:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ class Grid:
         top, left: patches cut off the tiles' patch grid at each end.
         height, width: patches that remain.
         base: tokens of the whole picture.
-        shrunk: rows and columns that those are interpolated to, if they are (LLaVA-OneVision).
     """
 
     tiles: tuple[int, int]
@@ -46,25 +45,15 @@ class Grid:
     height: int
     width: int
     base: int
-    shrunk: tuple[int, int] | None = None
-
-    @property
-    def shown(self) -> tuple[int, int]:
-        """Rows and columns of tokens behind the whole picture's, newlines not counted."""
-        return self.shrunk or (self.height, self.width)
 
     @property
     def tokens(self) -> int:
         """Image tokens: the whole picture, the remaining patches, and a newline for each row."""
-        rows, columns = self.shown
-        return self.base + rows * (columns + 1)
+        return self.base + self.height * (self.width + 1)
 
 
-def grid_of(
-    size: tuple[int, int], pinpoints: Sequence[Canvas], tile: int, side: int, most: int = 0
-) -> Grid:
-    """Tell how a picture of ``size`` (width, height) is tiled; ``side`` patches along a tile. What
-    is clearly more than ``most`` tiles' patches is shrunk to about as many; 0: nothing is.
+def grid_of(size: tuple[int, int], pinpoints: Sequence[Canvas], tile: int, side: int) -> Grid:
+    """Tell how a picture of ``size`` (width, height) is tiled; ``side`` patches along a tile.
 
     The only place where image tokens are counted: prompt and features both ask here. Rounding to
     seven digits follows transformers. The original code rounds down what floating point gives, so
@@ -83,13 +72,7 @@ def grid_of(
     else:
         filled = int(round(width * (rows / height), 7))
         top, left = 0, (columns - filled) // 2
-    height, width = rows - 2 * top, columns - 2 * left
-    return Grid(tiles, top, left, height, width, side**2, _shrunk(height, width, most * side**2))
-
-
-def _shrunk(height: int, width: int, patches: int) -> tuple[int, int] | None:
-    ratio = math.sqrt(height * width / patches) if patches else 0
-    return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else None
+    return Grid(tiles, top, left, rows - 2 * top, columns - 2 * left, side * side)
 
 
 def best_canvas(size: tuple[int, int], pinpoints: Sequence[Canvas]) -> Canvas:
@@ -146,18 +129,6 @@ class TileProcessor(ImageProcessor):
         result = Image.new("RGB", (width, height))
         result.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
         return result
-
-
-@dataclass(frozen=True)
-class LoneTileProcessor(TileProcessor):
-    """Tiles of a picture that is alone in its prompt, squares of several (LLaVA-OneVision)."""
-
-    def among(self, pictures: int) -> ImageProcessor:
-        """Several pictures are padded with their mean colour and scaled to one tile each."""
-        if pictures == 1:
-            return self
-        plain = {each.name: getattr(self, each.name) for each in fields(ImageProcessor)}
-        return ImageProcessor(**{**plain, "mode": "pad"})
 
 
 def read_pinpoints(

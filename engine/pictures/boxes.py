@@ -2,14 +2,18 @@
 
 Qwen-VL writes coordinates from 0 to 999, in thousandths of the picture's width and height. A region
 is a ``<box>`` of two corners or a ``<quad>`` of four; a ``<ref>`` in front names what is there, for
-all regions up to the next. They are places in the latest picture of the conversation.
+all regions up to the next. Qwen2.5-VL and Qwen3-VL write JSON, ``{"bbox_2d": [12, 40, 530, 987],
+"label": "the dog"}``: in pixels of the resized picture, or in thousandths. Regions are places in
+the latest picture of the conversation.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,6 +25,10 @@ _REGION = re.compile(
     rf"|<quad>\s*(?P<quad>{_COMMA.join([_POINT] * 4)})\s*</quad>",
     re.DOTALL,
 )
+_NUMBER = r"\s*\d{1,6}(?:\.\d{1,6})?\s*"
+_FOUR = ",".join([_NUMBER] * 4)
+_OBJECT = re.compile(rf'\{{[^{{}}]*"bbox_2d"\s*:\s*\[(?P<box>{_FOUR})\][^{{}}]*\}}')
+_LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
 PICTURE_KINDS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of files drawn on
 SIGNATURE = b"avl-engine --draw-boxes"  # in every file that is drawn
 _SOFTWARE = 0x0131  # the EXIF tag of what has made a picture
@@ -56,6 +64,33 @@ def parse_boxes(text: str, size: tuple[int, int]) -> list[Box]:
             for x, y in re.findall(_POINT, found["box"] or found["quad"])
         ]
         boxes.append(Box(label, _ordered(points) if found["box"] else tuple(points)))
+    return boxes
+
+
+# What reads an answer's regions in a picture of a size (width, height).
+Reads: TypeAlias = Callable[[str, tuple[int, int]], list[Box]]
+
+
+def parse_json_boxes(text: str, size: tuple[int, int], scale: tuple[int, int]) -> list[Box]:
+    """The regions that ``text`` names as JSON, in a picture of ``size`` (width, height) pixels;
+    ``scale`` is the width and height that coordinates are of.
+
+    What is not complete or not well formed is left out; nothing lies outside the picture.
+
+    >>> said = '[{"bbox_2d": [0, 500, 250, 1000], "label": "a dog"}]'
+    >>> parse_json_boxes(said, (640, 480), (1000, 1000))
+    [Box(label='a dog', corners=((0, 240), (160, 479)))]
+    """
+    boxes = []
+    for found in _OBJECT.finditer(text):
+        numbers = [float(number) for number in found["box"].split(",")]
+        points = [
+            tuple(_scaled(*each) for each in zip(numbers[i : i + 2], scale, size, strict=True))
+            for i in (0, 2)
+        ]
+        label = _LABEL.search(found[0])
+        named = json.loads(label[1]).strip() if label else ""
+        boxes.append(Box(named, _ordered(points)))  # type: ignore[arg-type]
     return boxes
 
 
@@ -109,6 +144,11 @@ def _ordered(points: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Left top and right bottom, whichever corners were given."""
     xs, ys = sorted(x for x, _ in points), sorted(y for _, y in points)
     return (xs[0], ys[0]), (xs[-1], ys[-1])
+
+
+def _scaled(place: float, scale: int, length: int) -> int:
+    """From a place in a picture of length ``scale`` to a pixel of the picture."""
+    return min(int(place * length / scale), length - 1)
 
 
 def _pixels(thousandths: str, length: int) -> int:

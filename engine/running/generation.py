@@ -10,7 +10,7 @@ from torch import Tensor
 from ..cache.report import CacheReport
 from ..errors import CheckpointError
 from ..options import Options
-from ..pictures.boxes import parse_boxes
+from ..pictures.boxes import Reads
 from ..prompts.tokenizer import StreamDecoder, Tokenizer
 from ..result import FinishReason, Likeliest, Result, Timings
 from .sampling import Sampler
@@ -72,7 +72,7 @@ class Answer:
         prompt_ids: Sequence[int] = (),
         *,
         strip: bool = False,
-        boxes: bool = False,
+        boxes: Reads | None = None,
     ) -> None:
         """``strip`` and ``boxes`` are those of ``Family``."""
         self.token_ids: list[int] = []
@@ -165,7 +165,7 @@ class Answer:
             cache=cache,
             logprobs=self._logprobs[: len(self.token_ids)] if self._options.logprobs else None,
             top_logprobs=self._top[: len(self.token_ids)] if self._options.top_logprobs else None,
-            boxes=parse_boxes(self.text, turn.sizes[-1]) if self._boxes and turn.sizes else [],
+            boxes=self._boxes(self.text, turn.sizes[-1]) if self._boxes and turn.sizes else [],
         )
 
 

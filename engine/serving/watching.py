@@ -32,13 +32,11 @@ class Watching:
         """Raises RefusalError for a model whose pictures are no tokens of the sequence."""
         if engine.model.cross_layers:
             raise wrong("cache", "tiers are of image tokens, which this model has none of")
-        processor = engine.processor.among(len(pictures))
-        prepared = map(processor.prepare, pictures)
-        panels = [panels_of(engine.model, processor, each) for each in prepared]
+        model, processor = engine.model, engine.processor
+        panels = [panels_of(model, processor, each) for each in processor.prepare_all(pictures)]
         self._first: dict[str, Any] = {"panels": panel_values(panels)}
-        decoder = engine.model.decoder
-        self._layers = decoder.config.layers
-        self._bits = 16 * decoder.norm.weight.element_size()  # of a key and a value
+        self._layers = model.decoder.config.layers
+        self._bits = 16 * model.decoder.norm.weight.element_size()  # of a key and a value
         self._sum = torch.zeros(3, 0)
         self._latest: dict[str, Any] | None = None
 

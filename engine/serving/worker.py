@@ -205,7 +205,8 @@ class Worker:
         try:
             if len(ticket.encoded) < len(ticket.images):
                 image = ticket.images[len(ticket.encoded)]
-                ticket.encoded.append(self.engine.encode(image, ticket.asker))
+                beside = len(ticket.images) > 1
+                ticket.encoded.append(self.engine.encode(image, ticket.asker, beside=beside))
             else:
                 self._begin(ticket)
         except Exception as error:

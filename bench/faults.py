@@ -257,8 +257,8 @@ def main() -> None:
     flags = ["--rows", "8", "--queue", "16", "--model", str(common.ROOT / "weights" / "tiny")]
     with serving([*flags, "--dtype", "float32"]) as (process, url):
         row = asyncio.run(attack(options, process, url))
-    settings = {"model": "weights/tiny", "clients": options.clients, "idle": options.idle}
-    settings["slow"] = options.slow
+    settings = {"model": "weights/tiny", "dtype": "float32", "clients": options.clients}
+    settings |= {"idle": options.idle, "slow": options.slow}
     path = common.write_report(options.name, settings, [row], [], options.out)
     print(path.with_suffix(".md").read_text())
     sys.exit(row["wrong"] > 0)

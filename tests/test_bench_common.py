@@ -142,7 +142,7 @@ def test_the_picture_of_a_seeded_tiled_model_has_2182_tokens() -> None:
 
 
 # Programs of bench/ that measure nothing that is kept as a report.
-TOOLS = {"beside", "browser", "figures", "house", "report", "tiers"}
+TOOLS = {"beside", "browser", "figures", "house", "lmms_task", "report", "tiers"}
 BENCHMARKS = sorted(
     path.stem
     for path in (ROOT / "bench").glob("*.py")

@@ -24,6 +24,8 @@ from engine.prompts.templates import Style
 from engine.prompts.tokenizer import Tokenizer
 from tests.asking import Ask
 from tests.checkpoints import Shape, edit_json
+from tests.oracle import noise
+from tests.qwen_patches_checkpoint import KINDS, write_qwen_patches
 
 # As Phi-3-V, Gemma and the tokenizer of a Llama 3 have them; the last takes texts for contents.
 PHI = (
@@ -227,6 +229,18 @@ def test_a_published_style_stays_what_it_was(checkpoint: Callable[..., Path], as
     ]
     assert asked[0] == asked[1]
     assert "; a prompt is 'USER: <image>" in ask("--check", "--model", made, "-q").out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_published_template_as_it_is_gives_the_same_prompts(kind: str, tmp_path: Path) -> None:
+    """Marks around pictures are written once, whoever writes them."""
+    folder, image = write_qwen_patches(tmp_path / "m", kind), noise(60, 80)
+    turns = [*CONVERSATIONS["later"][:2], turn("user", PICTURE, "Sure?")]
+    asked = [
+        Engine.load(folder, device="cpu", style=name).render(turns, [image, image]).token_ids
+        for name in (None, "template")
+    ]
+    assert asked[0] == asked[1]
 
 
 def test_a_template_that_cannot_be_used_is_named(folder: Path, ask: Ask) -> None:

@@ -147,9 +147,10 @@ def recognise(folder: Path, wishes: Wishes | None = None) -> Family:
         _original if "mm_vision_tower" in config else FAMILIES.get(str(config.get("model_type")))
     )
     if build is None:
+        supported = f"supported: {', '.join(FAMILIES)}, and LLaVA's original layout"
         raise CheckpointError(
             f"{path}: model_type is {shown(config.get('model_type'))}",
-            hint=f"supported: {', '.join(FAMILIES)}, and LLaVA's original layout",
+            hint=_INSTEAD.get(str(config.get("model_type")), supported),
         )
     if wishes.vision_tower is not None and build is not _original:
         raise OptionError(
@@ -537,6 +538,17 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
         raise CheckpointError(f"{path}: eos_token_id is {shown(value)}; it must be token ids")
     return frozenset(values)
 
+
+# What to take in place of models that look like those of the table and are not.
+_EXPERTS = "its layers choose among experts, which is not supported; take a dense Qwen3-VL: "
+_EXPERTS += "Qwen/Qwen3-VL-8B-Instruct, -32B-Instruct"
+_DELTA = "most of its layers have no keys and values (gated delta nets), which is not supported; "
+_DELTA += "take Qwen/Qwen3-VL-2B-Instruct, -4B-Instruct or -8B-Instruct"
+_INSTEAD = {
+    "qwen3_vl_moe": _EXPERTS,
+    "qwen3_5": _DELTA,
+    "qwen3_5_moe": _DELTA,
+}
 
 FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
     "llava": _llava_hub,

@@ -438,7 +438,7 @@ class Engine:
         if raw:
             return raw_prompt(str(prompt), self.tokenizer, image_token, counts)
         messages = parse_messages(prompt, len(counts))
-        style, marks = self._family.style, self._family.image_marks
+        style, marks = self._family.prompts, self._family.image_marks
         if earlier is not None:
             return continue_prompt(
                 messages,

@@ -118,7 +118,13 @@ def make_config(kind: str, *, tied: bool = False) -> Any:
 def make_model(kind: str, *, tied: bool = False) -> Any:
     """Transformers' model with weights under which attention is far from even."""
     model = KINDS[kind][1](make_config(kind, tied=tied)).eval()
-    generator = torch.Generator().manual_seed(len(kind))
+    scatter(model, len(kind))
+    return model
+
+
+def scatter(model: torch.nn.Module, seed: int) -> None:
+    """Draw weights under which attention is far from even."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name or "ln_q" in name:
@@ -129,7 +135,6 @@ def make_model(kind: str, *, tied: bool = False) -> Any:
                 wide = 2.0 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
                 deviation = wide * weight[0].numel() ** -0.5
                 weight.normal_(0, 0.5 if "embed" in name else deviation, generator=generator)
-    return model
 
 
 def write_qwen_patches(

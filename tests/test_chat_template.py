@@ -151,7 +151,7 @@ def test_check_survives_it_too(
     text: str, ask: Ask, tmp_path: Path, checkpoint: Callable[..., Path]
 ) -> None:
     folder = Path(shutil.copytree(checkpoint(Shape()), tmp_path / "m"))
-    (folder / "chat_template.jinja").write_text(text)
+    (folder / "chat_template.jinja").write_text(text + "ASSISTANT:")  # as llava-hf has it
     asked = ask("--check", "--model", folder, "-q")
     assert (asked.code, asked.err) == (0, "")
     assert "template: WARNING - not compared with llava-hf: " in asked.out

@@ -233,7 +233,7 @@ WRONG_TOP: list[tuple[str, dict[str, Any]]] = [
     ("image_token_index", {"image_token_index": "<image>"}),
     ("vision_feature_layer", {"vision_feature_layer": [-2, -5]}),
     ("num_hidden_layers", {"vision_feature_layer": -9}),
-    ("vision_feature_select_strategy", {"vision_feature_select_strategy": "full"}),
+    ("vision_feature_select_strategy", {"vision_feature_select_strategy": "cls"}),
     ("projector_hidden_act", {"projector_hidden_act": "relu"}),
     ("text_config", {"text_config": []}),
     ("vision_config", {"vision_config": "clip"}),
@@ -283,8 +283,8 @@ def test_wrong_config_names_its_key(key: str, changes: dict[str, Any], folder: P
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
-        ("mm_projector_type", {"mm_projector_type": "linear"}),
-        ("mm_vision_select_feature", {"mm_vision_select_feature": "cls_patch"}),
+        ("mm_projector_type", {"mm_projector_type": "qformer"}),
+        ("mm_vision_select_feature", {"mm_vision_select_feature": "cls"}),
         ("mm_vision_select_layer", {"mm_vision_select_layer": "-2"}),
         ("num_attention_heads", {"num_attention_heads": 0}),
         ("_test_only_vision_config", {"_test_only_vision_config": [1]}),
@@ -301,10 +301,10 @@ def test_wrong_original_config_names_its_key(
 
 
 UNSUPPORTED: list[dict[str, Any]] = [
-    {"vision_feature_select_strategy": "full"},
+    {"vision_feature_select_strategy": "cls"},
     {"vision_feature_layer": [-2, -5]},
     {"projector_hidden_act": "relu"},
-    {"vision_config": {"model_type": "siglip_vision_model"}},
+    {"vision_config": {"model_type": "dinov2"}},
     {"text_config": {"model_type": "gemma"}},
     {"text_config": {"rope_scaling": {"rope_type": "yarn"}}},
 ]

@@ -217,9 +217,30 @@ def test_warnings_are_named_where_a_folder_is_called_whole(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("jinja2")
-    (folder / "chat_template.jinja").write_text("{% for %}")
+    (folder / "chat_template.jinja").write_text("ASSISTANT {% for %}")
     assert main(["--check", "--model", str(folder), "--quiet"]) == 0
     assert capsys.readouterr().out.endswith("whole, with a warning of its template\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (
+            {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
+            "--temperature 0.7 --",
+        ),
+        ({"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.05}, "--repetition-pen"),
+        ({"do_sample": True, "temperature": "hot", "top_k": 0, "repetition_penalty": 1.0}, None),
+    ],
+)
+def test_how_answers_are_drawn_elsewhere_is_said(
+    values: dict[str, object], says: str | None, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_json(folder / "generation_config.json", **values)
+    assert main(["--check", "--model", str(folder), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert (f"published with {says}" if says else "tokens\n") in out
+    assert ("published with" in out) is (says is not None)
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])

@@ -96,7 +96,7 @@ def test_without_a_template_the_tokenizer_tells(folder: Path, tmp_path: Path) ->
             (tmp_path / path.name).write_bytes(path.read_bytes())
     assert recognise(tmp_path).style == "llama3"
     assert recognise(tmp_path, Wishes("llava-hf")).style == "llava-hf"
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "USER: "}')
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "USER: ASSISTANT:"}')
     assert recognise(tmp_path).style in ("llava-hf", "llava-v1")
 
 

@@ -494,7 +494,7 @@ def test_files_that_disagree_about_canvases_are_refused(tmp_path: Path) -> None:
     [
         ("mm_patch_merge_type", "flat", "mm_patch_merge_type is 'flat'"),
         ("mm_patch_merge_type", None, "mm_patch_merge_type is 'flat'"),  # the original's default
-        ("image_aspect_ratio", "anyres_max_9", "image_aspect_ratio is 'anyres_max_9'"),
+        ("image_aspect_ratio", "anyres_9", "image_aspect_ratio is 'anyres_9'"),
         ("model_type", "llava_mpt", "model_type is 'llava_mpt'"),
         ("model_type", ["llava"], "model_type must be a text"),
         ("image_grid_pinpoints", "(1x1),...,(6x6)", "image_grid_pinpoints must be a list"),

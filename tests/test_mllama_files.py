@@ -367,7 +367,7 @@ def test_check_knows_the_model(folder: Path, ask: Ask) -> None:
     assert done.code == 0, done
     assert "config: ok - Mllama" in done.out
     assert "prompts as mllama, a context of 4,096 tokens, pictures of up to 68 features" in done.out
-    assert "looked at in 2 cross layers\n" in done.out
+    assert "looked at in 2 cross layers, published with --temperature 0.6 --top-p 0.9 (" in done.out
     assert "chat_template.jinja renders what style mllama does" in done.out
 
 

@@ -25,8 +25,10 @@ from ..checkpoint.packed import format_name
 from ..checkpoint.tensors import Checkpoint, TensorInfo, fit_weights
 from ..errors import CheckpointError, EngineError
 from ..loading.families import Family, Wishes, recognise
+from ..loading.own_prompts import with_own_prompts
+from ..loading.published import published_sampling
 from ..pictures.patches import PatchProcessor
-from ..prompts.chat_template import TemplateError, difference, find_template
+from ..prompts.chat_template import TemplateError, difference, find_template, question
 from ..prompts.tokenizer import Tokenizer
 from ..refusals import hint_for
 from .machine import describe, environment
@@ -162,7 +164,7 @@ class Examination:
         if model.cross_layers:
             said += f", pictures of up to {model.most_features:,} features beside the sequence, "
             said += f"looked at in {model.cross_layers} cross layers"
-        return said
+        return said + published_sampling(self.folder)
 
     def _odd_format(self) -> Iterator[Finding]:
         """A warning of a format of numbers that there is not: others read it from the file."""
@@ -184,8 +186,12 @@ class Examination:
         name, style = "template", family.style
         try:
             template = find_template(self.folder, with_tokenizers=not family.original)
+            family = with_own_prompts(family, self.folder, tokenizer)
+            asked = f"; a prompt is {question(family.prompts, tokenizer)!r}"
             if template is None:
-                return Finding(name, True, f"there is none; prompts as {style}")
+                return Finding(name, True, f"there is none; prompts as {style}{asked}")
+            if family.own:
+                return Finding(name, True, f"{template.file} decides the prompt{asked}")
             found = difference(template, tokenizer, style)
         except TemplateError as error:
             text = f"not compared with {style}: {escaped(str(error))}"
@@ -193,9 +199,9 @@ class Examination:
         except EngineError as error:
             return Finding(name, False, escaped(str(error)), escaped(error.hint))
         if found:
-            hint = "choose another --style, or write the prompt yourself with --raw"
+            hint = "--style template asks as the template does, --raw as you write it yourself"
             return Finding(name, True, escaped(found), hint, warns=True)
-        return Finding(name, True, f"{template.file} renders what style {style} does")
+        return Finding(name, True, f"{template.file} renders what style {style} does{asked}")
 
     def _hashes(self) -> str:
         """Compare files with the checksums that the hub's cache has in their names."""

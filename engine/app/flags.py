@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..options import DTYPES, WEIGHTS
 from ..pictures.image import MAX_PIXELS
 from ..policies.specs import DEFAULT_CACHE, POLICIES
-from ..prompts.templates import STYLES
+from ..prompts.templates import OWN, STYLES
 from .modes import find_mode
 from .terminal import say
 from .words import sort_words
@@ -280,7 +280,7 @@ def add_model(parser: Parser) -> None:
     add("--dtype", default="auto", type=_dtype, help="auto, fp32, bf16 or fp16")
     add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
     add("--threads", type=_whole, metavar="N", help="threads (default: one for each core)")
-    add("--style", choices=tuple(STYLES), help="prompt style (default: the checkpoint's)")
+    add("--style", choices=(*STYLES, OWN), help="prompt style (default: the checkpoint's)")
     add(
         "--vision-tower",
         type=_name,

@@ -40,7 +40,9 @@ _PREFIXES = (
 )
 
 # What the rest of a name, without its last word or as a whole, is called in our modules.
-_PROJECTOR = {"linear_1": "linear_1", "linear_2": "linear_2", "0": "linear_1", "2": "linear_2"}
+_PROJECTOR = {"weight": "linear_1.weight", "bias": "linear_1.bias"}  # where it is one layer
+_PROJECTOR |= {f"linear_{n}": f"linear_{n}" for n in (1, 2)}
+_PROJECTOR |= {str(2 * n - 2): f"linear_{n}" for n in range(1, 10)}  # with GELUs numbered between
 _CLIP = {
     "embeddings.class_embedding": "class_embedding",
     "embeddings.patch_embedding": "patch_embedding",
@@ -73,7 +75,7 @@ DECODER = {
 # Known to be unused: buffers that old releases stored and every model computes for itself, and
 # what a complete CLIP has beside its vision tower.
 _COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|embeddings\.position_ids)")
-_CLIP_TEXT = re.compile(r"text_model\..*|(text|visual)_projection\.weight|logit_scale")
+_CLIP_TEXT = re.compile(r"text_model\..*|(text|visual)_projection\.weight|logit_(scale|bias)")
 
 _LAYER = re.compile(r"(?:encoder\.)?layers\.(0|[1-9]\d*)\.(.*)")
 
@@ -113,7 +115,8 @@ def clip_names(vision_layers: int) -> Rename:
     """Build the translation for a CLIP folder, to the names inside our vision tower.
 
     For checkpoints that leave the tower to a folder of its own (``mm_vision_tower``). Arguments and
-    result are those of ``llava_names``; CLIP's text model is known to be unused.
+    result are those of ``llava_names``; CLIP's text model is known to be unused. SigLIP's names are
+    the same.
 
     >>> clip_names(23)("vision_model.encoder.layers.22.mlp.fc1.bias")
     'layers.22.fc1.bias'
@@ -136,10 +139,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _tower(rest: str, vision_layers: int) -> str | None:
-    """A name inside the vision tower; what comes after the last used layer is dropped."""
+    """A name inside the vision tower; layers after the last used one are dropped, its norm, and
+    SigLIP's pooling head.
+    """
     layer = _LAYER.fullmatch(rest)
-    unused = rest.startswith(("post_layernorm.", "head."))
-    if unused or (layer and int(layer[1]) >= vision_layers):
+    if rest.startswith(("post_layernorm.", "head.")) or (layer and int(layer[1]) >= vision_layers):
         return None
     return translate(rest, _CLIP)
 

@@ -225,15 +225,15 @@ def _panels(engine: Engine, images: Sequence[Picture] | None) -> list[list[Panel
     images = listed(images)
     if not images:
         raise OptionError("the attention page needs a picture", hint="add --image FILE")
-    found = []
+    opened = []
     for image in images:
         if isinstance(image, EncodedImage):
             raise OptionError(
                 "the attention page needs the picture itself", hint="give it unencoded"
             )
-        pixels = engine.processor.prepare(open_image(image).pixels)
-        found.append(panels_of(engine.model, engine.processor, pixels))
-    return found
+        opened.append(open_image(image).pixels)
+    prepared = engine.processor.prepare_all(opened)
+    return [panels_of(engine.model, engine.processor, pixels) for pixels in prepared]
 
 
 def panel_values(panels: Sequence[Sequence[Panel]]) -> list[dict[str, Any]]:

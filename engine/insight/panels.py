@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.llava import Llava
 from ..models.llava_next import LlavaNext
+from ..models.llava_onevision import LlavaOnevision
 from ..models.qwen_patches import QwenPatches
 from ..models.vision_language import VisionLanguageModel
 from ..pictures.patches import unpacked
@@ -30,7 +31,8 @@ class Panel:
         tokens: ``rows * columns`` numbers of image tokens, counted within the picture.
         placed: whether a cell's token comes from what lies under it. Qwen-VL's 256 queries each
             read the whole picture: they are a list, not places.
-        newlines: numbers of tokens that end the grid's rows and show nothing (LLaVA-1.6).
+        newlines: numbers of tokens that lie on no cell: ends of the grid's rows (LLaVA-1.6), or a
+            class token's where a model keeps it.
         row_seams, column_seams: rows and columns of the grid with which a further tile begins.
     """
 
@@ -54,11 +56,10 @@ def panels_of(model: VisionLanguageModel, processor: ImageProcessor, pixels: Pix
     if isinstance(model, QwenPatches):
         return [_whole(model, processor, pixels)]
     seen = [to_picture(tile, processor) for tile in pixels.tiles]
-    if isinstance(model, LlavaNext):
+    if isinstance(model, LlavaNext) and len(seen) > 1:
         return _tiled(model, pixels, seen)
     if isinstance(model, Llava):
-        side = model.config.vision.grid
-        return [Panel("the picture as the model sees it", seen[0], side, side, _range(side * side))]
+        return [_one_tile(model, pixels, seen[0])]
     count = model.image_tokens(pixels)
     rows = -(-count // LIST_COLUMNS)
     title = f"{count} queries in order (each reads the whole picture)"
@@ -81,6 +82,16 @@ def _whole(model: QwenPatches, processor: ImageProcessor, pixels: Pixels) -> Pan
     return Panel(title, picture, rows, columns, _range(rows * columns))
 
 
+def _one_tile(model: Llava, pixels: Pixels, seen: Image.Image) -> Panel:
+    """Patch after patch; features besides are a class token in front, or a newline behind."""
+    vision = model.config.vision
+    side, first = vision.grid, vision.features - vision.patches
+    tokens = [max(0, first + patch) for patch in range(vision.patches)]
+    others = sorted(set(range(model.image_tokens(pixels))) - set(tokens))
+    title = "the picture as the model sees it"
+    return Panel(title, seen, side, side, tokens, newlines=tuple(others))
+
+
 def _tiled(model: LlavaNext, pixels: Pixels, seen: list[Image.Image]) -> list[Panel]:
     """The whole picture, and its tiles side by side without the black border."""
     grid, vision = model.grid(pixels), model.config.vision
@@ -91,18 +102,24 @@ def _tiled(model: LlavaNext, pixels: Pixels, seen: list[Image.Image]) -> list[Pa
         canvas.paste(tile, (number % columns * size, number // columns * size))
     left, top = grid.left * patch, grid.top * patch
     box = (left, top, left + grid.width * patch, top + grid.height * patch)
-    starts = [grid.base + row * (grid.width + 1) for row in range(grid.height)]
+    height, width = grid.height, grid.width
+    if isinstance(model, LlavaOnevision):
+        height, width = model.shrunk(grid)
+    starts = [grid.base + row * (width + 1) for row in range(height)]
+    seams = (grid.top, height), (grid.left, width)
+    shrunk = (height, width) != (grid.height, grid.width)  # so that no cell is of one tile
+    across, down = ((), ()) if shrunk else (_seams(*ends, vision.grid) for ends in seams)
     return [
         Panel("the whole picture", seen[0], vision.grid, vision.grid, _range(grid.base)),
         Panel(
             f"its {rows} x {columns} tiles",
             canvas.crop(box),
-            grid.height,
-            grid.width,
-            [start + column for start in starts for column in range(grid.width)],
-            newlines=tuple(start + grid.width for start in starts),
-            row_seams=_seams(grid.top, grid.height, vision.grid),
-            column_seams=_seams(grid.left, grid.width, vision.grid),
+            height,
+            width,
+            [start + column for start in starts for column in range(width)],
+            newlines=tuple(start + width for start in starts),
+            row_seams=across,
+            column_seams=down,
         ),
     ]
 

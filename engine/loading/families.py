@@ -24,12 +24,19 @@ from ..checkpoint.packed import settings_of
 from ..checkpoint.qwen_names import qwen_names
 from ..checkpoint.qwen_patches_names import qwen_patches_names
 from ..errors import CheckpointError, OptionError
-from ..models.llava import DECODERS, Llava, LlavaConfig, parse_hub, parse_original
+from ..models.clip import ClipConfig
+from ..models.llava import Llava, LlavaConfig, decoder_kind, parse_hub, parse_original
 from ..models.llava_next import LlavaNext, parse_next_hub, parse_next_original
-from ..models.llava_onevision import LlavaOnevision, OnevisionProcessor, parse_onevision
+from ..models.llava_onevision import (
+    LlavaOnevision,
+    OnevisionProcessor,
+    most_tiles,
+    parse_onevision,
+)
 from ..models.mllama import Mllama, MllamaConfig
 from ..models.qwen_patches import PatchesConfig, QwenPatches
 from ..models.qwen_vl import QwenVl, QwenVlConfig
+from ..models.siglip import SiglipConfig
 from ..models.vision_language import VisionLanguageModel
 from ..pictures.anyres import Canvas, TileProcessor, check_same, read_pinpoints
 from ..pictures.boxes import Box, Reads, parse_boxes, parse_json_boxes
@@ -37,13 +44,13 @@ from ..pictures.canvas import CanvasProcessor
 from ..pictures.patches import PatchProcessor
 from ..pictures.preprocess import ImageProcessor, Mode
 from ..prompts.chat_template import find_template
-from ..prompts.templates import find_style
+from ..prompts.templates import OWN, Style, find_style
 
 Config = Mapping[str, Any]
 
-# The tower that all published LLaVAs of the original layout name, by its published configuration:
-# a checkpoint that brings the weights along needs nothing else of that model. Trainers write the
-# path that it had on their machine.
+# The towers that the published LLaVAs of the original layout name, by their published
+# configurations: a checkpoint that brings the weights along needs nothing else of that model.
+# Trainers write the path that it had on their machine.
 CLIP_L_336_NAME = "openai/clip-vit-large-patch14-336"
 CLIP_L_336 = {
     "hidden_size": 1024,
@@ -52,6 +59,18 @@ CLIP_L_336 = {
     "num_attention_heads": 16,
     "num_hidden_layers": 24,
     "patch_size": 14,
+}
+_PUBLISHED_TOWERS: dict[str, Config] = {
+    CLIP_L_336_NAME: CLIP_L_336,
+    "google/siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
 }
 
 
@@ -63,7 +82,8 @@ class Family:
         model: built, without memory for its weights.
         rename: names on disk to names of ``model``.
         processor: pictures to pixels.
-        style: prompt style.
+        style: prompt style; "template": that of the checkpoint's own chat template.
+        own: what that template makes, once it has been read with the tokenizer.
         end_tokens: ids that end an answer, as far as the configuration names them.
         tower: folder and names of a vision tower that the checkpoint may leave out.
         window: earlier turns are left out of a prompt so that they have fewer tokens; None: never.
@@ -87,6 +107,12 @@ class Family:
     image_marks: tuple[str, ...] = ()
     new_tokens: tuple[str, ...] = ()
     original: bool = False
+    own: Style | None = None
+
+    @property
+    def prompts(self) -> str | Style:
+        """The style, by its name or as it is."""
+        return self.own or self.style
 
 
 @dataclass(frozen=True)
@@ -105,8 +131,8 @@ def recognise(folder: Path, wishes: Wishes | None = None) -> Family:
     Raises CheckpointError for an unknown model type, a wrong key, an adapter or quantised weights.
     """
     wishes = wishes or Wishes()
-    if wishes.style is not None:
-        find_style(wishes.style)
+    if wishes.style not in (None, OWN):
+        find_style(str(wishes.style))
     refuse_adapter(folder)
     path = folder / "config.json"
     if not path.exists():
@@ -121,9 +147,10 @@ def recognise(folder: Path, wishes: Wishes | None = None) -> Family:
         _original if "mm_vision_tower" in config else FAMILIES.get(str(config.get("model_type")))
     )
     if build is None:
+        supported = f"supported: {', '.join(FAMILIES)}, and LLaVA's original layout"
         raise CheckpointError(
             f"{path}: model_type is {shown(config.get('model_type'))}",
-            hint=f"supported: {', '.join(FAMILIES)}, and LLaVA's original layout",
+            hint=_INSTEAD.get(str(config.get("model_type")), supported),
         )
     if wishes.vision_tower is not None and build is not _original:
         raise OptionError(
@@ -173,31 +200,29 @@ def _next_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
 def _onevision(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``llava-hf/llava-onevision-qwen2-*``; the original code's prompts are the style chatml."""
     parsed, pinpoints, tiles = parse_onevision(config)
-    plain = _llava_processor(folder, parsed.vision.image, pinpoints, "crop", HALF)
-    with torch.device("meta"):
-        model = LlavaOnevision(parsed, pinpoints, tiles)
-    return Family(
-        model=model,
-        rename=llava_names(parsed.vision.used_layers, image_newline=True),
-        processor=OnevisionProcessor(**vars(plain)),
-        style=wishes.style or "onevision",
-        end_tokens=end_tokens(folder, parsed.end_tokens),
-    )
+    template = find_template(folder, with_tokenizers=True)
+    # The hub's first template has a space behind a role, later conversions have new lines.
+    lines = template is not None and "+ ' '" not in template.text
+    style = wishes.style or ("chatml" if lines else "onevision")
+    return _llava(folder, parsed, style, pinpoints, tiles=tiles)
 
 
 def _original(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``liuhaotian/llava-v1.*``: a flat configuration, whose vision tower may lie elsewhere."""
     tower, vision = _tower(folder, config, wishes)
     reader = ConfigReader(config, "config.json")
+    tiles = 0
     if _is_anyres(config):
         parsed, pinpoints = parse_next_original(config, vision)
+        if config["image_aspect_ratio"] != "anyres":
+            tiles = most_tiles(reader, "image_aspect_ratio", "anyres")
         if wishes.vision_tower is None:
             tower = None  # LLaVA-1.6 has trained its tower further: no other one is right
     else:
         parsed, pinpoints = parse_original(config, vision), None
     aspect = "crop" if pinpoints else reader.text("image_aspect_ratio", "square", tuple(_ASPECTS))
-    style = wishes.style or _trained(folder, DECODERS[reader.text("model_type", "llava")])
-    family = _llava(folder, parsed, style, pinpoints, _ASPECTS.get(aspect, "crop"))
+    style = wishes.style or _trained(folder, decoder_kind(reader))
+    family = _llava(folder, parsed, style, pinpoints, _ASPECTS.get(aspect, "crop"), tiles)
     start_end = reader.flag("mm_use_im_start_end", False)
     marks = ("<im_start>", "<im_end>") if start_end else ()
     patch = ("<im_patch>",) if reader.flag("mm_use_im_patch_token", False) else ()
@@ -232,18 +257,28 @@ def _trained(folder: Path, decoder: str) -> str:
 
 
 def _style(folder: Path, decoder: str, usual: str) -> str:
-    """The style whose tokens the checkpoint's own template holds, or its tokenizer without one.
+    """The style whose tokens the checkpoint's own template holds, or its tokenizer without one; a
+    template that holds none that we know decides itself.
 
     Vicuna, Yi and Llama 3 are all Llamas; only Yi's tokenizer knows ChatML.
     """
-    held = _content(folder, "chat_template.jinja", "chat_template.json") or _content(
-        folder, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-    )
+    template = _content(folder, "chat_template.jinja", "chat_template.json")
+    tokenizers = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+    held = template or _content(folder, *tokenizers)
     if b"<|start_header_id|>" in held:
         return "llama3"
     if b"<|im_start|>" in held:
         return "chatml" if decoder == "qwen2" else "yi"
-    return usual
+    return OWN if template and _TOLD_BY[usual] not in template else usual
+
+
+# What is written in the templates of these styles.
+_TOLD_BY = {
+    "llava-hf": b"ASSISTANT",
+    "llava-v1": b"ASSISTANT",
+    "mistral": b"[INST]",
+    "chatml": b"<|im_start|>",
+}
 
 
 def _content(folder: Path, *names: str) -> bytes:
@@ -257,14 +292,19 @@ def _llava(
     style: str,
     pinpoints: tuple[Canvas, ...] | None,
     mode: Mode | None = None,
+    tiles: int = 0,
 ) -> Family:
-    """Join the halves of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6."""
+    """Join the halves of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6, or with a limit of
+    ``tiles`` a LLaVA-OneVision.
+    """
     with torch.device("meta"):
         model: Llava = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
+        if pinpoints and tiles:
+            model = LlavaOnevision(config, pinpoints, tiles)
     return Family(
         model=model,
         rename=llava_names(config.vision.used_layers, image_newline=bool(pinpoints)),
-        processor=_llava_processor(folder, config.vision.image, pinpoints, mode),
+        processor=_llava_processor(folder, config.vision, pinpoints, mode, lone=tiles > 0),
         style=style,
         end_tokens=end_tokens(folder, config.end_tokens),
     )
@@ -387,17 +427,20 @@ def _tower(folder: Path, config: Config, wishes: Wishes) -> tuple[Path | None, C
             hint="leave out --vision-tower",
         )
     name = wishes.vision_tower or reader.text("mm_vision_tower")
-    if "siglip" in name.lower():
-        raise reader.unsupported("mm_vision_tower", f"is {shown(name)}; CLIP's are supported")
-    published = Path(name).name == Path(CLIP_L_336_NAME).name
+    named = (tower for known, tower in _PUBLISHED_TOWERS.items() if _same_name(known, name))
+    published = next(named, None)
     if published and wishes.vision_tower is None and (inside or _is_anyres(config)):
-        return None, CLIP_L_336
+        return None, published
     tower = _find_tower(folder, name, wishes)
     vision = read_json(tower / "config.json")
     nested = vision.get("vision_config", vision)
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"{tower / 'config.json'}: vision_config must be an object")
     return tower, nested
+
+
+def _same_name(known: str, name: str) -> bool:
+    return Path(name).name == Path(known).name
 
 
 def _find_tower(folder: Path, name: str, wishes: Wishes) -> Path:
@@ -429,28 +472,29 @@ HALF: Config = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 def _llava_processor(
     folder: Path,
-    size: int,
+    vision: ClipConfig,
     pinpoints: tuple[Canvas, ...] | None,
     mode: Mode | None,
-    instead: Config | None = None,
+    *,
+    lone: bool,
 ) -> ImageProcessor:
-    """The checkpoint's own picture rules, else CLIP's at the tower's size; ``mode`` overrides.
+    """The checkpoint's own picture rules, else the tower's at its size; ``mode`` overrides.
 
-    ``instead`` stands for a tower that is stretched to its size, with numbers of its own.
+    ``lone``: only a picture by itself is tiled.
     """
-    usual: Config = {"size": {"shortest_edge": size}, "crop_size": size}
-    if instead is not None:
-        usual = {"size": {"height": size, "width": size}, **instead}
+    size = vision.image
+    siglip = _siglip_rules(size) if isinstance(vision, SiglipConfig) else {}
+    usual = siglip or {"size": {"shortest_edge": size}, "crop_size": size}
     where, values = _picture_rules(folder, usual)
-    if instead is not None:
-        values = {**values, "do_center_crop": False}
+    values = siglip | dict(values)
     if pinpoints:
         # Here do_pad of the file is about the number of tiles in a batch, not about the picture.
         plain = ImageProcessor.from_config(values, "crop", where)
         if "image_grid_pinpoints" in values:
             own = read_pinpoints(values, where, size, width_first=False)
             check_same(pinpoints, own, where)
-        processor: ImageProcessor = TileProcessor(**vars(plain), pinpoints=pinpoints)
+        kind = OnevisionProcessor if lone else TileProcessor
+        processor: ImageProcessor = kind(**vars(plain), pinpoints=pinpoints)
     else:
         processor = ImageProcessor.from_config(values, mode, where)
     if processor.output_size != (size, size):
@@ -460,6 +504,11 @@ def _llava_processor(
             hint="this file and config.json may be of different models",
         )
     return processor
+
+
+def _siglip_rules(size: int) -> dict[str, Any]:
+    """What SigLIP was trained with: pictures stretched to a square."""
+    return {"size": {"height": size, "width": size}, "do_center_crop": False, **HALF}
 
 
 def _picture_rules(folder: Path, usual: Config) -> tuple[str, Config]:
@@ -489,6 +538,17 @@ def end_tokens(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
         raise CheckpointError(f"{path}: eos_token_id is {shown(value)}; it must be token ids")
     return frozenset(values)
 
+
+# What to take in place of models that look like those of the table and are not.
+_EXPERTS = "its layers choose among experts, which is not supported; take a dense Qwen3-VL: "
+_EXPERTS += "Qwen/Qwen3-VL-8B-Instruct, -32B-Instruct"
+_DELTA = "most of its layers have no keys and values (gated delta nets), which is not supported; "
+_DELTA += "take Qwen/Qwen3-VL-2B-Instruct, -4B-Instruct or -8B-Instruct"
+_INSTEAD = {
+    "qwen3_vl_moe": _EXPERTS,
+    "qwen3_5": _DELTA,
+    "qwen3_5_moe": _DELTA,
+}
 
 FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
     "llava": _llava_hub,

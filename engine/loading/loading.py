@@ -20,6 +20,7 @@ from ..prompts.tokenizer import Tokenizer
 from .capacity import memory_for
 from .device import pick_device
 from .families import Family, Wishes, recognise
+from .own_prompts import with_own_prompts
 from .preparing import prepare, side_by_side
 from .quantising import bytes_of, check_weights, taker
 
@@ -55,6 +56,7 @@ def load(
     folder = resolve(None if name is None else Path(name), revision, wishes.offline)
     family = recognise(folder, wishes)
     tokenizer = Tokenizer.from_folder(folder, family.new_tokens)
+    family = with_own_prompts(family, folder, tokenizer)
     _fill(family, folder, target, wanted, weights)
     return Loaded(folder, _with_ends(family, tokenizer), tokenizer, perf_counter() - began)
 
@@ -62,7 +64,7 @@ def load(
 def _with_ends(family: Family, tokenizer: Tokenizer) -> Family:
     """With the tokenizer's own end where no file names one, and the style's closing token."""
     ends = set(family.end_tokens or filter(None, [tokenizer.eos_id]))
-    closing = tokenizer.token_id(find_style(family.style).closing)
+    closing = tokenizer.token_id(find_style(family.prompts).closing)
     if closing is not None:
         ends.add(closing)
     return replace(family, end_tokens=frozenset(ends))

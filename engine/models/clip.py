@@ -3,7 +3,7 @@ layer.
 
 Order: patch convolution, class token, learned positions, ``pre_norm``, pre-norm layers. LLaVA takes
 the hidden state before the last layer and drops the class token, so the last layer and CLIP's
-``post_layernorm`` are never built.
+``post_layernorm`` are never built. SigLIP's tower has the same layers (``siglip``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,14 @@ from .matrix import Linear
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Shape of a vision tower; ``layers`` counts those on disk, ``used_layers`` those that run."""
+    """Shape of a vision tower; ``layers`` counts those on disk, ``used_layers`` those that run.
+
+    ``dropped`` counts the features in front that are not used: the class token's, unless a model
+    says otherwise.
+    """
+
+    leading: ClassVar[int] = 1  # features before the patches': the class token's
+    activations: ClassVar[tuple[str, ...]] = ("quick_gelu", "gelu")
 
     hidden: int
     layers: int
@@ -35,6 +43,7 @@ class ClipConfig:
     image: int
     norm_eps: float
     activation: str
+    dropped: int = 1
 
     @property
     def grid(self) -> int:
@@ -43,8 +52,13 @@ class ClipConfig:
 
     @property
     def patches(self) -> int:
-        """Image tokens of one picture: 24 * 24 = 576."""
+        """Patches of one picture: 24 * 24 = 576."""
         return self.grid**2
+
+    @property
+    def features(self) -> int:
+        """Image tokens of one picture: 576."""
+        return self.patches + self.leading - self.dropped
 
     def tiles_within(self, memory: int, item: int) -> int:
         """Pictures, at least one, that a layer can take at once in ``memory`` bytes.
@@ -52,11 +66,11 @@ class ClipConfig:
         Alive at a layer's widest place are the MLP's two wide tensors and about six narrow ones.
         ViT-L/14-336 in fp32: 577 * (2 * 4096 + 6 * 1024) * 4 = 33 MB each, so 32 in 1 GiB.
         """
-        each = (self.patches + 1) * (2 * self.mlp + 6 * self.hidden) * item
+        each = (self.patches + self.leading) * (2 * self.mlp + 6 * self.hidden) * item
         return max(1, memory // each)
 
     @classmethod
-    def parse(cls, config: ConfigReader, feature_layer: int) -> ClipConfig:
+    def parse(cls, config: ConfigReader, feature_layer: int, dropped: int = 1) -> Self:
         """Read a vision_config; absent keys take CLIPVisionConfig's defaults (quick_gelu among
         them).
 
@@ -64,6 +78,20 @@ class ClipConfig:
         layers, -2 is the state after layer 22, so 23 layers run.
         """
         config.text("model_type", "clip_vision_model", ("clip_vision_model", "clip"))
+        return cls._parse(config, feature_layer, dropped, image=224, patch=32, eps=1e-5)
+
+    @classmethod
+    def _parse(
+        cls,
+        config: ConfigReader,
+        feature_layer: int,
+        dropped: int,
+        *,
+        image: int,
+        patch: int,
+        eps: float,
+    ) -> Self:
+        """What both towers name alike; ``image``, ``patch`` and ``eps`` are defaults."""
         layers = config.integer("num_hidden_layers", 12, high=1000)
         hidden = config.integer("hidden_size", 768)
         heads = config.integer("num_attention_heads", 12)
@@ -74,7 +102,7 @@ class ClipConfig:
             raise config.fail(
                 "num_hidden_layers", f"is {layers}; feature layer {feature_layer} does not exist"
             )
-        image, patch = config.integer("image_size", 224), config.integer("patch_size", 32)
+        image, patch = config.integer("image_size", image), config.integer("patch_size", patch)
         if image < patch:
             raise config.fail("image_size", f"is {image}, smaller than one patch of {patch}")
         return cls(
@@ -85,8 +113,9 @@ class ClipConfig:
             mlp=config.integer("intermediate_size", 3072),
             patch=patch,
             image=image,
-            norm_eps=config.number("layer_norm_eps", 1e-5),
-            activation=config.text("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
+            norm_eps=config.number("layer_norm_eps", eps),
+            activation=config.text("hidden_act", cls.activations[0], cls.activations),
+            dropped=dropped,
         )
 
 
@@ -136,6 +165,7 @@ class ClipVision(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
+        self.dropped = config.dropped
         self.patch_embedding = Patches(config.patch, config.hidden)
         self.class_embedding = nn.Parameter(torch.empty(config.hidden))
         self.position_embedding = Embedding(config.patches + 1, config.hidden)
@@ -143,11 +173,11 @@ class ClipVision(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.used_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features ``[pictures, patches, hidden]`` of ``pixels [pictures, 3, size, size]``."""
+        """Features ``[pictures, features, hidden]`` of ``pixels [pictures, 3, size, size]``."""
         patches = self.patch_embedding(pixels)
         class_token = self.class_embedding.expand(len(pixels), 1, -1)
         hidden = torch.cat([class_token, patches], 1) + self.position_embedding.weight
         hidden = self.pre_norm(hidden)
         for layer in self.layers:
             hidden = layer(hidden)
-        return hidden[:, 1:]
+        return hidden[:, self.dropped :]

@@ -2,10 +2,14 @@
 
 Two published families of files: the hub layout (``llava-hf/*``, nested configs) and the original
 layout (``liuhaotian/*``, a flat Llama config whose vision tower is a folder or model of its own).
+What others have trained since differs in the tower (SigLIP's), the projector's depth, or in keeping
+the class token's features.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +23,7 @@ from ..pictures.preprocess import Pixels
 from .clip import ClipConfig, ClipVision
 from .decoder import Decoder, DecoderConfig
 from .matrix import Linear
-from .siglip import SiglipVision, parse_siglip
+from .siglip import SiglipConfig, SiglipVision
 from .vision_language import VisionLanguageModel
 
 # What the original layout calls its models, and the decoder inside.
@@ -39,8 +43,8 @@ class LlavaConfig:
     """A LLaVA: its two halves, and the id that stands for an image token in a prompt.
 
     ``vision_tower`` names where the tower's weights and configuration lie when the checkpoint
-    leaves them out (original layout); otherwise it is None. ``siglip`` is whether the tower is a
-    SigLIP, else a CLIP.
+    leaves them out (original layout); otherwise it is None. ``depth`` counts the projector's
+    layers, ``projector_bias`` says whether they have biases.
     """
 
     decoder: DecoderConfig
@@ -48,31 +52,35 @@ class LlavaConfig:
     image_token: int
     vision_tower: str | None
     end_tokens: tuple[int, ...]
-    siglip: bool = False
+    depth: int = 2
+    projector_bias: bool = True
 
 
 def parse_hub(config: Mapping[str, Any]) -> LlavaConfig:
     """Read the nested config.json of ``llava-hf/*`` and of transformers' save_pretrained."""
     top = ConfigReader(config, "config.json")
     top.text("projector_hidden_act", "gelu", ("gelu",))
-    siglip = top.section("vision_config").values.get("model_type") == "siglip_vision_model"
-    # SigLIP has no class token that could be left out.
-    strategy = "full" if siglip else "default"
-    top.text("vision_feature_select_strategy", "default", (strategy,))
-    parse = parse_siglip if siglip else ClipConfig.parse
     if isinstance(config.get("vision_feature_layer"), list):
         raise top.unsupported("vision_feature_layer", "names several layers; one is supported")
     feature_layer = top.integer("vision_feature_layer", -2, low=-1000, high=1000)
+    chosen = top.text("vision_feature_select_strategy", "default", ("default", "full"))
     decoder = DecoderConfig.parse(top.section("text_config"))
+    vision, dropped = top.section("vision_config"), int(chosen == "default")
     image_key = "image_token_id" if "image_token_id" in config else "image_token_index"
     return LlavaConfig(
         decoder=decoder,
-        vision=parse(top.section("vision_config"), feature_layer),
-        siglip=siglip,
+        vision=_tower(vision).parse(vision, feature_layer, dropped),
         image_token=top.integer(image_key, 32000, low=0, high=decoder.vocab - 1),
         vision_tower=None,
         end_tokens=top.section("text_config").tokens("eos_token_id", ()),
+        projector_bias=top.flag("multimodal_projector_bias", True),
     )
+
+
+def _tower(vision: ConfigReader) -> type[ClipConfig]:
+    """The kind of tower that a vision_config describes."""
+    kind = str(vision.values.get("model_type"))
+    return SiglipConfig if kind.startswith("siglip") else ClipConfig
 
 
 def parse_original(config: Mapping[str, Any], vision_config: Mapping[str, Any]) -> LlavaConfig:
@@ -82,31 +90,62 @@ def parse_original(config: Mapping[str, Any], vision_config: Mapping[str, Any]) 
     only marks places in a prompt, so that it is the first id beyond the vocabulary.
     """
     top = ConfigReader(config, "config.json")
-    top.text("mm_projector_type", "mlp2x_gelu", ("mlp2x_gelu",))
-    top.text("mm_vision_select_feature", "patch", ("patch",))
+    chosen = top.text("mm_vision_select_feature", "patch", ("patch", "cls_patch"))
+    vision = ConfigReader(vision_config, "vision config")
+    tower = _tower(vision)
+    dropped = tower.leading if chosen == "patch" else 0
     feature_layer = top.integer("mm_vision_select_layer", -2, low=-1000, high=1000)
-    kind = DECODERS[top.text("model_type", "llava", tuple(DECODERS))]
+    kind = decoder_kind(top)
     decoder = DecoderConfig.parse(ConfigReader({**config, "model_type": kind}, "config.json"))
     return LlavaConfig(
         decoder=decoder,
-        vision=ClipConfig.parse(ConfigReader(vision_config, "vision config"), feature_layer),
+        vision=tower.parse(vision, feature_layer, dropped),
         image_token=decoder.vocab,
         vision_tower=top.text("mm_vision_tower"),
         end_tokens=top.tokens("eos_token_id", ()),
+        depth=_depth(top),
     )
 
 
-class Projector(nn.Module):
-    """Two linear layers with an exact GELU between: vision width to decoder width."""
+def decoder_kind(top: ConfigReader) -> str:
+    """The decoder that an original layout names; where its model_type is only "llava", as in
+    LLaVA-OneVision's files, ``architectures`` do.
+    """
+    kind = top.text("model_type", "llava", tuple(DECODERS))
+    if kind == "llava" and "LlavaQwenForCausalLM" in (top.values.get("architectures") or ()):
+        kind = "llava_qwen"
+    return DECODERS[kind]
 
-    def __init__(self, vision: int, hidden: int) -> None:
+
+def _depth(top: ConfigReader) -> int:
+    """Layers of the projector: "linear" is one, "mlp2x_gelu" two."""
+    kind = top.text("mm_projector_type", "mlp2x_gelu")
+    found = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+    if kind != "linear" and found is None:
+        raise top.unsupported("mm_projector_type", f"is {kind!r:.40}; linear and mlp2x_gelu are")
+    return int(found[1]) if found else 1
+
+
+class Projector(nn.Module):
+    """Linear layers with exact GELUs between, vision width to decoder width: two as published."""
+
+    def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        self.linear_1 = Linear(vision, hidden)
-        self.linear_2 = Linear(hidden, hidden)
+        widths = [config.vision.hidden, *[config.decoder.hidden] * config.depth]
+        for number, sizes in enumerate(itertools.pairwise(widths), 1):
+            self.add_module(f"linear_{number}", Linear(*sizes, bias=config.projector_bias))
 
     def forward(self, features: Tensor) -> Tensor:
         """``[..., vision]`` to ``[..., hidden]``."""
-        return self.linear_2(F.gelu(self.linear_1(features)))
+        first, *others = self.children()
+        features = first(features)
+        for layer in others:
+            features = layer(F.gelu(features))
+        return features
+
+
+def _built(vision: ClipConfig) -> nn.Module:
+    return SiglipVision(vision) if isinstance(vision, SiglipConfig) else ClipVision(vision)
 
 
 class Llava(VisionLanguageModel):
@@ -116,25 +155,25 @@ class Llava(VisionLanguageModel):
         super().__init__()
         self.config = config
         self.image_token = config.image_token
-        self.vision = (SiglipVision if config.siglip else ClipVision)(config.vision)
-        self.projector = Projector(config.vision.hidden, config.decoder.hidden)
+        self.vision = _built(config.vision)
+        self.projector = Projector(config)
         self.decoder = Decoder(config.decoder)
 
     def image_tokens(self, pixels: Pixels) -> int:
         """Tokens that a picture takes in the sequence: 576 at 336 px and 14 px patches."""
-        return self.config.vision.patches * len(pixels.tiles)
+        return self.config.vision.features * len(pixels.tiles)
 
     def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
         """Image tokens ``[image tokens, hidden]`` of every picture."""
         return [tiles.flatten(0, 1) for tiles in self.tile_features(pictures)]
 
     def tile_features(self, pictures: Sequence[Pixels]) -> Sequence[Tensor]:
-        """Features ``[tiles, patches, hidden]`` of every picture.
+        """Features ``[tiles, features, hidden]`` of every picture.
 
         The tiles of all pictures pass the tower as one batch, or as a few where one would take more
         than ``VISION_BYTES`` of memory.
         """
-        weight = self.projector.linear_1.weight
+        weight = self.decoder.norm.weight
         tiles = torch.cat([picture.tiles for picture in pictures])
         most = self.config.vision.tiles_within(VISION_BYTES, weight.dtype.itemsize)
         batches = [batch.to(weight.device, weight.dtype) for batch in tiles.split(most)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint.config import ConfigReader
 from ..pictures.anyres import Canvas, Grid, grid_of, read_pinpoints
 from ..pictures.preprocess import Pixels
+from .clip import ClipConfig
 from .llava import Llava, LlavaConfig, parse_hub, parse_original
 
 
@@ -63,7 +64,16 @@ class LlavaNext(Llava):
 def parse_next_hub(config: Mapping[str, Any]) -> tuple[LlavaConfig, tuple[Canvas, ...]]:
     """Read config.json of ``llava-hf/llava-v1.6-*``: shape and canvases."""
     parsed = parse_hub(config)
+    check_square(parsed.vision, "vision_feature_select_strategy")
     return parsed, read_pinpoints(config, "config.json", parsed.vision.image, width_first=False)
+
+
+def check_square(vision: ClipConfig, key: str) -> None:
+    """Refuse a tower whose features are no grid: rows of tiles could not be joined."""
+    if vision.features != vision.patches:
+        raise ConfigReader({}, "config.json").unsupported(
+            key, f"leaves {vision.features} features of {vision.patches} patches in a tile"
+        )
 
 
 def parse_next_original(
@@ -71,7 +81,7 @@ def parse_next_original(
 ) -> tuple[LlavaConfig, tuple[Canvas, ...]]:
     """Read config.json of ``liuhaotian/llava-v1.6-*`` and its tower's configuration."""
     top = ConfigReader(config, "config.json")
-    top.text("image_aspect_ratio", "square", ("anyres",))
     top.text("mm_patch_merge_type", "flat", ("spatial_unpad",))
     parsed = parse_original(config, vision_config)
+    check_square(parsed.vision, "mm_vision_select_feature")
     return parsed, read_pinpoints(config, "config.json", parsed.vision.image, width_first=True)

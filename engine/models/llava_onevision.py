@@ -21,7 +21,7 @@ from ..checkpoint.config import ConfigReader
 from ..pictures.anyres import Canvas, Grid, TileProcessor, read_pinpoints
 from ..pictures.preprocess import ImageProcessor, Pixels
 from .llava import LlavaConfig, parse_hub
-from .llava_next import LlavaNext
+from .llava_next import LlavaNext, check_square
 
 _SLACK = 1.1  # how much longer a grid's sides may be before it is shrunk
 
@@ -74,16 +74,50 @@ class LlavaOnevision(LlavaNext):
 
 def parse_onevision(config: Mapping[str, Any]) -> tuple[LlavaConfig, tuple[Canvas, ...], int]:
     """Read config.json of ``llava-hf/llava-onevision-*``: shape, canvases, tiles at most."""
+    given = {key: value for key, value in config.items() if value is not None}
+    nested = {key: dict(given.get(key) or {}) for key in ("text_config", "vision_config")}
+    text = {"model_type": "qwen2", **nested["text_config"]}
+    # As transformers has it: either place may say so.
+    tied = given.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+    own = {
+        "text_config": {**text, "tie_word_embeddings": tied},
+        "vision_config": _TOWER | nested["vision_config"],
+    }
+    parsed = parse_hub({**_USUAL, **given, **own})
+    check_square(parsed.vision, "vision_feature_select_strategy")
+    side = parsed.vision.image
+    canvases = [[side * rows, side * columns] for rows in _SIDES for columns in _SIDES]
+    pinpoints = {"image_grid_pinpoints": canvases} | given
     top = ConfigReader(config, "config.json")
-    aspect = top.text("vision_aspect_ratio", "anyres_max_9")
+    return (
+        parsed,
+        read_pinpoints(pinpoints, "config.json", side, width_first=False),
+        most_tiles(top, "vision_aspect_ratio", "anyres_max_9"),
+    )
+
+
+# What transformers' LlavaOnevisionConfig says where a file is silent.
+_USUAL = {
+    "image_token_index": 151646,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+_TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "patch_size": 14,
+    "image_size": 384,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+}
+_SIDES = range(1, 7)  # of a canvas, in tiles
+
+
+def most_tiles(top: ConfigReader, key: str, default: str) -> int:
+    """The number in "anyres_max_9"."""
+    aspect = top.text(key, default)
     most = aspect.removeprefix("anyres_max_")
     if not most.isdecimal() or not 0 < int(most) < 1000:
-        raise top.unsupported("vision_aspect_ratio", f"is {aspect!r:.40}; anyres_max_9 is known")
-    usual = {
-        "image_token_index": 151646,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-    }
-    parsed = parse_hub({**usual, **config})
-    pinpoints = read_pinpoints(config, "config.json", parsed.vision.image, width_first=False)
-    return parsed, pinpoints, int(most)
+        raise top.unsupported(key, f"is {aspect!r:.40}; anyres_max_9 is known")
+    return int(most)

@@ -8,7 +8,7 @@ Two published ways to make a picture square for LLaVA-1.5 give different pixels,
     pad    the original repository: pad to a square with the mean colour, then the same
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -105,6 +105,11 @@ class ImageProcessor:
     def prepare_beside(self, image: Image.Image) -> Pixels:
         """The same of one of several pictures in a prompt."""
         return self.prepare(image)
+
+    def prepare_all(self, images: Sequence[Image.Image]) -> list[Pixels]:
+        """All pictures of a prompt."""
+        prepare = self.prepare if len(images) == 1 else self.prepare_beside
+        return [prepare(image) for image in images]
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixels of an RGB picture as ``[3, height, width]`` float32."""

@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template, beside the prompt style that it is asked in; for ``--check``.
+"""A checkpoint's own chat template: rendering it, and what it renders unlike a prompt style.
 
 A template is a stranger's program. Nothing else runs one, and here it runs in a sandbox inside a
 process with little time and memory (``prompts.template_process``).
@@ -20,7 +20,7 @@ from ..checkpoint.folder_files import read_file, read_json
 from ..errors import CheckpointError
 from .messages import parse_messages
 from .prompt import IMAGE_MARK, build_prompt
-from .templates import find_style
+from .templates import Style, find_style
 from .tokenizer import Tokenizer
 
 MOST_CHARACTERS = 100_000  # of a template: the longest published ones have a tenth
@@ -88,15 +88,22 @@ def difference(template: ChatTemplate, tokenizer: Tokenizer, style: str) -> str:
     return ""
 
 
+def question(style: str | Style, tokenizer: Tokenizer) -> str:
+    """A question about one picture, as a style writes it."""
+    messages = parse_messages(CONVERSATIONS["a question"], 1)
+    return build_prompt(messages, style, tokenizer, 0, [1]).text
+
+
 def rendered(
     template: ChatTemplate, messages: Sequence[dict[str, Any]], tokenizer: Tokenizer
 ) -> str:
     """A conversation as the template renders it, without the BOS that the tokenizer adds."""
-    bos = (tokenizer.bos_id is not None and tokenizer.spelling(tokenizer.bos_id)) or ""
+    added = (tokenizer.bos_id is not None and tokenizer.spelling(tokenizer.bos_id)) or ""
     eos = (tokenizer.eos_id is not None and tokenizer.spelling(tokenizer.eos_id)) or ""
-    values = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
+    tokens = {"bos_token": "", **tokenizer.named, "eos_token": eos}
+    values = tokens | ({"bos_token": added} if added else {}) | {"add_generation_prompt": True}
     shown = [_plain(message) for message in messages] if template.plain else messages
-    return _run(template.text, values | {"messages": shown}).removeprefix(bos)
+    return _run(template.text, values | {"messages": shown}).removeprefix(added)
 
 
 def _plain(message: dict[str, Any]) -> dict[str, str]:

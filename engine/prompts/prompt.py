@@ -15,7 +15,7 @@ from typing import Literal
 
 from ..errors import OptionError
 from .messages import EXAMPLE, ImagePlace, Message, check_count, parse_messages
-from .templates import STYLES, Alone, Piece, Special, find_style
+from .templates import STYLES, Alone, Piece, Special, Style, find_style
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -65,7 +65,7 @@ class Prompt:
 
 def build_prompt(
     messages: Sequence[Message],
-    style: str,
+    style: str | Style,
     tokenizer: Tokenizer,
     image_token_id: int,
     image_token_counts: Sequence[int],
@@ -89,7 +89,7 @@ def build_prompt(
 
 def continue_prompt(
     messages: Sequence[Message],
-    style: str,
+    style: str | Style,
     tokenizer: Tokenizer,
     image_token_id: int,
     image_token_counts: Sequence[int],
@@ -181,7 +181,7 @@ def _ids(piece: str | Alone | Special, tokenizer: Tokenizer) -> list[int]:
 
 def _newest(
     messages: Sequence[Message],
-    style: str,
+    style: str | Style,
     tokenizer: Tokenizer,
     image_token_counts: Sequence[int],
     window: int,

@@ -7,6 +7,7 @@ stdin and writes {"text"} or {"error"} to stdout.
 import json
 import re
 import sys
+from datetime import date
 from typing import Any, NoReturn
 
 MOST_TEXT = 100_000  # characters of a rendered prompt
@@ -49,7 +50,8 @@ def render(template: str, values: dict[str, Any]) -> str:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: "today"
+    # The same prompt on every day: that which Llama 3's template names where nobody else does.
+    environment.globals["strftime_now"] = date(2024, 7, 26).strftime
     give_up_rights()
     return environment.from_string(template).render(**values)
 

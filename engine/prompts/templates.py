@@ -182,6 +182,17 @@ def _chatml(default: str, gap: str) -> Style:
     return Style(opening, turns, closing="<|im_end|>")
 
 
+def _onevision(messages: Sequence[Message]) -> list[Piece]:
+    """LLaVA-OneVision's first template: ``<|im_start|>user <image>\\nWhat?<|im_end|>``, no new line
+    between messages, and before an earlier answer a space more than where it was made.
+    """
+    pieces: list[Piece] = []
+    for message in messages:
+        pieces += [Special("<|im_start|>"), f"{message.role} ", *message.places]
+        pieces += [*(f"\n{text}" for text in message.texts), Special("<|im_end|>")]
+    return [*pieces, Special("<|im_start|>"), "assistant\n"]
+
+
 def _qwen_patches(default: str) -> Style:
     """Qwen2-VL's and Qwen3-VL's ChatML: texts and pictures in their order, nothing between them,
     and the system text ``default``, if there is any, where none is given.
@@ -201,15 +212,6 @@ def _qwen_patches(default: str) -> Style:
 
     mark = "<|vision_start|><|image_pad|><|vision_end|>"
     return Style(opening, turns, closing="<|im_end|>", picture=mark)
-
-
-def _onevision(messages: Sequence[Message]) -> list[Piece]:
-    """LLaVA-OneVision's: ``<|im_start|>user <image>\\nWhat?<|im_end|><|im_start|>assistant\\n``."""
-    pieces: list[Piece] = []
-    for message in messages:
-        pieces += [Special("<|im_start|>"), f"{message.role} ", *message.places]
-        pieces += [*(f"\n{text}" for text in message.texts), Special("<|im_end|>")]
-    return [*pieces, Special("<|im_start|>"), "assistant\n"]
 
 
 _NEWLINE = Alone("\n")
@@ -268,10 +270,18 @@ STYLES = {
 }
 
 
-def find_style(name: str) -> Style:
-    """Return a style by its name; an unknown one is an ``OptionError`` that lists the known."""
+# The name of the style that a checkpoint's own chat template makes (``own_template``).
+OWN = "template"
+
+
+def find_style(name: str | Style) -> Style:
+    """Return a style by its name, or one that is made already; an unknown name is an
+    ``OptionError`` that lists the known.
+    """
+    if isinstance(name, Style):
+        return name
     try:
         return STYLES[name]
     except KeyError:
-        known = f"known styles: {', '.join(STYLES)}"
+        known = f"known styles: {', '.join(STYLES)}, {OWN}"
         raise OptionError(f"unknown prompt style {name!r}", hint=known) from None

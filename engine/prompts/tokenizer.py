@@ -38,7 +38,8 @@ class Tokenizer:
     """A checkpoint's tokenizer.
 
     ``bos_id`` is the token that belongs in front of a prompt (None: the model has none), ``eos_id``
-    the end-of-text token of its tokenizer, ``vocab_size`` the highest id plus one.
+    the end-of-text token of its tokenizer, ``vocab_size`` the highest id plus one. ``named`` are
+    the tokens that the files name by role, such as {"pad_token": "<pad>"}.
     """
 
     def __init__(self, description: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -53,6 +54,8 @@ class Tokenizer:
         _check_strips(description.get("decoder"))
         self._plain = _build(_without_spellings(self._description, added))
         self._plain.encode_special_tokens = True  # as text, that is
+        names = {key: _token_name(config, key) for key in config if key.endswith("_token")}
+        self.named = {key: name for key, name in names.items() if name is not None}
         self.vocab_size = max([*vocabulary.values(), *self._added.values()]) + 1
         ends = (_token_name(config, "eos_token"), "<|endoftext|>", "</s>")
         self.eos_id = next(filter(None, (self.token_id(token) for token in ends if token)), None)
@@ -136,6 +139,14 @@ class Tokenizer:
         """Return the id of a special token by its spelling; None for all other texts."""
         found = self._added.get(token)
         return found if found in self._special_ids else None
+
+    @property
+    def special_tokens(self) -> dict[str, tuple[bool, bool]]:
+        """Special tokens as they are spelled, and whether each swallows white space before and
+        behind it.
+        """
+        added = [token for token in self._description["added_tokens"] if token.get("special")]
+        return {token["content"]: (token["lstrip"], token["rstrip"]) for token in added}
 
     def piece(self, token_id: int) -> str | None:
         """Return the vocabulary's spelling of a token; None for special or unknown ids."""

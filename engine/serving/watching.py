@@ -32,8 +32,8 @@ class Watching:
         """Raises RefusalError for a model whose pictures are no tokens of the sequence."""
         if engine.model.cross_layers:
             raise wrong("cache", "tiers are of image tokens, which this model has none of")
-        prepare, model = engine.processor.prepare, engine.model
-        panels = [panels_of(model, engine.processor, prepare(each)) for each in pictures]
+        model, processor = engine.model, engine.processor
+        panels = [panels_of(model, processor, each) for each in processor.prepare_all(pictures)]
         self._first: dict[str, Any] = {"panels": panel_values(panels)}
         self._layers = model.decoder.config.layers
         self._bits = 16 * model.decoder.norm.weight.element_size()  # of a key and a value

@@ -46,6 +46,7 @@ from .running.generation import Answer, Forced, result_of
 from .running.scheduler import Job, Said, Scheduler
 from .running.stepping import Stepping
 from .running.turn import Turn
+from .running.videos import VideoSource, with_videos
 
 MOST = 1 << 50  # of rows, bytes or slices: beyond all use
 
@@ -175,11 +176,12 @@ class Engine:
         prompt: Messages,
         images: Sequence[Picture] | None = (),
         *,
+        videos: Sequence[VideoSource] | None = (),
         raw: bool = False,
         **options: Unpack[OptionValues],
     ) -> Result:
         """Answer a prompt; the arguments are those of ``stream``."""
-        *_, result = self.stream(prompt, images, raw=raw, **options)
+        *_, result = self.stream(prompt, images, videos=videos, raw=raw, **options)
         assert isinstance(result, Result)
         return result
 
@@ -188,6 +190,7 @@ class Engine:
         prompt: Messages,
         images: Sequence[Picture] | None = (),
         *,
+        videos: Sequence[VideoSource] | None = (),
         raw: bool = False,
         observer: Observer | None = None,
         **options: Unpack[OptionValues],
@@ -196,10 +199,16 @@ class Engine:
 
         Args:
             prompt: the text of one user turn, its pictures first; or messages {role, content},
-                where content is a text or a list of {type: "text", text} and {type: "image"}.
+                where content is a text or a list of {type: "text", text}, {type: "image"} and
+                {type: "video"}.
             images: pictures in the order of their places, each a path, a ``data:`` URL, the bytes
                 of a file, a file opened in binary mode, a Pillow image, an array or tensor of uint8
-                (``[height, width, 3]``), or an ``EncodedImage``; None is no picture.
+                (``[height, width, 3]``), an ``EncodedImage``, or pixels that are prepared already;
+                None is no picture.
+            videos: videos in the order of their places, behind the pictures of a text: each a path
+                of a file or of a folder of frames, the bytes of a file, a list of pictures, or a
+                ``Video``, which says which frames are shown. A model that has not learned videos
+                sees the frames as so many pictures.
             raw: take ``prompt`` verbatim: special tokens spelled in it are special, ``<image>``
                 stands where a picture goes, and no template is applied.
             observer: is told of every layer of every pass, such as an ``insight.trace.Trace``;
@@ -211,7 +220,21 @@ class Engine:
             OptionError, ImageError, CapacityError: before any text is yielded.
         """
         chosen = make_options(**options)
+        prompt, images = self.with_videos(prompt, images, videos, raw=raw)
         return self._answered(self.job(prompt, images, chosen, raw=raw, observer=observer))
+
+    def with_videos(
+        self,
+        prompt: Messages,
+        images: Sequence[Picture] | None,
+        videos: Sequence[VideoSource] | None,
+        *,
+        raw: bool = False,
+    ) -> tuple[Messages, Sequence[Picture]]:
+        """The prompt with pictures only, and those: what of the videos is shown is decoded and
+        prepared, frame by frame; see ``stream``.
+        """
+        return with_videos(prompt, images, videos, self.processor.prepare_frames, raw=raw)
 
     def _answered(self, job: Job) -> Iterator[str | Result]:
         with closing(self.scheduler().events(job)) as events:
@@ -422,7 +445,7 @@ class Engine:
         return 1 if self.model.cross_layers else len(picture.features)
 
     def _open(self, image: Picture, *, beside: bool) -> Pixels | EncodedImage:
-        if isinstance(image, EncodedImage):
+        if isinstance(image, EncodedImage | Pixels):
             return image
         pixels, processor = open_image(image).pixels, self._family.processor
         return processor.prepare_beside(pixels) if beside else processor.prepare(pixels)

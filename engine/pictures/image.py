@@ -140,7 +140,7 @@ def _read_all(stream: BinaryIO, name: str) -> bytes:
 
 def _from_path(path: str, limit: int) -> LoadedImage:
     name = display_name(path)
-    _check_regular_file(path, name)
+    check_regular_file(path, name)
     try:
         with open(path, "rb") as stream:
             return _from_stream(stream, name, limit)
@@ -148,10 +148,11 @@ def _from_path(path: str, limit: int) -> LoadedImage:
         raise ImageError(f"{name} cannot be read: {error.strerror}", hint_for(error)) from None
 
 
-def _check_regular_file(path: str, name: str) -> None:
+def check_regular_file(path: str, name: str, what: str = "picture") -> None:
     """Refuse all but regular files before opening: opening a pipe would block."""
     if is_url(path) and not os.path.exists(path):
-        raise ImageError(f"{name} is a URL; pictures are opened from files only", _URL_HINT)
+        problem = f"{name} is a URL; {what}s are opened from files only"
+        raise ImageError(problem, f"download the {what} first and give its path")
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -162,12 +163,9 @@ def _check_regular_file(path: str, name: str) -> None:
     except OSError as error:
         raise ImageError(f"{name} cannot be read: {error.strerror}", hint_for(error)) from None
     if stat.S_ISDIR(mode):
-        raise ImageError(f"{name} is a folder", hint="name one picture in it")
+        raise ImageError(f"{name} is a folder", hint=f"name one {what} in it")
     if not stat.S_ISREG(mode):
-        raise ImageError(f"{name} is not a regular file", hint="save the picture to a file first")
-
-
-_URL_HINT = "download the picture first and give its path"
+        raise ImageError(f"{name} is not a regular file", hint=f"save the {what} to a file first")
 
 
 def _missing(path: str, name: str) -> ImageError:

@@ -8,7 +8,7 @@ Two published ways to make a picture square for LLaVA-1.5 give different pixels,
     pad    the original repository: pad to a square with the mean colour, then the same
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -30,11 +30,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Pixels:
     """A picture as a vision tower takes it: ``tiles [tiles, 3, height, width]`` float32.
 
-    ``size`` is the picture's own (width, height); a plain LLaVA-1.5 picture is one tile.
+    ``size`` is the picture's own (width, height); a plain LLaVA-1.5 picture is one tile. ``clip``:
+    the tiles are the frames of a video, which stands in one place of a prompt.
     """
 
     tiles: torch.Tensor
     size: tuple[int, int]
+    clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ class ImageProcessor:
         """The same of one of several pictures in a prompt."""
         return self.prepare(image)
 
+    def prepare_frames(self, frames: Iterable[Image.Image]) -> list[Pixels]:
+        """A video's frames, one after the other, as what stands in its place of a prompt: so many
+        pictures here, one for a model that has learned videos.
+        """
+        return [self.prepare_beside(frame) for frame in frames]
+
     def prepare_all(self, images: Sequence[Image.Image]) -> list[Pixels]:
         """All pictures of a prompt."""
         prepare = self.prepare if len(images) == 1 else self.prepare_beside
@@ -130,6 +138,15 @@ class ImageProcessor:
         if size[0] * size[1] > MAX_PIXELS and self.crop_size is not None:
             image, size = _cut_long_side(image, size, self.crop_size)
         return image.resize(size, self.resample)
+
+
+def as_clip(processor: ImageProcessor, frames: Iterable[Image.Image]) -> list[Pixels]:
+    """The frames of a video as the tiles of one ``Pixels``, each what ``processor`` makes of it."""
+    sizes, tiles = list[tuple[int, int]](), list[torch.Tensor]()
+    for frame in frames:
+        sizes.append(frame.size)
+        tiles.append(ImageProcessor.__call__(processor, frame))
+    return [Pixels(torch.stack(tiles), sizes[0], clip=True)]
 
 
 def shortest_edge_size(size: tuple[int, int], shortest: int) -> tuple[int, int]:

@@ -35,13 +35,14 @@ _PICTURES = (
 )
 
 _MAGICK = "magick {source} {png}"
+_FRAME = "ffmpeg -i {source} -frames:v 1 {png}; or give it with --video"
 
 # Pictures we do not open: (offset, signature, name, command that converts the first page to PNG).
 _REFUSED = (
     (4, b"ftypmif1", "a HEIC picture", "heif-convert {source} {png}"),
     (4, b"ftypmsf1", "a HEIC picture", "heif-convert {source} {png}"),
-    (4, b"ftyp", "a video", "ffmpeg -i {source} -frames:v 1 {png}"),
-    (0, b"\x1aE\xdf\xa3", "a video", "ffmpeg -i {source} -frames:v 1 {png}"),
+    (4, b"ftyp", "a video", _FRAME),
+    (0, b"\x1aE\xdf\xa3", "a video", _FRAME),
     (0, b"%PDF-", "a PDF document", "pdftoppm -png -r 150 -singlefile {source} {stem}"),
     (0, b"8BPS", "a Photoshop file", "magick {source}'[0]' {png}"),
     (0, b"SIMPLE  =", "a FITS file", _MAGICK),

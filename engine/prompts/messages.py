@@ -148,9 +148,14 @@ def _parse_entry(entry: object, number: int, numbers: Iterator[int]) -> str | Im
             )
         _refuse_unknown(name, values, "type")
         return ImagePlace(next(numbers))
+    if values.get("type") == "video":
+        raise OptionError(
+            f"message {number} names its video inside the message",
+            hint='write {"type": "video"} there and pass the video in videos=[...]',
+        )
     raise OptionError(
         f"message {number} has an entry of an unknown kind",
-        hint='entries are {"type": "text", "text": ...} and {"type": "image"}',
+        hint='entries are {"type": "text", "text": ...}, {"type": "image"}, {"type": "video"}',
     )
 
 

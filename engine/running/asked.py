@@ -13,6 +13,7 @@ from ..result import Timings
 from .generation import Answer
 from .scheduler import Job, Scheduler
 from .turn import Turn
+from .videos import VideoSource
 
 
 class Asked(Protocol):
@@ -20,6 +21,16 @@ class Asked(Protocol):
 
     policy: Policy
     load_seconds: float
+
+    def with_videos(
+        self,
+        prompt: Messages,
+        images: Sequence[Picture] | None,
+        videos: Sequence[VideoSource] | None,
+        *,
+        raw: bool = False,
+    ) -> tuple[Messages, Sequence[Picture]]:
+        """The prompt with pictures only, and those."""
 
     def job(
         self,

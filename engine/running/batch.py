@@ -15,6 +15,7 @@ from ..result import Result
 from .asked import Asked
 from .generation import result_of
 from .scheduler import Event, Job, Over
+from .videos import VideoSource, listed_videos
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class Request:
     images: Sequence[Picture] = ()
     raw: bool = False
     options: OptionValues = field(default_factory=OptionValues)
+    videos: Sequence[VideoSource] = ()
 
     @classmethod
     def parse(cls, value: Request | Mapping[str, Any]) -> Request:
-        """A request from a mapping {prompt, images, raw, max_new_tokens, ...}.
+        """A request from a mapping {prompt, images, videos, raw, max_new_tokens, ...}.
 
         Raises OptionError naming what is missing or unknown.
         """
@@ -42,14 +44,15 @@ class Request:
         if "prompt" not in rest:
             raise OptionError("a request has no prompt", hint='add "prompt": "..."')
         prompt, images = rest.pop("prompt"), rest.pop("images", ())
-        raw = rest.pop("raw", False)
+        raw, videos = rest.pop("raw", False), listed_videos(rest.pop("videos", ()))
         unknown = rest.keys() - OptionValues.__annotations__.keys()
         if unknown:
-            known = ", ".join(["prompt", "images", "raw", *OptionValues.__annotations__])
+            known = ", ".join(["prompt", "images", "videos", "raw", *OptionValues.__annotations__])
             raise OptionError(
                 f"a request has unknown keys: {', '.join(sorted(unknown))}", hint=f"known: {known}"
             )
-        return cls(prompt, listed(images), raw, OptionValues(**rest))  # type: ignore[typeddict-item]
+        options = OptionValues(**rest)  # type: ignore[typeddict-item]
+        return cls(prompt, listed(images), raw, options, videos)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,10 @@ def job_of(engine: Asked, value: Request | Mapping[str, Any]) -> Job:
     """A request's job; raises what is wrong with it."""
     request = Request.parse(value)
     options = make_options(**request.options)
-    return engine.job(request.prompt, request.images, options, raw=request.raw)
+    prompt, images = engine.with_videos(
+        request.prompt, request.images, request.videos, raw=request.raw
+    )
+    return engine.job(prompt, images, options, raw=request.raw)
 
 
 def _results(events: Iterable[Event], numbers: dict[Job, int]) -> Iterator[Result | Failure]:

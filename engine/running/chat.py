@@ -16,6 +16,7 @@ from ..result import Result, Timings
 from .asked import Asked
 from .generation import result_of
 from .scheduler import Job, Said
+from .videos import VideoSource
 
 
 class Chat:
@@ -40,15 +41,25 @@ class Chat:
         self._busy = Lock()
 
     def send(
-        self, text: Messages, images: Sequence[Picture] | None = (), **options: Unpack[OptionValues]
+        self,
+        text: Messages,
+        images: Sequence[Picture] | None = (),
+        *,
+        videos: Sequence[VideoSource] | None = (),
+        **options: Unpack[OptionValues],
     ) -> Result:
         """Answer one user turn; the arguments are those of ``Engine.stream``."""
-        *_, result = self.stream(text, images, **options)
+        *_, result = self.stream(text, images, videos=videos, **options)
         assert isinstance(result, Result)
         return result
 
     def stream(
-        self, text: Messages, images: Sequence[Picture] | None = (), **options: Unpack[OptionValues]
+        self,
+        text: Messages,
+        images: Sequence[Picture] | None = (),
+        *,
+        videos: Sequence[VideoSource] | None = (),
+        **options: Unpack[OptionValues],
     ) -> Iterator[str | Result]:
         """Answer one user turn piece by piece, the Result last.
 
@@ -63,7 +74,7 @@ class Chat:
                 "this chat is busy with another answer", hint="take turns, or use a chat for each"
             )
         try:
-            yield from self._stream(text, images, options)
+            yield from self._stream(*self._engine.with_videos(text, images, videos), options)
         finally:
             self._busy.release()
 

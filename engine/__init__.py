@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ImageError,
         OptionError,
     )
+    from .pictures.video import Video
     from .policies.avl import Avl
     from .policies.fastv import FastV
     from .policies.full import Full
@@ -53,6 +54,7 @@ _HOMES = {
     "SnapKv": ".policies.snapkv",
     "Streaming": ".policies.streaming",
     "Timings": ".result",
+    "Video": ".pictures.video",
     "ZipVl": ".policies.zipvl",
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "SnapKv",
     "Streaming",
     "Timings",
+    "Video",
     "ZipVl",
 ]
 

@@ -20,6 +20,11 @@ ROWS = ("test_bad_pictures", "test_bad_weights", "test_bad_options")
 # Every flag, and the test that uses it from end to end: file and name, both without "test_".
 FLAGS = {
     "--image": "cli.prompt_and_picture_may_come_from_stdin_and_files",
+    "--video": "video.the_command_line_answers_as_the_library",
+    "--frames": "video.the_command_line_answers_as_the_library",
+    "--fps": "video.bad_flags",
+    "--start": "video.the_command_line_answers_as_the_library",
+    "--end": "video.bad_flags",
     "--allow-url": "bad_pictures.row22_a_redirect_inwards_is_not_followed",
     "--max-pixels": "cli.refusals",
     "--prompt": "bad_options.bad_option",

@@ -208,7 +208,7 @@ def test_what_cannot_be_shown_is_refused(engine: Engine, tmp_path: Path) -> None
     path = tmp_path / "page.html"
     with pytest.raises(OptionError, match="needs a picture"):
         list(stream_with_page(engine, path, "What?", []))
-    with pytest.raises(OptionError, match="needs the picture itself"):
+    with pytest.raises(OptionError, match="needs the pictures themselves"):
         list(stream_with_page(engine, path, "What?", [engine.encode(noise(9, 9))]))
     with pytest.raises(OptionError, match="layer 99"):
         list(stream_with_page(engine, path, "What?", [noise(9, 9)], head_layer=99))

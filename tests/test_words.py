@@ -138,6 +138,7 @@ def test_a_mode_takes_a_flag_or_refuses_it_by_name(mode: str) -> None:
         if name == mode or (not mode and flag in other_modes):
             continue
         extra = ["--json"] if flag == "--logprobs" and "json" in MODES[mode] else []
+        extra += ["--video", "1"] if flag in ("--frames", "--fps", "--start", "--end") else []
         if name in MODES[mode]:
             assert parse_flags([*asking, *arguments_of(flag), *extra])[1] == mode
             continue

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..files import check_target
 from ..pictures.remote import is_address
+from ..pictures.video import Video
 from .answers import read_answers
 from .inputs import (
     load_engine,
     open_pictures,
+    open_videos,
     opener,
     picture_path,
     read_options,
     read_prompt,
 )
-from .job import Job
+from .job import SHOWN, Job
 from .noise import Noise
 from .reading import STDIN
 from .terminal import complain, say
@@ -34,12 +37,14 @@ def answer_file(flags: argparse.Namespace) -> int:
     """Answer all requests; returns the exit code, that of the first request that failed."""
     if flags.rows < 1:
         raise OptionError(f"--rows is {flags.rows}", hint="use 1 or more")
-    job = Job.read(flags.batch, _defaults(flags), opener(flags))
+    show_video = partial(Video, max_pixels=flags.max_pixels)
+    job = Job.read(flags.batch, _defaults(flags), opener(flags), show_video)
     target = _target(flags)
     if target is not None:
         check_target("--output", target, inputs=[flags.batch])
         read_answers(target, len(job), lambda number: {"request": job.digest(number)})
     noise = Noise(flags, open_pictures(flags))
+    open_videos(flags)
     engine = load_engine(flags, noise)
 
     from tqdm import tqdm
@@ -68,6 +73,10 @@ def _defaults(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.image:
         names = map(picture_path, flags.image)
         defaults["images"] = [name if is_address(name) else os.path.abspath(name) for name in names]
+    shown = {key: getattr(flags, key) for key in SHOWN}
+    defaults |= {key: value for key, value in shown.items() if value != getattr(Video, key)}
+    if flags.video:
+        defaults["videos"] = [os.path.abspath(picture_path(name)) for name in flags.video]
     return defaults
 
 

@@ -19,8 +19,18 @@ from ..checkpoint.hub import resolve
 from ..checkpoint.target import check_folder
 from ..errors import CapacityError, EngineError, OptionError
 from ..policies.specs import parse
+from ..progress import listening
+from .bars import Bars
 from .flags import parse_flags
-from .inputs import load_engine, open_pictures, opener, read_options, read_prompt
+from .inputs import (
+    load_engine,
+    open_pictures,
+    open_videos,
+    opener,
+    read_options,
+    read_prompt,
+    showing,
+)
 from .noise import Noise
 from .starting import import_engine, need_folder
 from .terminal import (
@@ -110,7 +120,8 @@ def _serve(arguments: list[str]) -> int:
 def _answer(flags: argparse.Namespace) -> int:
     from .oneshot import answer_once
 
-    return answer_once(flags)
+    with listening(Bars(flags.quiet)):
+        return answer_once(flags)
 
 
 def _batch(flags: argparse.Namespace) -> int:
@@ -126,13 +137,14 @@ def _converse(flags: argparse.Namespace) -> int:
 
     if "-" in (flags.prompt, *flags.image):
         raise OptionError("--chat reads its questions from stdin", hint="give a file instead of -")
-    options, pictures = read_options(flags), open_pictures(flags)
+    options, pictures, videos = read_options(flags), open_pictures(flags), open_videos(flags)
     noise = Noise(flags, pictures)
     engine = load_engine(flags, noise)
-    repl = Repl(engine, opener(flags), options, noise, flags.system)
-    repl.show(pictures)
+    repl = Repl(engine, opener(flags), options, noise, flags.system, showing(flags))
+    repl.show(pictures, videos)
     first = [] if flags.prompt is None else [read_prompt(flags.prompt)]
-    return repl.run(itertools.chain(first, read_lines(repl.commands)))
+    with listening(Bars(flags.quiet)):
+        return repl.run(itertools.chain(first, read_lines(repl.commands)))
 
 
 def _say_version(_: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from ..errors import OptionError
 from ..options import DTYPES, WEIGHTS
 from ..pictures.image import MAX_PIXELS
+from ..pictures.video import FRAMES
 from ..policies.specs import DEFAULT_CACHE, POLICIES
 from ..prompts.templates import OWN, STYLES
 from .modes import find_mode
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   {0} car.jpg "What colour is the car?"
   {0} page.png "Read all the text." --cache full --stats
   {0} --model ./llava-1.5-7b-hf --image a.jpg --prompt "Describe it." --json
+  {0} --video clip.mp4 --frames 16 "What happens?"
   {0} --chat --image car.jpg
   {0} --batch requests.jsonl --output answers.jsonl
   {0} --check --model ./llava-1.5-7b-hf
@@ -34,13 +36,14 @@ of a picture. Without --model the embedded tiny model answers; it knows drawings
 printed text only. Greedy by default: the same command gives the same text.
 
 A word that is a file, ends like a picture's name or begins with data: or https:// is a picture;
-another one is the prompt, and there is one prompt.
+one that ends like a video's is a video; another one is the prompt, and there is one prompt. A model
+that has not learned videos sees the frames as so many pictures.
 
 --batch: a line is {"prompt": "...", "images": ["a.jpg"], "max_new_tokens": 64}; the flags of an
-answer, --prompt, --image, --system and --raw stand for what a line lacks, and pictures of a line
-are found beside the job file. Started again, the same command goes on where it was, and tries
-again what failed; answers of other requests, of another model or cache are refused. - as FILE is
-stdin, and as --output stdout. If requests failed, the exit code is that of the first of them.
+answer, --prompt, --image, --video, --system and --raw stand for what a line lacks; pictures and
+videos of a line are found beside the job file. Started again, the same command goes on where it
+was, and tries again what failed; answers of other requests, of another model or cache are refused.
+- as FILE is stdin, and as --output stdout. If requests failed, the exit code is that of the first.
 
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 picture, 4 weights or tokenizer, 5 out of memory or
 context too long, 130 interrupted, 141 nobody reads stdout any more"""
@@ -144,7 +147,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, str]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = _given(arguments)
     sort_words(flags, [*words, *rest])
-    bare = {name for name in ("image", "prompt") if getattr(flags, name)} - given
+    bare = {name for name in ("image", "video", "prompt") if getattr(flags, name)} - given
     return flags, "version" if flags.version else find_mode(given | bare, bare)
 
 
@@ -175,6 +178,18 @@ def build_parser() -> Parser:
         metavar="PATH",
         help="pictures: files, - (stdin) or data: URLs; repeatable",
     )
+    add(
+        "--video",
+        action="append",
+        type=_name,
+        default=[],
+        metavar="PATH",
+        help="a video, or a folder of its frames; repeatable",
+    )
+    add("--frames", type=_whole, default=FRAMES, metavar="N", help=f"shown of a video ({FRAMES})")
+    add("--fps", type=_real, metavar="F", help="frames shown of a second, --frames at most")
+    add("--start", type=_real, default=0.0, metavar="S", help="seconds where a video is begun")
+    add("--end", type=_real, metavar="S", help="seconds where it is left")
     add("--allow-url", action="store_true", help="fetch https:// pictures (10 s, 20 MB at most)")
     add(
         "--max-pixels",

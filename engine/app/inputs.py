@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..checkpoint.hub import resolve
@@ -21,6 +22,7 @@ from ..options import OptionValues, check_threads, make_options
 from ..pictures.boxes import PICTURE_KINDS, SIGNATURE
 from ..pictures.image import MAX_PIXELS, LoadedImage, open_image
 from ..pictures.remote import is_address, open_picture
+from ..pictures.video import Video
 from ..policies.specs import DEFAULT_CACHE
 from ..prompts.messages import EXAMPLE
 from .noise import Noise
@@ -111,6 +113,29 @@ def open_pictures(flags: argparse.Namespace) -> list[LoadedImage]:
     return pictures
 
 
+def open_videos(flags: argparse.Namespace) -> list[Video]:
+    """The videos of --video, in order; all but their pixels is checked."""
+    shown = showing(flags)
+    videos = [shown(picture_path(name)) for name in flags.video]
+    for video in videos:
+        video.images()
+    return videos
+
+
+def showing(flags: argparse.Namespace) -> Callable[[str], Video]:
+    """How the flags say that a video is shown."""
+    chosen = partial(
+        Video,
+        frames=flags.frames,
+        fps=flags.fps,
+        start=flags.start,
+        end=flags.end,
+        max_pixels=flags.max_pixels,
+    )
+    chosen("")  # which is to be checked at once
+    return chosen
+
+
 def _taken(word: str) -> str:
     """What to say of a word that may have been meant as the question."""
     if word == STDIN:
@@ -120,7 +145,7 @@ def _taken(word: str) -> str:
 
 def check_targets(flags: argparse.Namespace) -> None:
     """Refuse at once what could only fail after the answer: files that cannot be written."""
-    inputs = [*map(picture_path, flags.image), *_files_of(flags.prompt)]
+    inputs = [*map(picture_path, [*flags.image, *flags.video]), *_files_of(flags.prompt)]
     targets = {
         "--draw-boxes": (flags.draw_boxes, PICTURE_KINDS, SIGNATURE, "no picture to draw on"),
         "--attention": (flags.attention, (".html", ".htm"), PAGE_SIGNATURE, "no picture to show"),

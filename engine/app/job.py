@@ -1,8 +1,8 @@
 """The requests of a batch job: one JSON object a line, over the defaults of the command line.
 
 A line holds the arguments of ``Engine.generate``, and may hold a ``system`` text:
-``{"prompt": "What is it?", "images": ["a.jpg"], "max_new_tokens": 64}``. Pictures are found beside
-the job file, wherever the command is started.
+``{"prompt": "What is it?", "images": ["a.jpg"], "max_new_tokens": 64}``. Pictures and ``videos``
+are found beside the job file, wherever the command is started.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..naming import display_name, told
 from ..options import OptionValues, make_options
 from ..pictures.image import MAX_PIXELS, LoadedImage
 from ..pictures.remote import is_address, open_picture
+from ..pictures.video import Video
 from ..prompts.messages import with_system
 from .reading import MOST_REQUESTS, STDIN, check_text, read_whole
 
@@ -31,7 +32,8 @@ DEFAULTS: dict[str, Any] = {
     for name, option in inspect.signature(make_options).parameters.items()
     if name in OptionValues.__annotations__ and name != "cancel"
 } | {"raw": False}
-KEYS = ("prompt", "images", "system", *DEFAULTS)
+SHOWN = ("frames", "fps", "start", "end")  # of a request's videos
+KEYS = ("prompt", "images", "videos", "system", *SHOWN, *DEFAULTS)
 
 
 def open_beside(source: str) -> LoadedImage:
@@ -43,7 +45,7 @@ class Job:
     """Numbered requests, from 0. A line that is no request is one that fails.
 
     Attributes:
-        folder: where the pictures of the lines are.
+        folder: where the pictures and videos of the lines are.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Job:
         folder: Path,
         defaults: Mapping[str, Any] | None = None,
         open_picture: Callable[[str], LoadedImage] = open_beside,
+        show_video: Callable[..., Video] = Video,
     ) -> None:
-        """``defaults`` stand for keys that a line lacks; ``images`` there are opened pictures'
-        names, complete as they are."""
-        self.folder, self._open = folder, open_picture
+        """``defaults`` stand for keys that a line lacks; names of pictures and videos there are
+        complete as they are.
+        """
+        self.folder, self._open, self._video = folder, open_picture, show_video
         self._defaults = {**DEFAULTS, **(defaults or {})}
         # Not splitlines(): a JSON text may hold other line ends.
         lines = io.StringIO(text, newline=None)
@@ -67,13 +71,14 @@ class Job:
         source: str | Path,
         defaults: Mapping[str, Any] | None = None,
         open_picture: Callable[[str], LoadedImage] = open_beside,
+        show_video: Callable[..., Video] = Video,
     ) -> Job:
         """The job of a file, "-" is stdin; raises OptionError if there is none in it."""
         folder = Path() if source == STDIN else Path(source).parent
         data = read_whole(_called(source), str(source), MOST_REQUESTS)
         # A byte that is no UTF-8 is the fault of its line alone.
         text = data.decode("utf-8-sig", "surrogateescape")
-        job = cls(text, folder, defaults, open_picture)
+        job = cls(text, folder, defaults, open_picture, show_video)
         if not len(job):
             raise OptionError(
                 f"{_called(source)} holds no requests", hint='write {"prompt": "..."} lines'
@@ -95,6 +100,10 @@ class Job:
         place = self._place if "images" in self._value(number) else str
         names = map(place, _names(values.get("images")))
         values["images"] = [self._open(name).pixels for name in names]
+        place = self._place if "videos" in self._value(number) else str
+        names = map(place, _names(values.get("videos"), "videos"))
+        shown = {key: values.pop(key) for key in SHOWN if key in values}
+        values["videos"] = [self._video(name, **shown) for name in names]
         system = values.pop("system", None)
         if system is not None:
             values["prompt"] = _spoken_to(values, system)
@@ -169,18 +178,19 @@ def _called(source: str | Path) -> str:
     return "stdin (--batch -)" if source == STDIN else f"--batch {display_name(str(source))}"
 
 
-def _names(images: object) -> list[str]:
-    names = [images] if isinstance(images, str) else images
+def _names(given: object, key: str = "images") -> list[str]:
+    names = [given] if isinstance(given, str) else given
     if names is None:
         return []
+    what, example = {"images": ("picture", "a.jpg"), "videos": ("video", "a.mp4")}[key]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise OptionError(
-            f"a request's images are {told(images)}", hint='write "images": ["a.jpg"]'
+            f"a request's {key} are {told(given)}", hint=f'write "{key}": ["{example}"]'
         )
     if "" in names:
-        raise OptionError("the name of a request's picture is empty", hint="name a file")
+        raise OptionError(f"the name of a request's {what} is empty", hint="name a file")
     if STDIN in names:
-        raise OptionError("a request names stdin as its picture", hint="name a file")
+        raise OptionError(f"a request names stdin as its {what}", hint="name a file")
     return names
 
 
@@ -194,7 +204,7 @@ def _spoken_to(values: Mapping[str, Any], system: object) -> Any:
             "a raw request takes no system text", hint="write it into the prompt, or leave out raw"
         )
     if isinstance(prompt, str) and prompt.strip():
-        return with_system(prompt, len(values["images"]), system)
+        return with_system(prompt, len(values["images"]), system, len(values["videos"]))
     if not isinstance(prompt, list) or not prompt:
         return prompt  # refused where prompts are read
     first = prompt[0]

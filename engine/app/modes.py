@@ -13,9 +13,11 @@ _ALWAYS = {"quiet", "debug"}
 _FOLDER = {"model", "revision", "offline", "vision_tower"}
 _RUN = {"dtype", "weights", "device", "threads", "cache", "sync_selection", "graphs"}
 _LOADED = _FOLDER | _RUN | {"style", "max_image_tokens"}
-_ASKED = {"image", "prompt", "allow_url", "max_pixels", "system", "max_new_tokens", "stop"}
+_SHOWN = {"frames", "fps", "start", "end"}  # of a video
+_LATER = {"batch", "chat"}  # where videos may be named later
+_ASKED = {"image", "video", "prompt", "allow_url", "max_pixels", "system", "max_new_tokens", "stop"}
 _DRAWN = {"temperature", "top_k", "top_p", "seed", "repetition_penalty"}
-_ANSWER = _ALWAYS | _LOADED | _ASKED | _DRAWN
+_ANSWER = _ALWAYS | _LOADED | _ASKED | _SHOWN | _DRAWN
 
 # The flag that asks for a mode, the first that is given decides; "" is one answer.
 MODES: dict[str, Set[str]] = {
@@ -31,6 +33,7 @@ MODES: dict[str, Set[str]] = {
 # Flags that say nothing without another one, and flags that say the contrary of another one.
 _NEEDS = {"logprobs": "json"}
 _EXCLUDES = {"verbose": "quiet", "stats": "quiet", "system": "raw", "style": "raw"}
+_EXCLUDES |= {"attention": "video"}
 
 
 def find_mode(given: Set[str], words: Set[str] = frozenset()) -> str:
@@ -45,11 +48,18 @@ def find_mode(given: Set[str], words: Set[str] = frozenset()) -> str:
         if not mode:
             needed = " or ".join(_flag(other) for other, takes in MODES.items() if name in takes)
             raise OptionError(f"{_flag(name)} is of {needed}", hint=f"add {needed}")
-        what = {"image": "picture", "prompt": "question"}[name] if name in words else _flag(name)
+        what = (
+            {"image": "picture", "video": "video", "prompt": "question"}[name]
+            if name in words
+            else _flag(name)
+        )
         raise OptionError(f"{_flag(mode)} takes no {what}", hint="leave one out")
     for name, other in _NEEDS.items():
         if name in given and other in MODES[mode] and other not in given:
             raise OptionError(f"{_flag(name)} needs {_flag(other)}", hint=f"add {_flag(other)}")
+    for name in sorted(given & _SHOWN):
+        if mode not in _LATER and "video" not in given:
+            raise OptionError(f"{_flag(name)} needs --video", hint="add --video FILE")
     for name, other in _EXCLUDES.items():
         if {name, other} <= given:
             raise OptionError(f"{_flag(other)} takes no {_flag(name)}", hint="leave one out")

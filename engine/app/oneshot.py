@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,34 +12,45 @@ from ..errors import ContextError, EngineError, OptionError
 from ..files import written_whole
 from ..prompts.messages import with_system
 from .capping import capped, shortened
-from .inputs import check_targets, load_engine, open_pictures, read_options, read_prompt
+from .inputs import (
+    check_targets,
+    load_engine,
+    open_pictures,
+    open_videos,
+    read_options,
+    read_prompt,
+)
 from .noise import Noise
 from .terminal import INTERRUPTED, say, say_json
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..pictures.encoded import Picture
     from ..pictures.image import LoadedImage
     from ..prompts.messages import Messages
     from ..result import Result
 
 
 def answer_once(flags: argparse.Namespace) -> int:
-    """Answer --prompt about the pictures of --image; returns the exit code."""
+    """Answer --prompt about the pictures of --image and the videos of --video; returns the exit
+    code.
+    """
     text, options = read_prompt(flags.prompt, flags.guessed), read_options(flags)
     check_targets(flags)
-    pictures = open_pictures(flags)
+    pictures, videos = open_pictures(flags), open_videos(flags)
     noise = Noise(flags, pictures)
-    prompt = with_system(text, len(pictures), flags.system)
+    spoken = with_system(text, len(pictures), flags.system, len(videos))
     engine = load_engine(flags, noise)
     if flags.draw_boxes and not engine.names_regions:
         raise OptionError(
             f"--draw-boxes: {engine.name} names no regions", hint="use a Qwen-VL, or leave it out"
         )
-    pixels = [picture.pixels for picture in pictures]
+    opened = [picture.pixels for picture in pictures]
+    prompt, pixels = engine.with_videos(spoken, opened, videos, raw=flags.raw)
     if flags.verbose and not flags.quiet:
         noise.prompt(engine.render(prompt, pixels, raw=flags.raw))
     if flags.compare:
-        return _compare(engine, prompt, pictures, flags, noise)
+        return _compare(engine, prompt, pixels, flags, noise)
     stream = engine.stream
     if flags.attention:
         from ..insight.page import stream_with_page
@@ -52,13 +63,12 @@ def answer_once(flags: argparse.Namespace) -> int:
 def _compare(
     engine: Engine,
     prompt: Messages,
-    pictures: list[LoadedImage],
+    pixels: Sequence[Picture],
     flags: argparse.Namespace,
     noise: Noise,
 ) -> int:
     from ..insight.compare import compare
 
-    pixels = [picture.pixels for picture in pictures]
     options = read_options(flags)
     try:
         found = compare(engine, prompt, pixels, options, raw=flags.raw)

@@ -9,7 +9,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from ..errors import EngineError, OptionError
 from ..files import write_whole
 from ..naming import display_name
+from ..pictures.video import Video
 from ..prompts.messages import with_system
 from .capping import capped
 from .lines import FENCE, is_dropped, typed_paths
@@ -36,6 +37,7 @@ _LEAVE = ("/exit", "/quit")
 _BARE = (*_LEAVE, "/clear", "/stats", "/help")  # commands that take nothing
 
 HELP = f"""/image FILE   show a picture with the next question; a file dropped here does the same
+/video FILE   show a video, or a folder of its frames
 /clear        forget the conversation
 /stats        figures of the last answer
 /cache SPEC   another cache policy, such as full or avl; forgets the conversation
@@ -59,17 +61,23 @@ class Repl:
         options: OptionValues,
         noise: Noise,
         system: str | None = None,
+        show_video: Callable[[str], Video] = Video,
     ) -> None:
-        """``open_picture`` opens what /image names; ``system`` stands before the first question."""
+        """``open_picture`` opens what /image names, ``show_video`` what /video does; ``system``
+        stands before the first question.
+        """
         self.engine, self._chat = engine, engine.chat()
         self.code = 0
         self._open, self._options, self._noise = open_picture, options, noise
+        self._video_of = show_video
         self._system = system
         self._pictures: list[LoadedImage] = []
+        self._videos: list[Video] = []
         self._said: list[tuple[str, str]] = []
         self._last: Result | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
+            "/video": self._video,
             "/clear": self._clear,
             "/stats": self._stats,
             "/cache": self._cache,
@@ -82,9 +90,10 @@ class Repl:
         """What a line may begin with instead of a question."""
         return [*self._commands, "/exit"]
 
-    def show(self, pictures: list[LoadedImage]) -> None:
-        """Show pictures with the next question."""
+    def show(self, pictures: Sequence[LoadedImage], videos: Sequence[Video] = ()) -> None:
+        """Show pictures and videos with the next question."""
         self._pictures += pictures
+        self._videos += videos
 
     def run(self, lines: Iterator[str]) -> int:
         """Answer questions and obey commands until /exit; returns the exit code."""
@@ -119,19 +128,23 @@ class Repl:
     def _ask(self, question: str) -> None:
         """Answer as it comes. Ctrl-C ends the answer; what was said stays in the conversation."""
         pictures, self._pictures = [picture.pixels for picture in self._pictures], []
+        videos, self._videos = self._videos, []
         try:
-            self._answer(question, pictures)
-        except EngineError:
-            if pictures:  # shown again, they would be refused again
+            self._answer(question, pictures, videos)
+        except EngineError:  # shown again, they would be refused again
+            if pictures:
                 self._tell(f"({len(pictures)} pictures are put away; /image shows one again)")
+            if videos:
+                self._tell(f"({len(videos)} videos are put away; /video shows one again)")
             raise
 
-    def _answer(self, question: str, pictures: list[Image]) -> None:
+    def _answer(self, question: str, pictures: list[Image], videos: list[Video]) -> None:
         first = not self._chat.token_ids
-        prompt = with_system(question, len(pictures), self._system if first else None)
+        system = self._system if first else None
+        prompt = with_system(question, len(pictures), system, len(videos))
         answer = ""
         with _stop_button() as stopped:
-            ask = partial(self._chat.stream, prompt, pictures)
+            ask = partial(self._chat.stream, prompt, pictures, videos=videos)
             pieces = capped(ask, self._options, self._noise.note)
             for piece in pieces:
                 if not isinstance(piece, str):
@@ -174,8 +187,19 @@ class Repl:
         self._tell(f"{picture.name}: {picture.pixels.width} x {picture.pixels.height} pixels")
         self.show([picture])
 
+    def _video(self, text: str) -> None:
+        paths = typed_paths(text)
+        if not paths:
+            raise OptionError("/video needs a file name", hint="/video clip.mp4")
+        for path in paths:
+            video = self._video_of(path)
+            video.images()  # all but its pixels is checked
+            self.show([], [video])
+            self._tell(f"{display_name(path)}: shown with the next question")
+
     def _clear(self, _: str) -> None:
-        self._chat, self._pictures, self._said, self._last = self.engine.chat(), [], [], None
+        self._chat, self._said, self._last = self.engine.chat(), [], None
+        self._pictures, self._videos = [], []
         self._tell("the conversation is forgotten")
 
     def _stats(self, _: str) -> None:

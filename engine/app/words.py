@@ -1,4 +1,4 @@
-"""Words without a flag: which of them are pictures, and which one is the prompt."""
+"""Words without a flag: which of them are pictures or videos, and which one is the prompt."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ COMMANDS = ("batch",)  # kept for commands to come
 _PICTURE = re.compile(
     r".+\.(jpe?g|jfif|png|webp|bmp|gif|tiff?|hei[cf]|avif|jxl|svg|pdf|psd|ico|fits?)", re.I | re.S
 )
+_VIDEO = re.compile(r".+\.(mp4|m4v|mov|webm|mkv|avi|mpe?g|m?ts|ogv|flv)", re.I | re.S)
 # One word that could only be a path: with a folder, or with an ending.
 _PATH = re.compile(r"(?!@)(\S*/\S*|~\S*|[\w-]+\.[A-Za-z]\w{1,4})")
 
 
 def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
-    """Bring --image into one list, and share ``words`` out between --image and --prompt.
+    """Bring --image into one list, and share ``words`` out between --image, --video and --prompt.
 
     ``guessed`` are the pictures that nobody called one.
 
@@ -48,7 +49,8 @@ def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
     for first, *others in [*flags.image, ["", *words]]:
         pictures += [first] if first else []
         for word in others:
-            (pictures if is_picture(word) else prompts).append(word)
+            into = flags.video if ends_like_video(word) else pictures
+            (into if is_picture(word) else prompts).append(word)
     if len(prompts) > 1:
         shown = " and ".join(f"{text[:40]!r}" for text in prompts[:2])
         raise OptionError(f"there is more than one prompt: {shown}", hint="quote it as one word")
@@ -72,6 +74,11 @@ def is_picture(word: str) -> bool:
         or ends_like_picture(word)
         or bool(_PATH.fullmatch(word))
     )
+
+
+def ends_like_video(word: str) -> bool:
+    """Whether a word is one and ends as the names of videos do."""
+    return bool(_VIDEO.fullmatch(word)) and (" " not in word or os.path.exists(word))
 
 
 def ends_like_picture(word: str) -> bool:

@@ -23,6 +23,7 @@ from ..files import PAGE_SIGNATURE, check_target, write_whole
 from ..options import OptionValues
 from ..pictures.encoded import EncodedImage, Picture, listed
 from ..pictures.image import open_image
+from ..pictures.preprocess import Pixels
 from ..prompts.tokenizer import StreamDecoder
 from ..result import Result
 from .compare import first_difference
@@ -227,9 +228,10 @@ def _panels(engine: Engine, images: Sequence[Picture] | None) -> list[list[Panel
         raise OptionError("the attention page needs a picture", hint="add --image FILE")
     opened = []
     for image in images:
-        if isinstance(image, EncodedImage):
+        if isinstance(image, EncodedImage | Pixels):
             raise OptionError(
-                "the attention page needs the picture itself", hint="give it unencoded"
+                "the attention page needs the pictures themselves",
+                hint="give them unencoded, and no videos",
             )
         opened.append(open_image(image).pixels)
     prepared = engine.processor.prepare_all(opened)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..models.llava import Llava
 from ..models.llava_next import LlavaNext
 from ..models.llava_onevision import LlavaOnevision
+from ..models.llava_video import LongVa
 from ..models.qwen_patches import QwenPatches
 from ..models.vision_language import VisionLanguageModel
 from ..pictures.patches import unpacked
@@ -58,6 +60,8 @@ def panels_of(model: VisionLanguageModel, processor: ImageProcessor, pixels: Pix
     seen = [to_picture(tile, processor) for tile in pixels.tiles]
     if isinstance(model, LlavaNext) and len(seen) > 1:
         return _tiled(model, pixels, seen)
+    if isinstance(model, LongVa):
+        return _tile_by_tile(model, pixels, seen)
     if isinstance(model, Llava):
         return [_one_tile(model, pixels, seen[0])]
     count = model.image_tokens(pixels)
@@ -90,6 +94,17 @@ def _one_tile(model: Llava, pixels: Pixels, seen: Image.Image) -> Panel:
     others = sorted(set(range(model.image_tokens(pixels))) - set(tokens))
     title = "the picture as the model sees it"
     return Panel(title, seen, side, side, tokens, newlines=tuple(others))
+
+
+def _tile_by_tile(model: LongVa, pixels: Pixels, seen: list[Image.Image]) -> list[Panel]:
+    """Every tile's tokens, row by row within it."""
+    of_tile = model.image_tokens(pixels) // len(seen)
+    side = math.isqrt(of_tile)
+    starts = range(0, of_tile * len(seen), of_tile)
+    return [
+        Panel(f"tile {number}", tile, side, side, [*range(start, start + of_tile)])
+        for number, (start, tile) in enumerate(zip(starts, seen, strict=True), 1)
+    ]
 
 
 def _tiled(model: LlavaNext, pixels: Pixels, seen: list[Image.Image]) -> list[Panel]:

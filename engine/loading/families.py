@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,25 @@ from ..checkpoint.packed import settings_of
 from ..checkpoint.qwen_names import qwen_names
 from ..checkpoint.qwen_patches_names import qwen_patches_names
 from ..errors import CheckpointError, OptionError
-from ..models.clip import ClipConfig
-from ..models.llava import Llava, LlavaConfig, decoder_kind, parse_hub, parse_original
+from ..models.llava import Llava, decoder_kind, parse_hub, parse_original
 from ..models.llava_next import LlavaNext, parse_next_hub, parse_next_original
 from ..models.llava_onevision import (
     LlavaOnevision,
-    OnevisionProcessor,
     most_tiles,
     parse_onevision,
+)
+from ..models.llava_video import (
+    LlavaNextVideo,
+    LongVa,
+    parse_longva,
+    parse_next_video,
 )
 from ..models.mllama import Mllama, MllamaConfig
 from ..models.qwen_patches import PatchesConfig, QwenPatches
 from ..models.qwen_vl import QwenVl, QwenVlConfig
 from ..models.siglip import SiglipConfig
 from ..models.vision_language import VisionLanguageModel
-from ..pictures.anyres import Canvas, TileProcessor, check_same, read_pinpoints
+from ..pictures.anyres import TileProcessor, check_same, read_pinpoints
 from ..pictures.boxes import Box, Reads, parse_boxes, parse_json_boxes
 from ..pictures.canvas import CanvasProcessor
 from ..pictures.patches import PatchProcessor
@@ -186,54 +191,60 @@ def _refuse_metas(folder: Path) -> None:
 
 def _llava_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``llava-hf/llava-1.5-*`` and what transformers saves."""
-    parsed = parse_hub(config)
     style = wishes.style or _style(folder, _text_model(config), "llava-hf")
-    return _llava(folder, parsed, style, None)
+    return _llava(folder, partial(Llava, parse_hub(config)), style)
 
 
 def _next_hub(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``llava-hf/llava-v1.6-*``."""
-    parsed, pinpoints = parse_next_hub(config)
-    return _llava(folder, parsed, wishes.style or _trained(folder, _text_model(config)), pinpoints)
+    style = wishes.style or _trained(folder, _text_model(config))
+    return _llava(folder, partial(LlavaNext, *parse_next_hub(config)), style)
+
+
+def _next_video(folder: Path, config: Config, wishes: Wishes) -> Family:
+    """``llava-hf/LLaVA-NeXT-Video-*``."""
+    style = wishes.style or _trained(folder, _text_model(config))
+    return _llava(folder, partial(LlavaNextVideo, *parse_next_video(config)), style)
 
 
 def _onevision(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``llava-hf/llava-onevision-qwen2-*``; the original code's prompts are the style chatml."""
-    parsed, pinpoints, tiles = parse_onevision(config)
     template = find_template(folder, with_tokenizers=True)
     # The hub's first template has a space behind a role, later conversions have new lines.
     lines = template is not None and "+ ' '" not in template.text
     style = wishes.style or ("chatml" if lines else "onevision")
-    return _llava(folder, parsed, style, pinpoints, tiles=tiles)
+    return _llava(folder, partial(LlavaOnevision, *parse_onevision(config)), style)
 
 
 def _original(folder: Path, config: Config, wishes: Wishes) -> Family:
     """``liuhaotian/llava-v1.*``: a flat configuration, whose vision tower may lie elsewhere."""
     tower, vision = _tower(folder, config, wishes)
     reader = ConfigReader(config, "config.json")
-    tiles = 0
-    if _is_anyres(config):
-        parsed, pinpoints = parse_next_original(config, vision)
-        if config["image_aspect_ratio"] != "anyres":
-            tiles = most_tiles(reader, "image_aspect_ratio", "anyres")
-        if wishes.vision_tower is None:
-            tower = None  # LLaVA-1.6 has trained its tower further: no other one is right
-    else:
-        parsed, pinpoints = parse_original(config, vision), None
-    aspect = "crop" if pinpoints else reader.text("image_aspect_ratio", "square", tuple(_ASPECTS))
+    model = _original_model(config, vision)
     style = wishes.style or _trained(folder, decoder_kind(reader))
-    family = _llava(folder, parsed, style, pinpoints, _ASPECTS.get(aspect, "crop"), tiles)
+    aspect = "crop"
+    if not _is_anyres(config):
+        aspect = reader.text("image_aspect_ratio", "square", tuple(_ASPECTS))
+    elif wishes.vision_tower is None:
+        tower = None  # LLaVA-1.6 has trained its tower further: no other one is right
+    family = _llava(folder, model, style, _ASPECTS.get(aspect, "crop"), tower)
     start_end = reader.flag("mm_use_im_start_end", False)
     marks = ("<im_start>", "<im_end>") if start_end else ()
     patch = ("<im_patch>",) if reader.flag("mm_use_im_patch_token", False) else ()
-    names = clip_names(parsed.vision.used_layers)
-    return replace(
-        family,
-        tower=(tower, names) if tower else None,
-        image_marks=marks,
-        new_tokens=(*patch, *marks),
-        original=True,
-    )
+    return replace(family, image_marks=marks, new_tokens=(*patch, *marks), original=True)
+
+
+def _original_model(config: Config, vision: Config) -> Callable[[], Llava]:
+    """What builds the model that an original layout describes."""
+    if not _is_anyres(config):
+        return partial(Llava, parse_original(config, vision))
+    if config.get("mm_patch_merge_type") == "unires":
+        return partial(LongVa, *parse_longva(config, vision))
+    parsed = parse_next_original(config, vision)
+    if config["image_aspect_ratio"] == "anyres":
+        return partial(LlavaNext, *parsed)
+    tiles = most_tiles(ConfigReader(config, "config.json"), "image_aspect_ratio", "anyres")
+    return partial(LlavaOnevision, *parsed, tiles)
 
 
 # How LLaVA-1.5's original code makes a picture square, by its image_aspect_ratio.
@@ -288,25 +299,23 @@ def _content(folder: Path, *names: str) -> bytes:
 
 def _llava(
     folder: Path,
-    config: LlavaConfig,
+    model: Callable[[], Llava],
     style: str,
-    pinpoints: tuple[Canvas, ...] | None,
     mode: Mode | None = None,
-    tiles: int = 0,
+    tower: Path | None = None,
 ) -> Family:
-    """Join the halves of a LLaVA; with ``pinpoints`` it is a LLaVA-1.6, or with a limit of
-    ``tiles`` a LLaVA-OneVision.
-    """
+    """Join the halves of a LLaVA, and its ``tower`` if that lies elsewhere."""
     with torch.device("meta"):
-        model: Llava = LlavaNext(config, pinpoints) if pinpoints else Llava(config)
-        if pinpoints and tiles:
-            model = LlavaOnevision(config, pinpoints, tiles)
+        built = model()
+    config = built.config
+    layers = config.vision.used_layers
     return Family(
-        model=model,
-        rename=llava_names(config.vision.used_layers, image_newline=bool(pinpoints)),
-        processor=_llava_processor(folder, config.vision, pinpoints, mode, lone=tiles > 0),
+        model=built,
+        rename=llava_names(layers, image_newline=isinstance(built, LlavaNext)),
+        processor=_llava_processor(folder, built, mode),
         style=style,
         end_tokens=end_tokens(folder, config.end_tokens),
+        tower=(tower, clip_names(layers)) if tower else None,
     )
 
 
@@ -470,33 +479,21 @@ def _holds_tower(folder: Path) -> bool:
 HALF: Config = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def _llava_processor(
-    folder: Path,
-    vision: ClipConfig,
-    pinpoints: tuple[Canvas, ...] | None,
-    mode: Mode | None,
-    *,
-    lone: bool,
-) -> ImageProcessor:
-    """The checkpoint's own picture rules, else the tower's at its size; ``mode`` overrides.
-
-    ``lone``: only a picture by itself is tiled.
-    """
+def _llava_processor(folder: Path, model: Llava, mode: Mode | None) -> ImageProcessor:
+    """The checkpoint's own picture rules, else the tower's at its size; ``mode`` overrides."""
+    vision, pinpoints = model.config.vision, model.pinpoints
     size = vision.image
     siglip = _siglip_rules(size) if isinstance(vision, SiglipConfig) else {}
     usual = siglip or {"size": {"shortest_edge": size}, "crop_size": size}
     where, values = _picture_rules(folder, usual)
     values = siglip | dict(values)
-    if pinpoints:
-        # Here do_pad of the file is about the number of tiles in a batch, not about the picture.
-        plain = ImageProcessor.from_config(values, "crop", where)
-        if "image_grid_pinpoints" in values:
-            own = read_pinpoints(values, where, size, width_first=False)
-            check_same(pinpoints, own, where)
-        kind = OnevisionProcessor if lone else TileProcessor
-        processor: ImageProcessor = kind(**vars(plain), pinpoints=pinpoints)
-    else:
-        processor = ImageProcessor.from_config(values, mode, where)
+    if pinpoints and "image_grid_pinpoints" in values:
+        own = read_pinpoints(values, where, size, width_first=False)
+        check_same(pinpoints, own, where)
+    # Of tiles, do_pad of the file is about their number in a batch, not about the picture.
+    processor = ImageProcessor.from_config(values, "crop" if pinpoints else mode, where)
+    if issubclass(model.processor, TileProcessor):
+        processor = model.processor(**vars(processor), pinpoints=pinpoints)
     if processor.output_size != (size, size):
         raise CheckpointError(
             f"{where}: crop_size is {processor.output_size}, the vision tower takes "
@@ -553,6 +550,7 @@ _INSTEAD = {
 FAMILIES: dict[str, Callable[[Path, Config, Wishes], Family]] = {
     "llava": _llava_hub,
     "llava_next": _next_hub,
+    "llava_next_video": _next_video,
     "llava_onevision": _onevision,
     "mllama": _mllama,
     "qwen": _qwen,

@@ -22,6 +22,8 @@ from .layers import Embedding, RMSNorm
 from .llama3_rope import Llama3Rope
 from .matrix import Linear, Matrix
 
+MLP_ROWS = 2048  # tokens that pass an MLP at once: what is wide there stays bounded
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -283,8 +285,15 @@ class DecoderLayer(nn.Module):
         """See ``Layer``."""
         hidden, normed = self.attn_norm.after(hidden, delta)
         hidden, normed = self.mlp_norm.after(hidden, self.attention(normed, tables, view))
+        if len(normed) <= MLP_ROWS:
+            return hidden, self.mlp(normed)
+        return hidden, torch.cat([self.mlp(part) for part in normed.split(MLP_ROWS)])
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        """``[tokens, hidden]`` to the same."""
         gate, up = self.gate_up.product(normed)
-        return hidden, self.down_proj(silu_mul(gate, up))
+        projected: Tensor = self.down_proj(silu_mul(gate, up))
+        return projected
 
     def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""

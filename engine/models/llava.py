@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
-from ..pictures.preprocess import Pixels
+from ..pictures.anyres import Canvas
+from ..pictures.preprocess import ImageProcessor, Pixels
+from ..progress import tell
 from .clip import ClipConfig, ClipVision
 from .decoder import Decoder, DecoderConfig
 from .matrix import Linear
@@ -149,7 +151,14 @@ def _built(vision: ClipConfig) -> nn.Module:
 
 
 class Llava(VisionLanguageModel):
-    """The joined model; the engine embeds a prompt with it and then runs ``decoder``."""
+    """The joined model; the engine embeds a prompt with it and then runs ``decoder``.
+
+    ``processor`` is what makes pixels of pictures for it, and ``pinpoints`` are the canvases
+    (height, width) of tiles, if it has tiles.
+    """
+
+    processor: type[ImageProcessor] = ImageProcessor
+    pinpoints: tuple[Canvas, ...] = ()
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -167,15 +176,27 @@ class Llava(VisionLanguageModel):
         """Image tokens ``[image tokens, hidden]`` of every picture."""
         return [tiles.flatten(0, 1) for tiles in self.tile_features(pictures)]
 
-    def tile_features(self, pictures: Sequence[Pixels]) -> Sequence[Tensor]:
-        """Features ``[tiles, features, hidden]`` of every picture.
+    def features(self, tiles: Tensor) -> Tensor:
+        """What ``tiles [tiles, 3, height, width]`` become: ``[tiles, features, hidden]``."""
+        projected: Tensor = self.projector(self.vision(tiles))
+        return projected
+
+    def tile_features(
+        self, pictures: Sequence[Pixels], of: Callable[[Tensor], Tensor] | None = None
+    ) -> Sequence[Tensor]:
+        """Features ``[tiles, features, hidden]`` of every picture, by ``of`` or by ``features``.
 
         The tiles of all pictures pass the tower as one batch, or as a few where one would take more
         than ``VISION_BYTES`` of memory.
         """
-        weight = self.decoder.norm.weight
+        if not pictures:
+            return []
+        weight, of = self.decoder.norm.weight, of or self.features
         tiles = torch.cat([picture.tiles for picture in pictures])
         most = self.config.vision.tiles_within(VISION_BYTES, weight.dtype.itemsize)
-        batches = [batch.to(weight.device, weight.dtype) for batch in tiles.split(most)]
-        features = torch.cat([self.projector(self.vision(batch)) for batch in batches])
-        return features.split([len(picture.tiles) for picture in pictures])
+        found = []
+        for number, batch in enumerate(tiles.split(most)):
+            tell("tiles and frames encoded", number * most, len(tiles))
+            found.append(of(batch.to(weight.device, weight.dtype)))
+        tell("tiles and frames encoded", len(tiles), len(tiles))
+        return torch.cat(found).split([len(picture.tiles) for picture in pictures])

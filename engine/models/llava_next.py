@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
-from ..pictures.anyres import Canvas, Grid, grid_of, read_pinpoints
+from ..pictures.anyres import Canvas, Grid, TileProcessor, grid_of, read_pinpoints
 from ..pictures.preprocess import Pixels
 from .clip import ClipConfig
 from .llava import Llava, LlavaConfig, parse_hub, parse_original
@@ -23,6 +23,8 @@ from .llava import Llava, LlavaConfig, parse_hub, parse_original
 
 class LlavaNext(Llava):
     """A LLaVA whose pictures are tiles; ``pinpoints`` are its canvases (height, width)."""
+
+    processor = TileProcessor
 
     def __init__(self, config: LlavaConfig, pinpoints: tuple[Canvas, ...]) -> None:
         super().__init__(config)

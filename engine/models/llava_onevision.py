@@ -2,7 +2,8 @@
 
 A picture by itself is tiled as in LLaVA-1.6, on up to 36 canvases; where its tiles would have more
 patches than nine whole ones, their grid is shrunk to as many. Of several pictures in one prompt
-each is one tile, padded to a square, and one newline behind it.
+each is one tile, padded to a square, and one newline behind it. A video's frames are each one tile,
+shrunk to half its sides, with one newline behind the last.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint.config import ConfigReader
-from ..pictures.anyres import Canvas, Grid, TileProcessor, read_pinpoints
+from ..pictures.anyres import Canvas, Grid, read_pinpoints
 from ..pictures.preprocess import ImageProcessor, Pixels
 from .llava import LlavaConfig, parse_hub
-from .llava_next import LlavaNext, check_square
+from .llava_next import check_square
+from .llava_video import FramesProcessor, VideoLlava
 
 _SLACK = 1.1  # how much longer a grid's sides may be before it is shrunk
 
 
 @dataclass(frozen=True)
-class OnevisionProcessor(TileProcessor):
+class OnevisionProcessor(FramesProcessor):
     """Turns a picture by itself into tiles, one of several into a single one."""
 
     def prepare_beside(self, image: Image.Image) -> Pixels:
@@ -35,8 +37,10 @@ class OnevisionProcessor(TileProcessor):
         return Pixels(ImageProcessor.__call__(replace(self, mode="pad"), image)[None], image.size)
 
 
-class LlavaOnevision(LlavaNext):
+class LlavaOnevision(VideoLlava):
     """The joined model; ``tiles`` bounds the patches of a picture's grid, in whole tiles."""
+
+    processor = OnevisionProcessor
 
     def __init__(self, config: LlavaConfig, pinpoints: tuple[Canvas, ...], tiles: int) -> None:
         super().__init__(config, pinpoints)
@@ -54,10 +58,31 @@ class LlavaOnevision(LlavaNext):
         """Tokens that a picture takes in the sequence: up to about 8,800 alone, 730 beside others
         in the published models.
         """
+        if pixels.video:
+            return self.video_tokens(len(pixels.tiles))
         if len(pixels.tiles) == 1:
             return self.config.vision.patches + 1
         rows, columns = self.shrunk(self.grid(pixels))
         return self.config.vision.patches + rows * (columns + 1)
+
+    def video_tokens(self, frames: int) -> int:
+        """196 for each frame in the published models, and a newline."""
+        return frames * self._half**2 + 1
+
+    @property
+    def _half(self) -> int:
+        """Half of a tile's side in patches, rounded up."""
+        return (self.config.vision.grid + 1) // 2
+
+    def encode_video(self, video: Pixels) -> Tensor:
+        """Frame after frame, shrunk behind the projector, and the newline."""
+        frames = self.tile_features([video], self._frames)[0].flatten(0, 1)
+        return torch.cat([frames, self.image_newline[None]])
+
+    def _frames(self, tiles: Tensor) -> Tensor:
+        side, half = self.config.vision.grid, (self._half, self._half)
+        grid = self.features(tiles).transpose(1, 2).unflatten(2, (side, side))
+        return F.interpolate(grid, size=half, mode="bilinear").flatten(2).transpose(1, 2)
 
     def _join(self, features: Tensor, grid: Grid) -> Tensor:
         """Lay ``features [1 + tiles, patches, hidden]`` out: the whole, then row after row."""

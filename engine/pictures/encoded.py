@@ -41,7 +41,12 @@ def listed(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
     if images is None:
         return ()
     single = isinstance(images, str | bytes | bytearray | memoryview | PathLike | Image.Image)
-    if single or isinstance(images, EncodedImage | Pixels) or hasattr(images, "read") or is_array(images):
+    if (
+        single
+        or isinstance(images, EncodedImage | Pixels)
+        or hasattr(images, "read")
+        or is_array(images)
+    ):
         return [images]  # type: ignore[list-item]
     if not is_iterable(images):
         raise OptionError(f"images are {type(images).__name__}", hint='write images=["a.jpg"]')
@@ -100,7 +105,7 @@ class PictureEncoder:
 
 def _key(picture: Pixels, salt: str) -> bytes:
     tiles = picture.tiles.contiguous()
-    header = f"{salt!r} {picture.size} {picture.clip} {tuple(tiles.shape)} "
+    header = f"{salt!r} {picture.size} {picture.video} {tuple(tiles.shape)} "
     return hashlib.sha256(
         header.encode() + ctypes.string_at(tiles.data_ptr(), tiles.nbytes)
     ).digest()

@@ -30,13 +30,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Pixels:
     """A picture as a vision tower takes it: ``tiles [tiles, 3, height, width]`` float32.
 
-    ``size`` is the picture's own (width, height); a plain LLaVA-1.5 picture is one tile. ``clip``:
+    ``size`` is the picture's own (width, height); a plain LLaVA-1.5 picture is one tile. ``video``:
     the tiles are the frames of a video, which stands in one place of a prompt.
     """
 
     tiles: torch.Tensor
     size: tuple[int, int]
-    clip: bool = False
+    video: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class ImageProcessor:
         return image.resize(size, self.resample)
 
 
-def as_clip(processor: ImageProcessor, frames: Iterable[Image.Image]) -> list[Pixels]:
+def as_video(processor: ImageProcessor, frames: Iterable[Image.Image]) -> list[Pixels]:
     """The frames of a video as the tiles of one ``Pixels``, each what ``processor`` makes of it."""
     sizes, tiles = list[tuple[int, int]](), list[torch.Tensor]()
     for frame in frames:
         sizes.append(frame.size)
         tiles.append(ImageProcessor.__call__(processor, frame))
-    return [Pixels(torch.stack(tiles), sizes[0], clip=True)]
+    return [Pixels(torch.stack(tiles), sizes[0], video=True)]
 
 
 def shortest_edge_size(size: tuple[int, int], shortest: int) -> tuple[int, int]:

@@ -18,8 +18,10 @@ from PIL import Image
 from ..errors import ImageError, OptionError
 from ..naming import display_name, told
 from ..options import as_number, is_iterable
+from ..progress import tell
 from ..refusals import hint_for
 from .image import MAX_PIXELS, Source, open_image
+from .video_file import frames_of
 
 FRAMES = 32
 MOST_FRAMES = 4096  # that are shown of a video
@@ -79,9 +81,7 @@ class Video:
         return self._of_pictures([*self.source], "the list of pictures")
 
     def _of_file(self, source: str | bytes, name: str) -> Iterator[Image.Image]:
-        from .video_file import frames_of
-
-        return frames_of(source, name, self)
+        return frames_of(source, name, self.among, self.max_pixels)
 
     def _of_pictures(self, pictures: Sequence[Source], name: str) -> Iterator[Image.Image]:
         if self.fps is not None or self.start or self.end is not None:
@@ -90,8 +90,7 @@ class Video:
             )
         if not pictures:
             raise ImageError(f"{name} holds no pictures", hint="give a video, or its frames")
-        chosen = evenly(len(pictures), self.frames)
-        return (open_image(pictures[number], self.max_pixels).pixels for number in chosen)
+        return _opened([pictures[n] for n in evenly(len(pictures), self.frames)], self.max_pixels)
 
     def among(self, times: Sequence[float]) -> list[int]:
         """Which of the frames at ascending ``times`` (seconds) are shown.
@@ -110,6 +109,12 @@ class Video:
                     shown.append(number)
             within = shown
         return [within[place] for place in evenly(len(within), self.frames)]
+
+
+def _opened(pictures: Sequence[Source], max_pixels: int) -> Iterator[Image.Image]:
+    for number, picture in enumerate(pictures, 1):
+        tell("frames decoded", number, len(pictures))
+        yield open_image(picture, max_pixels).pixels
 
 
 def evenly(total: int, count: int) -> list[int]:

@@ -12,20 +12,20 @@ from __future__ import annotations
 import bisect
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from time import monotonic
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
 from ..errors import ImageError, OptionError
+from ..progress import tell
 from .image import check_regular_file
 from .sniff import HEAD, describe_other, picture_format
 
-if TYPE_CHECKING:
-    from .video import Video
+Choose = Callable[[Sequence[float]], list[int]]
 
 MOST_BYTES = 8 << 30
 MOST_SECONDS = 12 * 3600
@@ -52,11 +52,18 @@ _AGAIN = "fetch or save the video again"
 _SOUND = (b"ID3", b"fLaC", b"\xff\xfb", b"\xff\xf3")
 
 
+class _Key(NamedTuple):
+    """A frame that needs no other: when it is shown, and when it is sent, which seeks go by."""
+
+    time: int
+    sent: int
+
+
 class _Scan(NamedTuple):
-    """All frames of a file: times in the stream's units, ascending, and those of key frames."""
+    """All frames of a file: times in the stream's units, ascending, and the key frames."""
 
     times: list[int]
-    keys: list[int]
+    keys: list[_Key]
 
 
 class _Clock:
@@ -79,13 +86,16 @@ class _Clock:
             )
 
 
-def frames_of(source: str | bytes, name: str, wanted: Video) -> Iterator[Image.Image]:
-    """The frames of a file (a path, or its bytes) that are ``wanted``, upright and RGB.
+def frames_of(
+    source: str | bytes, name: str, choose: Choose, max_pixels: int
+) -> Iterator[Image.Image]:
+    """Frames of a file (a path, or its bytes), upright and RGB: those whose numbers ``choose``
+    makes of the times of all, in seconds.
 
     Everything but the pixels is checked before this returns.
     """
     stream = BytesIO(source) if isinstance(source, bytes) else _opened(source, name)
-    frames = _frames(stream, name, wanted)
+    frames = _frames(stream, name, choose, min(max_pixels, MOST_PIXELS))
     next(frames)  # until the file has been scanned
     return (frame for frame in frames if frame is not None)
 
@@ -103,15 +113,17 @@ def _opened(path: str, name: str) -> BinaryIO:
         raise ImageError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _frames(stream: BinaryIO, name: str, wanted: Video) -> Iterator[Image.Image | None]:
+def _frames(
+    stream: BinaryIO, name: str, choose: Choose, max_pixels: int
+) -> Iterator[Image.Image | None]:
     """None once the file has been scanned, then its frames."""
     clock = _Clock(name)
     with stream, _own_errors(name), _container(stream, name) as container:
-        track = _track(container, name, min(wanted.max_pixels, MOST_PIXELS))
+        track = _track(container, name, max_pixels)
         scan = _scanned(container, track, name, clock)
         unit = float(track.time_base)
         seconds = [(time - scan.times[0]) * unit for time in scan.times]
-        chosen = [scan.times[number] for number in wanted.among(seconds)]
+        chosen = [scan.times[number] for number in choose(seconds)]
         if not chosen:
             raise OptionError(
                 f"{name} ends at {seconds[-1]:.2f} s; no frame lies where frames are asked for",
@@ -119,9 +131,10 @@ def _frames(stream: BinaryIO, name: str, wanted: Video) -> Iterator[Image.Image 
             )
         yield None
         clock.resume()
-        for frame in _decoded(container, track, scan.keys, chosen, clock):
-            image = _upright(frame, name, min(wanted.max_pixels, MOST_PIXELS))
-            yield image
+        decoded = _decoded(container, track, scan.keys, chosen, clock)
+        for number, frame in enumerate(decoded, 1):
+            tell("frames decoded", number, len(chosen))
+            yield _upright(frame, name, max_pixels)
             clock.resume()
 
 
@@ -156,7 +169,13 @@ def _container(stream: BinaryIO, name: str) -> Iterator[Any]:
         raise _no_video(head, name)
     # Tracks of a MOV may lie in other files; those are never opened.
     options = {"enable_drefs": "0", "use_absolute_path": "0"} if kind == "mov" else {}
-    container = _av().open(stream, format=kind, container_options=options, metadata_errors="ignore")
+    container = _av().open(
+        stream,
+        format=kind,
+        container_options=options,
+        metadata_errors="ignore",
+        timeout=TIME_LIMIT,
+    )
     try:
         yield container
     finally:
@@ -212,7 +231,7 @@ def _check_size(width: int, height: int, name: str, most: int) -> None:
 
 def _scanned(container: Any, track: Any, name: str, clock: _Clock) -> _Scan:
     """All packets, none decoded."""
-    times, keys, last = list[int](), list[int](), 0.0
+    times, keys, last = list[int](), list[_Key](), 0.0
     for count, packet in enumerate(container.demux()):
         clock.check()
         time = packet.dts if packet.pts is None else packet.pts
@@ -223,7 +242,8 @@ def _scanned(container: Any, track: Any, name: str, clock: _Clock) -> _Scan:
         last = max(last, float((time + (packet.duration or 0)) * packet.time_base))
         if packet.stream is track:
             times.append(time)
-            keys += [time] if packet.is_keyframe else []
+            if packet.is_keyframe:
+                keys.append(_Key(time, time if packet.dts is None else packet.dts))
     if not times:
         raise ImageError(f"{name} holds no frames", hint=_AGAIN)
     announced = (container.duration or 0) / 1e6
@@ -236,19 +256,18 @@ def _scanned(container: Any, track: Any, name: str, clock: _Clock) -> _Scan:
 
 
 def _decoded(
-    container: Any, track: Any, keys: Sequence[int], chosen: Sequence[int], clock: _Clock
+    container: Any, track: Any, keys: Sequence[_Key], chosen: Sequence[int], clock: _Clock
 ) -> Iterator[Any]:
     """The frames at the ``chosen`` times, decoded from the key frame before each, where that is
     nearer than what has been decoded; one that is damaged is the next that is not.
     """
-    decoder, frame, reached = iter(()), None, None
+    decoder: Iterator[Any] = iter(())
+    frame: Any = None
     for time in chosen:
-        before = bisect.bisect_right(keys, time)
-        key = keys[before - 1] if before else None
-        if reached is None or (key is not None and key > reached):
-            # A seek goes by the order of decoding, which is before that of showing.
-            container.seek(chosen[0] if key is None else key, stream=track, backward=True)
-            decoder, frame = container.decode(track), None
+        before = bisect.bisect_right(keys, time, key=lambda key: key.time)
+        nearest = keys[before - 1].time if before else chosen[0]
+        if frame is None or nearest > _time(frame):
+            decoder, frame = _begun(container, track, keys[:before], time)
         while frame is None or _time(frame) < time:
             clock.check()
             following = next(decoder, None)
@@ -257,8 +276,22 @@ def _decoded(
             frame = following
         if frame is None:
             raise ImageError("no frame of the video could be decoded", hint=_AGAIN)
-        reached = _time(frame)
         yield frame
+
+
+def _begun(
+    container: Any, track: Any, before: Sequence[_Key], time: int
+) -> tuple[Iterator[Any], Any]:
+    """A decoder that has been sent to a key frame, and its first frame, which is not behind
+    ``time``. Some containers have no index and are missed by a little: then the key before.
+    """
+    for key in (*reversed(before[-3:]), _Key(0, -1 << 40)):
+        container.seek(key.sent, stream=track, backward=True)
+        decoder = container.decode(track)
+        frame = next(decoder, None)
+        if frame is not None and _time(frame) <= time:
+            break
+    return decoder, frame
 
 
 def _time(frame: Any) -> int:

@@ -82,15 +82,18 @@ def parse_messages(prompt: Messages, image_count: int = 0) -> list[Message]:
     return messages
 
 
-def with_system(prompt: str, image_count: int, system: str | None) -> str | list[dict[str, Any]]:
-    """One user turn, its pictures first, behind a system message if there is one.
+def with_system(
+    prompt: str, image_count: int, system: str | None, video_count: int = 0
+) -> str | list[dict[str, Any]]:
+    """One user turn, its pictures and videos first, behind a system message if there is one.
 
     >>> with_system("Hi", 0, None)
     'Hi'
     """
     if system is None:
         return prompt
-    places: list[dict[str, str]] = [{"type": "image"}] * image_count
+    kinds = ["image"] * image_count + ["video"] * video_count
+    places = [{"type": kind} for kind in kinds]
     return [
         {"role": "system", "content": system},
         {"role": "user", "content": [*places, {"type": "text", "text": prompt}]},

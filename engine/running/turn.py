@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from ..models.decoder import DecoderConfig, Slices, finished
 from ..models.vision_language import VisionLanguageModel
 from ..policies.layout import Layout
 from ..policies.policy import Policy
+from ..progress import tell
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,23 @@ def reading(
     looking = Looking(turn.sights(model), cross, past.pictures if past else (), policy)
     with Prefill(pools, policy, layout, new_tokens, past, observer, rotary, looking) as step:
         embedded = model.embed(ids, turn.spans, turn.features)
-        hidden = yield from decoder.slices(embedded, step)
+        pieces = len(decoder.layers) * len(step.chunks(len(ids)))
+        hidden = yield from _counted(decoder.slices(embedded, step), pieces)
         logits = decoder.logits(hidden[-1])
     return step.row, logits
+
+
+def _counted(slices: Slices[Tensor], pieces: int) -> Slices[Tensor]:
+    """The same slices; how many of so many ``pieces`` are done is told."""
+    for done in itertools.count():
+        try:
+            next(slices)
+        except StopIteration as end:
+            result: Tensor = end.value
+            return result
+        tell("prompt read", done + 1, pieces)
+        yield
+    raise AssertionError("slices have an end")
 
 
 def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig) -> None:
@@ -156,6 +172,6 @@ def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig
             f"exceed the model's {config.limit}",
             hint=f"begin a new conversation (/clear), or {shorter}"
             if seen
-            else f"shorten the prompt, give fewer pictures, or {shorter}",
+            else f"shorten the prompt, give fewer pictures or frames, or {shorter}",
             left=config.context - prompt,
         )

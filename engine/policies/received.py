@@ -57,10 +57,10 @@ class Received:
         """Softmax rows of some queries: ``[heads, rows, columns]`` fp32."""
         k, mine = self.k.float(), torch.tensor(rows, device=self.k.device)
         columns, kv_heads, head_dim = k.shape
-        q = self.q[mine].float().unflatten(1, (kv_heads, -1))
+        q = (self.q[mine].float() * self.scale).unflatten(1, (kv_heads, -1))
         # [kv_heads, group * queries, columns]: the query heads of a group share their keys.
         flat = q.permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        logits = torch.bmm(flat, k.permute(1, 2, 0)).view(-1, len(rows), columns) * self.scale
+        logits = torch.bmm(flat, k.permute(1, 2, 0)).view(-1, len(rows), columns)
         own_column = mine[:, None] + columns - self.queries
         hidden = torch.arange(columns, device=k.device) > own_column
         return logits.masked_fill_(hidden, float("-inf")).softmax(-1)

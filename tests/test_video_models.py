@@ -14,11 +14,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, LlavaNextVideoForConditionalGeneration
 
+from engine.cache import prefill
 from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.insight.panels import panels_of
 from engine.loading.families import recognise
+from engine.models import decoder, llava
 from engine.models.llava_video import LlavaNextVideo, LongVa, Pooling
+from engine.progress import listening
 from tests.checkpoints import IMAGE_TOKEN, PIECES, Shape, edit_json
 from tests.next_checkpoints import NEXT_SHAPES, write_next
 from tests.onevision_checkpoint import make_model as make_onevision
@@ -257,3 +260,63 @@ def test_pooling_is_that_of_torch_on_the_grid(side: int, stride: int, mode: str)
     pool = {"average": F.avg_pool2d, "max": F.max_pool2d}[mode]
     expected = pool(grid, stride).permute(0, 2, 3, 1).flatten(1, 2)
     torch.testing.assert_close(Pooling(stride, mode)(features, side), expected)
+
+
+# -- long prompts ---------------------------------------------------------------------------------
+
+MANY = [noise(60, 60, seed=n) for n in range(60)]
+SPECS = ["full", "avl:prefill=1", "sift", "zipvl", "zipvl:format=plain,minor=freed", "h2o"]
+
+
+@pytest.fixture(scope="module")
+def longva(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = write_longva(tmp_path_factory.mktemp("longva") / "m", NEXT_SHAPES["qwen2"])
+    return Engine.load(folder, device="cpu", dtype="float32", cache="full")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_prefill_in_slices_is_that_in_one_piece(
+    spec: str, longva: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = longva.with_cache(spec)
+
+    def scores() -> Tensor:
+        prompt = engine.with_videos("<video>\nWhat happens?", [], [MANY], raw=True)
+        return engine.logits(*prompt, raw=True, continuation=[5, 6, 7, 8])
+
+    whole = scores()
+    monkeypatch.setattr(prefill, "CHUNK", 37)
+    monkeypatch.setattr(decoder, "MLP_ROWS", 50)
+    torch.testing.assert_close(scores(), whole, rtol=0, atol=1e-5)
+
+
+def test_frames_pass_the_tower_a_few_at_once(
+    longva: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (video,) = longva.processor.prepare_frames(MANY)
+    (whole,) = longva.model.encode([video])
+    at_once: list[int] = []
+    forward = longva.model.vision.forward
+    monkeypatch.setattr(
+        longva.model.vision, "forward", lambda tiles: at_once.append(len(tiles)) or forward(tiles)
+    )
+    monkeypatch.setattr(llava, "VISION_BYTES", 700_000)
+    (parts,) = longva.model.encode([video])
+    assert max(at_once) < 20
+    assert sum(at_once) == 60
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+
+
+def test_how_far_a_long_prompt_has_come_is_told(
+    longva: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "CHUNK", 100)
+    longva.forget_pictures()
+    heard: dict[str, list[tuple[int, int]]] = {}
+    with listening(lambda what, done, total: heard.setdefault(what, []).append((done, total))):
+        longva.generate("What?", videos=[MANY], max_new_tokens=2)
+    assert list(heard) == ["frames decoded", "tiles and frames encoded", "prompt read"]
+    for steps in heard.values():
+        assert steps[-1][0] == steps[-1][1]
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert len(heard["prompt read"]) == 3 * 3  # layers, slices

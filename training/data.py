@@ -54,7 +54,8 @@ def patch_of(x: float, y: float) -> int:
     return min(GRID - 1, max(0, int(y // PATCH))) * GRID + column
 
 
-def _covered(left: float, top: float, right: float, bottom: float) -> set[int]:
+def covered(left: float, top: float, right: float, bottom: float) -> set[int]:
+    """The patches that a box lies on."""
     columns = range(max(0, int(left // PATCH)), min(GRID - 1, int(right // PATCH)) + 1)
     rows = range(max(0, int(top // PATCH)), min(GRID - 1, int(bottom // PATCH)) + 1)
     return {r * GRID + c for r in rows for c in columns}
@@ -64,9 +65,9 @@ def needed_patches(page: Page) -> set[int]:
     """Patches that show print or an object."""
     out: set[int] = set()
     for g in page.glyphs:
-        out |= _covered(g.x - 6, g.y - 9, g.x + 6, g.y + 9)
+        out |= covered(g.x - 6, g.y - 9, g.x + 6, g.y + 9)
     for t in page.things:
-        out |= _covered(*t.box)
+        out |= covered(*t.box)
     return out
 
 
@@ -75,7 +76,7 @@ def _middle(page: Page) -> set[int]:
     out: set[int] = set()
     for t in page.things:
         x, y = (t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2
-        out |= _covered(x - PATCH / 2, y - PATCH / 2, x + PATCH / 2, y + PATCH / 2)
+        out |= covered(x - PATCH / 2, y - PATCH / 2, x + PATCH / 2, y + PATCH / 2)
     return out
 
 
@@ -113,7 +114,7 @@ def patch_labels(page: Page) -> tuple[np.ndarray, np.ndarray]:
     for t in page.things:
         cut = 0.2 * (t.box[2] - t.box[0])
         left, top, right, bottom = t.box
-        for p in _covered(left + cut, top + cut, right - cut, bottom - cut):
+        for p in covered(left + cut, top + cut, right - cut, bottom - cut):
             objects[p] = 1 + KINDS.index(t.kind), 1 + list(COLOURS).index(t.colour)
     return chars, objects
 
@@ -155,7 +156,7 @@ def _guides(q: Question, offset: tuple[int, int], slot_of: dict[int, int]) -> li
         if span.start < offset[1] and offset[0] < span.end:
             x, y = (span.box[0] + span.box[2]) / 2, (span.box[1] + span.box[3]) / 2
             reach = PATCH / 2 if span.box[2] - span.box[0] > PATCH else 2
-            near = _covered(x - reach, y - reach, x + reach, y + reach)
+            near = covered(x - reach, y - reach, x + reach, y + reach)
             return [slot_of[p] for p in sorted(near) if p in slot_of][:GUIDES]
     return []
 

@@ -13,6 +13,7 @@ from ..files import check_target
 from ..pictures.remote import is_address
 from ..pictures.video import Video
 from .answers import read_answers
+from .batch_file import BatchRun
 from .inputs import (
     load_engine,
     open_pictures,
@@ -35,30 +36,44 @@ STDOUT = "-"
 
 def answer_file(flags: argparse.Namespace) -> int:
     """Answer all requests; returns the exit code, that of the first request that failed."""
-    if flags.rows < 1:
-        raise OptionError(f"--rows is {flags.rows}", hint="use 1 or more")
+    for name in ("rows", "workers"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            raise OptionError(f"--{name} is {getattr(flags, name)}", hint="use 1 or more")
     show_video = partial(Video, max_pixels=flags.max_pixels)
-    job = Job.read(flags.batch, _defaults(flags), opener(flags), show_video)
+    open_named = opener(flags)
+    if flags.ray is not None:
+        from .spread import cloud_opener
+
+        open_named = cloud_opener(open_named, flags.max_pixels)
+    job = Job.read(flags.batch, _defaults(flags), open_named, show_video)
     target = _target(flags)
     if target is not None:
         check_target("--output", target, inputs=[flags.batch])
         read_answers(target, len(job), lambda number: {"request": job.digest(number)})
     noise = Noise(flags, open_pictures(flags))
     open_videos(flags)
-    engine = load_engine(flags, noise)
+    if flags.ray is None:
+        run = BatchRun(load_engine(flags, noise), job, min(flags.rows, len(job)))
+        _answer(run, target, flags.quiet)
+    else:
+        from .spread import SpreadRun, connected
 
+        with connected(flags.ray):
+            run = SpreadRun(flags, job)
+            _answer(run, target, flags.quiet)
+    return _report(run.failures, len(job))
+
+
+def _answer(run: BatchRun, target: Path | None, quiet: bool) -> None:
+    """Write or print all answers, with a bar on stderr."""
     from tqdm import tqdm
 
-    from .batch_file import BatchRun
-
-    run = BatchRun(engine, job, min(flags.rows, len(job)))
-    hidden = flags.quiet or None  # None: shown on a terminal only
-    with tqdm(total=len(job), unit="request", disable=hidden) as bar:
+    hidden = quiet or None  # None: shown on a terminal only
+    with tqdm(total=len(run.job), unit="request", disable=hidden) as bar:
         for done in run.to_stdout() if target is None else run.into(target):
             bar.update(done - bar.n)
     if target is not None:
         say(f"{target}\n")
-    return _report(run.failures, len(job))
 
 
 def _defaults(flags: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ See ``app.job`` for the requests and ``app.answers`` for the answers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from ..running.batch import Failure
 
 
+def made_by(engine: Engine) -> Origin:
+    """What an engine's answers depend on beside their requests."""
+    return {"model": engine.fingerprint(), "cache": engine.policy.spec}
+
+
 class BatchRun:
     """The requests of a job being answered.
 
@@ -33,7 +39,11 @@ class BatchRun:
     def __init__(self, engine: Engine, job: Job, rows: int) -> None:
         self.engine, self.job, self.rows = engine, job, rows
         self.failures: list[Failure] = []
-        self._made_by = {"model": engine.fingerprint(), "cache": engine.policy.spec}
+
+    @functools.cached_property
+    def made_by(self) -> Origin:
+        """What answers are made by: they are compared by it when a job goes on."""
+        return made_by(self.engine)
 
     def into(self, answers: Path) -> Iterator[int]:
         """Write the answers to a file; yields how many requests have theirs so far.
@@ -64,26 +74,31 @@ class BatchRun:
             yield done
 
     def _origin(self, number: int) -> Origin:
-        return {"request": self.job.digest(number), **self._made_by}
+        return {"request": self.job.digest(number), **self.made_by}
 
     def _try_again(self, lines: list[bytes]) -> Iterator[int]:
         """Put new lines in the place of those that say that a request failed."""
         again = [number for number, line in enumerate(lines) if failed(line)]
         done = len(lines) - len(again)
         yield done
-        for result in self._answered(again):
-            lines[result.index] = answer_line(result, self._origin(result.index))
+        for number, line in self.lines(again):
+            lines[number] = line
             done += 1
             yield done
 
     def _in_order(self, first: int) -> Iterator[bytes]:
         """The lines of the requests from ``first`` on."""
         early: dict[int, bytes] = {}
-        for result in self._answered(range(first, len(self.job))):
-            early[result.index] = answer_line(result, self._origin(result.index))
+        for number, line in self.lines(range(first, len(self.job))):
+            early[number] = line
             while first in early:
                 yield early.pop(first)
                 first += 1
+
+    def lines(self, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        """The lines of these requests, as soon as they are there."""
+        for result in self._answered(numbers):
+            yield result.index, answer_line(result, self._origin(result.index))
 
     def _answered(self, numbers: Iterable[int]) -> Iterator[Result | Failure]:
         """Results as soon as they are there, their index that in the job."""

@@ -102,6 +102,8 @@ def _run(arguments: list[str]) -> int:
     need_stdout()
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
+    if arguments[:1] == ["batch"]:
+        arguments = ["--batch", *arguments[1:]]
     flags, mode = parse_flags(arguments)
     need_folder()
     if flags.quiet:  # read when the hub's client is imported

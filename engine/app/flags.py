@@ -220,6 +220,18 @@ def build_parser() -> Parser:
         metavar="N",
         help="requests answered together (8)",
     )
+    add(
+        "--ray",
+        type=_name,
+        metavar="ADDRESS",
+        help="spread --batch over a Ray cluster; local: over this machine (docs/scale.md)",
+    )
+    add(
+        "--workers",
+        type=_whole,
+        metavar="N",
+        help="engines on that cluster (default: one a GPU, or one for --threads cores)",
+    )
     add("--raw", action="store_true", help="take the prompt verbatim, with no chat template")
     add_model(parser)
     add = parser.add_argument_group("conversion").add_argument

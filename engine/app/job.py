@@ -12,6 +12,7 @@ import inspect
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ DEFAULTS: dict[str, Any] = {
 } | {"raw": False}
 SHOWN = ("frames", "fps", "start", "end")  # of a request's videos
 KEYS = ("prompt", "images", "videos", "system", *SHOWN, *DEFAULTS)
+
+
+def is_cloud(name: str) -> bool:
+    """Whether a name is a place in a cloud, such as ``s3://bucket/a.jpg``."""
+    return bool(re.match(r"[a-z][a-z0-9+]*://", name)) and not is_address(name)
 
 
 def open_beside(source: str) -> LoadedImage:
@@ -129,7 +135,9 @@ class Job:
         return line
 
     def _place(self, name: str) -> str:
-        return name if is_address(name) else str(self.folder / os.path.expanduser(name))
+        if is_address(name) or is_cloud(name):
+            return name
+        return str(self.folder / os.path.expanduser(name))
 
 
 @dataclass(frozen=True)

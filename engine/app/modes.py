@@ -23,7 +23,7 @@ _ANSWER = _ALWAYS | _LOADED | _ASKED | _SHOWN | _DRAWN
 MODES: dict[str, Set[str]] = {
     "check": _ALWAYS | _FOLDER | {"json"},
     "convert": _ALWAYS | _FOLDER | {"weights"},
-    "batch": _ANSWER | {"output", "rows", "raw", "logprobs"},
+    "batch": _ANSWER | {"output", "rows", "raw", "logprobs", "ray", "workers"},
     "chat": _ANSWER | {"stats"},
     "compare": _ANSWER | {"raw", "json", "logprobs", "verbose"},
     "": _ANSWER
@@ -31,7 +31,7 @@ MODES: dict[str, Set[str]] = {
 }
 
 # Flags that say nothing without another one, and flags that say the contrary of another one.
-_NEEDS = {"logprobs": "json"}
+_NEEDS = {"logprobs": "json", "workers": "ray"}
 _EXCLUDES = {"verbose": "quiet", "stats": "quiet", "system": "raw", "style": "raw"}
 _EXCLUDES |= {"attention": "video"}
 

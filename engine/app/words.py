@@ -11,8 +11,7 @@ from ..errors import OptionError
 from ..pictures.remote import is_address
 from .modes import MODES
 
-COMMANDS = ("batch",)  # kept for commands to come
-
+COMMANDS = ("serve", "batch")
 _PICTURE = re.compile(
     r".+\.(jpe?g|jfif|png|webp|bmp|gif|tiff?|hei[cf]|avif|jxl|svg|pdf|psd|ico|fits?)", re.I | re.S
 )
@@ -31,12 +30,8 @@ def sort_words(flags: argparse.Namespace, words: Sequence[str]) -> None:
 
     Raises OptionError unless at most one word is left for the prompt.
     """
-    if words and words[0] == "serve":
-        raise OptionError("'serve' comes before its flags", hint="write it first")
     if words and words[0] in COMMANDS:
-        raise OptionError(
-            f"{words[0]!r} is kept for a command to come", hint="give a question with --prompt"
-        )
+        raise OptionError(f"{words[0]!r} comes before its flags", hint="write it first")
     if words and words[0] and words[0] in MODES:
         raise OptionError(
             f"{words[0]!r} is no picture, and alone no question",

@@ -23,6 +23,7 @@ from .loading.loading import Loaded, load
 from .loading.processors import choose_threads
 from .loading.quantising import held
 from .naming import told
+from .ops.ranks import ALONE, Ranks
 from .options import (
     Options,
     OptionValues,
@@ -90,6 +91,7 @@ class Engine:
         graphs: bool = False,
         threads: int | None = None,
         weights: str = "auto",
+        parallel: bool = False,
     ) -> Engine:
         """Load a model.
 
@@ -120,22 +122,27 @@ class Engine:
             weights: "q8" or "q4" rounds the decoder's layers to 8 or 4 bits as they are read, so
                 that the model never exists in more; "q8+head" and "q4+head" the language head too.
                 The rest, and what is computed, stays in ``dtype``.
+            parallel: share the model between the processes of torch.distributed's group, which the
+                caller has made: each holds its part of the heads, and all must ask the same
+                (docs/scale.md).
 
         Raises:
             CheckpointError: weights, configuration or tokenizer are missing, damaged, unsupported.
             OptionError: an unknown device, dtype, policy, style or selection, too many threads, a
-                limit of image tokens where their number is fixed.
+                limit of image tokens where their number is fixed, heads that processes cannot
+                share.
         """
         check_kinds(str, device=device, dtype=dtype, selection=selection, weights=weights)
         check_kinds(str | None, style=style, revision=revision)
         check_kinds(str | PathLike | None, name=name, vision_tower=vision_tower)
-        check_kinds(bool, offline=offline, graphs=graphs)
+        check_kinds(bool, offline=offline, graphs=graphs, parallel=parallel)
         check_threads(threads)
         choose_threads(threads)
         policy, stepping = parse(cache), Stepping(selection, graphs)
         tower = None if vision_tower is None else str(vision_tower)
         wishes = Wishes(style, tower, offline, max_image_tokens)
-        loaded = load(name, device, dtype, revision, weights, wishes)
+        ranks = Ranks.of_group() if parallel else ALONE
+        loaded = load(name, device, dtype, revision, weights, wishes, ranks)
         return cls(loaded, policy, stepping)
 
     @property

@@ -44,6 +44,7 @@ from .terminal import (
     prepare,
     say,
 )
+from .together import processes, together
 
 # What to do about the refusals of a system that a user is likely to meet.
 _HINTS = {
@@ -110,7 +111,11 @@ def _run(arguments: list[str]) -> int:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if flags.cache is not None:
         parse(flags.cache)
-    return _MODES.get(mode, _answer)(flags)
+    run = _MODES.get(mode, _answer)
+    if processes() == 1:
+        return run(flags)
+    with together(flags, mode):
+        return run(flags)
 
 
 def _serve(arguments: list[str]) -> int:

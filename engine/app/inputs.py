@@ -195,4 +195,5 @@ def engine_of(flags: argparse.Namespace) -> Engine:
         graphs=flags.graphs,
         threads=flags.threads,
         weights=flags.weights,
+        parallel=getattr(flags, "parallel", False),
     )

@@ -25,6 +25,7 @@ class Noise:
         self.options = options
         self.wanted = not options.quiet and (sys.stderr.isatty() or options.verbose)
         self.weights: dict[str, int] = {}  # bytes by format
+        self.processes = 1  # that share the model
         for picture in pictures:
             for note in picture.notes:
                 self.note(note)
@@ -46,6 +47,7 @@ class Noise:
         if more := _more_bits(engine):
             self.note(more)
         self.weights = engine.weights
+        self.processes = engine.model.decoder.ranks.size
         if not self.wanted:
             return
         from ..ops.native import backend
@@ -111,9 +113,14 @@ class Noise:
             f"used {cache.used_share:.1%}, text {cache.text.mean:.0f} kept, "
             f"{cache.bytes_allocated / 1e6:.2f} MB allocated{_pictures(cache)} | "
             f"weights {weights} | "
-            f"CPU kernels: {cpu_isa() or 'none'}",
+            f"CPU kernels: {cpu_isa() or 'none'}{self._shared()}",
             file=sys.stderr,
         )
+
+    def _shared(self) -> str:
+        """That the figures are of one process among several."""
+        n = self.processes
+        return f" | one of {n} processes, whose sums make steps eager" if n > 1 else ""
 
 
 def _more_bits(engine: Engine) -> str:

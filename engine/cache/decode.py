@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import CapacityError
 from ..ops.fused import Destination, rope_write
 from ..ops.native import Scratch, Sifting
+from ..ops.ranks import ALONE, Ranks
 from ..ops.rotary import Tables
 from .cross_steps import CrossSteps, CrossStepView
 from .lengths import ATTENDS_CORE, POSITION, RERANKS
@@ -50,6 +51,18 @@ class Scores(NamedTuple):
     logits: Tensor  # [layers, rows, heads, max]
     lse: Tensor  # [layers, rows, heads]
 
+    def of_all(self, ranks: Ranks) -> Scores:
+        """Room for those ``[n, heads, max]`` of all ranks' heads."""
+        n, heads, most = self.logits.shape
+        logits = self.logits.new_empty(n, heads * ranks.size, most)
+        return Scores(logits, self.lse.new_empty(n, heads * ranks.size))
+
+    def gather(self, ranks: Ranks, logits: Tensor, lse: Tensor) -> None:
+        """Fill it with every rank's, in one message."""
+        found = ranks.gather(torch.cat([logits, lse[..., None]], -1), 1)
+        self.logits.copy_(found[..., :-1])
+        self.lse.copy_(found[..., -1])
+
 
 class Wiring(NamedTuple):
     """What steps of so many rows are connected to: made once, and void when tensors move."""
@@ -80,9 +93,13 @@ class Decoding:
     """
 
     def __init__(
-        self, pools: Sequence[Pool], rows: Sequence[Row] = (), side: Side | None = None
+        self,
+        pools: Sequence[Pool],
+        rows: Sequence[Row] = (),
+        side: Side | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.pools = pools
+        self.pools, self.ranks = pools, ranks
         self._asked: Side = side or InOrder()
         self.state = State(pools, spare=self._asked.per_layer)
         self._error = torch.zeros(1, dtype=torch.int32, device=self.state.device)
@@ -255,10 +272,11 @@ class Decoding:
         if course.core != course.next_core:
             yield partial(following.copy_, lists[course.core])
         if course.reranks:
-            wanted = words[RERANKS]
-            yield from state.runs.ranking(
-                layers, logits, lse, lists[FULL], following, wanted, error
-            )
+            wanted, every = words[RERANKS], Scores(logits, lse)
+            if self.ranks.size > 1:
+                every = every.of_all(self.ranks)
+                yield partial(every.gather, self.ranks, logits, lse)
+            yield from state.runs.ranking(layers, *every, lists[FULL], following, wanted, error)
         if self.evicts:
             first = state.lists.first[course.kind, layers]
             yield state.text.aging(layers, logits, lse, first, words, error)
@@ -280,7 +298,7 @@ class Decoding:
         assert self.scores is not None, "attention leaves scores where packing needs them"
         weights = [weights_of(self.state, r, *self.scores) for r in self._packing]
         for r, given in zip(self._packing, weights, strict=True):
-            pack(self.state.settle(r), self.pools, given)
+            pack(self.state.settle(r), self.pools, given, self.ranks)
             self.state.rejoin(r)
 
     def account(self) -> None:

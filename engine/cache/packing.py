@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CapacityError
+from ..ops.ranks import ALONE, Ranks
 from ..policies.layout import Kept
 from ..policies.received import ReceivedInStep
 from .pool import Extent, Pool
@@ -37,7 +38,7 @@ def weights_of(state: State, r: int, logits: Tensor, lse: Tensor) -> list[Tensor
     return found
 
 
-def pack(row: Row, pools: Sequence[Pool], weights: Sequence[Tensor]) -> None:
+def pack(row: Row, pools: Sequence[Pool], weights: Sequence[Tensor], ranks: Ranks = ALONE) -> None:
     """Store the text of ``row`` (settled) as its policy says by the ``weights`` of a step.
 
     Where a pool with a limit has no room, the row stays what it is until it is asked again.
@@ -46,7 +47,7 @@ def pack(row: Row, pools: Sequence[Pool], weights: Sequence[Tensor]) -> None:
     kept, parts = [], []
     try:
         for layer, (stored, pool) in enumerate(zip(row.layers, pools, strict=True)):
-            received = ReceivedInStep(weights[layer])
+            received = ReceivedInStep(weights[layer], ranks)
             kept.append(row.policy.retain(layer, stored.whole_layout(), received))
             parts.append(_parts(stored, pool, kept[-1], taken))
     except CapacityError:

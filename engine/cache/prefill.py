@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..ops.attention import whole_attention
+from ..ops.ranks import ALONE, Ranks
 from ..ops.rotary import Tables, rotated
 from ..policies.layout import InFormat, Kept, Layout
 from ..policies.policy import Policy
@@ -158,12 +159,14 @@ class Prefill:
         observer: Observer | None = None,
         rotary: Tensor | None = None,
         looking: Looking | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """``turn`` describes the new tokens alone; ``new_tokens`` will be decoded afterwards.
 
         ``observer`` and ``rotary [words]`` stay with the row, later turns included; ``looking`` is
-        what cross layers see, of a model that has such.
+        what cross layers see, of a model that has such; ``ranks`` share its heads.
         """
+        self.ranks = ranks
         self.pools, self.new_tokens = pools, new_tokens
         self.past = past or Row()
         goes_on = self.past.layers and self.past.policy.spec == policy.spec
@@ -222,7 +225,7 @@ class Prefill:
         layout, earlier = self._turn, None
         if self.past.layers:
             layout, earlier = self._behind_past(layer)
-        received = Received(queries, k, earlier)
+        received = Received(queries, k, earlier, ranks=self.ranks)
         among = self.policy.attending(layer, layout, received)
         if among is None:
             out, attended = causal_attention(q, k, v), (layout, received)

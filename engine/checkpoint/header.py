@@ -7,7 +7,7 @@ tensor.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes ``[start, stop)`` of ``file``, row-major, little endian."""
+    """Where one tensor lies: bytes ``[start, stop)`` of ``file``, row-major, little endian.
+
+    With ``columns``, (first, all): of a matrix of all columns only ``shape``'s from the first on.
+    """
 
     name: str
     dtype: torch.dtype
@@ -49,6 +52,7 @@ class TensorInfo:
     file: Path
     start: int
     stop: int
+    columns: tuple[int, int] | None = field(default=None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +75,14 @@ class TensorInfo:
         size = self.nbytes // count
         starts = [self.start + index * size for index in range(count)]
         return [replace(self, shape=shape, start=at, stop=at + size) for at in starts]
+
+    def part(self, dim: int, rank: int, size: int) -> "TensorInfo":
+        """One of ``size`` equal parts along ``dim``, 0 or 1."""
+        if dim == 0:
+            return self.split(size)[rank]
+        rows, columns = self.shape
+        own = columns // size
+        return replace(self, shape=(rows, own), columns=(rank * own, columns))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

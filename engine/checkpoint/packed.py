@@ -75,6 +75,13 @@ class PackedInfo(TensorInfo):
     rows: tuple[int, int]
     whole: int
 
+    def part(self, dim: int, rank: int, size: int) -> TensorInfo:
+        """See ``TensorInfo.part``: packed weights are not shared out."""
+        raise CheckpointError(
+            f"{show(self.name)} is quantised: such weights are not split over processes",
+            hint="use one process, or 16-bit weights with --weights q8 or q4",
+        )
+
     def split(self, count: int) -> list[TensorInfo]:
         """See ``TensorInfo.split``."""
         pieces, at = [], self.rows[0]

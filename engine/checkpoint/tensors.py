@@ -97,7 +97,7 @@ class Checkpoint:
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype, device=device)
         view, source = self._map(info)
-        usable = torch.device(device).type == "cpu" and dtype == info.dtype
+        usable = torch.device(device).type == "cpu" and dtype == info.dtype and not info.columns
         if mapped and into is None and usable and info.nbytes >= MAPPED_FROM:
             return source
         target = torch.empty(info.shape, dtype=dtype, device=device) if into is None else into
@@ -171,7 +171,11 @@ class Checkpoint:
         raw = torch.frombuffer(view, dtype=torch.uint8, count=info.nbytes, offset=offset)
         if offset % info.dtype.itemsize:  # legal in the format, but not for a typed view
             raw = raw.clone()
-        return view, raw.view(info.dtype).view(info.shape)
+        numbers = raw.view(info.dtype)
+        if info.columns is None:
+            return view, numbers.view(info.shape)
+        first, columns = info.columns
+        return view, numbers.view(-1, columns)[:, first : first + info.shape[1]]
 
 
 Placement = Callable[[str, torch.dtype], torch.Tensor | None]
@@ -190,6 +194,15 @@ def nobody(name: str, packed: bool, read: Callable[[], Stored]) -> bool:
     return False
 
 
+# What of a stored tensor the parameter of a name holds.
+Part = Callable[[str, TensorInfo], TensorInfo]
+
+
+def whole(name: str, info: TensorInfo) -> TensorInfo:
+    """All of it."""
+    return info
+
+
 def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -200,6 +213,7 @@ def load_weights(
     mapped: bool = False,
     placement: Placement = anywhere,
     taker: Taker = nobody,
+    part: Part = whole,
 ) -> list[str]:
     """Fill the parameters of a module built on the meta device, one tensor at a time.
 
@@ -218,6 +232,7 @@ def load_weights(
         placement: name in ``module`` and dtype -> where on ``device`` to read it into, of the
             parameter's shape; None: memory of its own.
         taker: is offered every parameter first; what it takes is left to it.
+        part: what of a tensor a parameter holds, where several processes share it.
 
     Returns:
         The names on disk that ``rename`` said are unused.
@@ -225,7 +240,7 @@ def load_weights(
     Raises:
         CheckpointError: with the missing, unexpected and mis-shaped tensors in three lists.
     """
-    fit = fit_weights(module, checkpoint, rename, tied)
+    fit = fit_weights(module, checkpoint, rename, tied, part=part)
     # In the order of the file: sequential reading is what a disk does best.
     for name, info in sorted(fit.sources.items(), key=lambda item: (item[1].file, item[1].start)):
         if taker(name, isinstance(info, PackedInfo), partial(checkpoint.stored, info)):
@@ -258,6 +273,7 @@ def fit_weights(
     rename: Rename,
     tied: Mapping[str, str] | None = None,
     elsewhere: str = "",
+    part: Part = whole,
 ) -> Fit:
     """Check names, shapes and kinds of all tensors against a module, and read none of them.
 
@@ -270,6 +286,7 @@ def fit_weights(
         if tensor.is_meta and not (elsewhere and name.startswith(elsewhere))
     }
     sources, ignored, unexpected = _match_names(checkpoint, rename, wanted)
+    sources = {name: part(name, info) for name, info in sources.items()}
     shared = {name: other for name, other in (tied or {}).items() if name in wanted}
     for name, other in shared.items():
         _check_tied(checkpoint, sources.pop(name, None), sources.get(other))

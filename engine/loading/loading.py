@@ -11,9 +11,10 @@ import torch
 
 from ..checkpoint.hub import resolve
 from ..checkpoint.names import target_names
-from ..checkpoint.tensors import Checkpoint, anywhere, load_weights
+from ..checkpoint.tensors import Checkpoint, Part, TensorInfo, anywhere, load_weights
 from ..errors import OptionError
 from ..ops.formats import FORMATS
+from ..ops.ranks import ALONE, Ranks
 from ..options import DTYPES
 from ..prompts.templates import find_style
 from ..prompts.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from .families import Family, Wishes, recognise
 from .own_prompts import with_own_prompts
 from .preparing import prepare, side_by_side
 from .quantising import bytes_of, check_weights, taker
+from .splitting import split
 
 # With fewer bytes of weights all but CUDA runs in fp32: exact, and small models are fast anyway.
 FP32_LIMIT = 2_000_000_000
@@ -45,6 +47,7 @@ def load(
     revision: str | None,
     weights: str,
     wishes: Wishes,
+    ranks: Ranks = ALONE,
 ) -> Loaded:
     """Load a model; see ``Engine.load``."""
     began = perf_counter()
@@ -57,7 +60,12 @@ def load(
     family = recognise(folder, wishes)
     tokenizer = Tokenizer.from_folder(folder, family.new_tokens)
     family = with_own_prompts(family, folder, tokenizer)
-    _fill(family, folder, target, wanted, weights)
+    cuts = split(family.model.decoder, ranks) if ranks.size > 1 else {}
+
+    def part(name: str, info: TensorInfo) -> TensorInfo:
+        return info.part(cuts[name], ranks.rank, ranks.size) if name in cuts else info
+
+    _fill(family, folder, target, wanted, weights, part)
     return Loaded(folder, _with_ends(family, tokenizer), tokenizer, perf_counter() - began)
 
 
@@ -78,7 +86,12 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 
 def _fill(
-    family: Family, folder: Path, device: torch.device, dtype: torch.dtype | None, weights: str
+    family: Family,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    weights: str,
+    part: Part,
 ) -> None:
     """Read the weights tensor by tensor into the model that was built on the meta device."""
     model = family.model
@@ -87,7 +100,7 @@ def _fill(
         stays = weights == "auto" and checkpoint.packed
         needed = checkpoint.total_bytes if stays else bytes_of(model, dtype.itemsize, weights)
         with memory_for("loading the weights", needed, device):
-            _load_all(family, checkpoint, device, dtype, weights)
+            _load_all(family, checkpoint, device, dtype, weights, part)
             prepare(model.decoder, device)
     model.eval()
 
@@ -98,6 +111,7 @@ def _load_all(
     device: torch.device,
     dtype: torch.dtype,
     weights: str,
+    part: Part,
 ) -> None:
     """Fill the model, its vision tower from a checkpoint of its own where it has one."""
     model, rename = family.model, family.rename
@@ -128,6 +142,7 @@ def _load_all(
         mapped=True,
         placement=placement,
         taker=taker(model, weights, device, dtype),
+        part=part,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.config import ConfigReader
 from ..ops.fused import silu_mul
+from ..ops.ranks import ALONE, Ranks
 from ..ops.rotary import Tables, turned
 from .layers import Embedding, RMSNorm
 from .llama3_rope import Llama3Rope
@@ -250,10 +251,12 @@ class Layer(Protocol):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each on the normed stream and added back to it."""
 
-    def __init__(self, config: DecoderConfig, number: int) -> None:
-        """``number``: among the layers that attend to the sequence."""
+    def __init__(self, config: DecoderConfig, number: int, ranks: Ranks = ALONE) -> None:
+        """``number``: among the layers that attend to the sequence. Of one that several ``ranks``
+        share, ``config`` counts this one's heads and features.
+        """
         super().__init__()
-        self.config, self.number = config, number
+        self.config, self.number, self.ranks = config, number, ranks
         hidden, bias = config.hidden, config.qkv_bias
         q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attn_norm = RMSNorm(hidden, config.norm_eps)
@@ -292,14 +295,13 @@ class DecoderLayer(nn.Module):
     def mlp(self, normed: Tensor) -> Tensor:
         """``[tokens, hidden]`` to the same."""
         gate, up = self.gate_up.product(normed)
-        projected: Tensor = self.down_proj(silu_mul(gate, up))
-        return projected
+        return self.ranks.sum(self.down_proj(silu_mul(gate, up)))
 
     def attention(self, normed: Tensor, tables: Tables, view: View) -> Tensor:
         """Project, rotate q and k to their positions, attend through the cache, project back."""
         shape = (len(normed), -1, self.config.head_dim)
         q, k, v = (each.view(shape) for each in self._qkv(normed))
-        return self.o_proj(view.attend(q, k, v, tables).flatten(1))
+        return self.ranks.sum(self.o_proj(view.attend(q, k, v, tables).flatten(1)))
 
     def _qkv(self, normed: Tensor) -> Sequence[Tensor]:
         if not self.config.qk_norm:
@@ -334,10 +336,12 @@ def joined(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 class Decoder(nn.Module):
     """Embedding, layers, final norm and language head.
 
-    ``rotation`` is there once ``loading.preparing`` has made it.
+    ``rotation`` is there once ``loading.preparing`` has made it. ``ranks`` are the processes that
+    share it; ``config`` then counts this one's heads and features.
     """
 
     rotation: Rotation
+    ranks: Ranks = ALONE
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -358,7 +362,7 @@ class Decoder(nn.Module):
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         biases = [layer.k_proj.bias for layer in layers]
         largest = [0.0 if bias is None else float(bias.abs().max()) for bias in biases]
-        return [0 if bias <= 15 else 8 if bias <= 127 else 16 for bias in largest]
+        return [0 if bias <= 15 else 8 if bias <= 127 else 16 for bias in self.ranks.most(largest)]
 
     def make_rotation(self, device: torch.device) -> Rotation:
         """The rotary embedding, whose frequencies are computed in fp32 and not loaded."""
@@ -406,4 +410,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token ``[tokens, vocab]`` in fp32."""
-        return self.head(hidden).float()
+        scores: Tensor = self.head(hidden).float()
+        if scores.shape[-1] < self.config.vocab:
+            scores = self.ranks.gather(scores, -1)
+        return scores

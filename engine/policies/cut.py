@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def best(columns: Tensor, received: Received, count: int) -> Tensor:
     """The ``count`` of ``columns`` that the last query attended most, averaged over heads."""
-    return columns[top(received.from_last(1).mean(0)[columns], count)]
+    last = range(received.queries - 1, received.queries)
+    return columns[top(received.mean_given_by(last)[columns], count)]
 
 
 def most_of_pictures(layout: Layout, share: Callable[[int], int]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.ranks import ALONE, Ranks
+
 Rows = range | tuple[int, ...]  # which queries, counted from a pass's first
 
 
@@ -17,13 +19,20 @@ class Received:
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, earlier: Tensor | None = None, chunk: int = 128
+        self,
+        q: Tensor,
+        k: Tensor,
+        earlier: Tensor | None = None,
+        chunk: int = 128,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Hold ``q [tokens, heads, head_dim]`` and ``k [columns, kv_heads, head_dim]``.
 
         The last ``tokens`` columns are the queries' own, which are causal; earlier ones are visible
-        to all. ``earlier [kv_heads, columns]`` is what earlier turns accumulated.
+        to all. ``earlier [kv_heads, columns]`` is what earlier turns accumulated. Where several
+        ``ranks`` share the heads, these are one's own, and only ``mean_given_by`` is of all.
         """
+        self.ranks = ranks
         self.q, self.k, self.earlier, self.chunk = q, k, earlier, chunk
         self.scale = q.shape[-1] ** -0.5
         self._sums: dict[Rows, Tensor] = {}
@@ -45,6 +54,10 @@ class Received:
                 total += self._weights(rows[start : start + self.chunk]).sum(1)
             self._sums[rows] = total
         return self._sums[rows]
+
+    def mean_given_by(self, rows: Rows) -> Tensor:
+        """The same ``[columns]``, averaged over all heads."""
+        return self.ranks.mean(self.given_by(rows))
 
     def accumulated(self, rows: int) -> Tensor:
         """Heavy-hitter scores: weights of the last ``rows`` queries, summed over each KV head's
@@ -69,9 +82,9 @@ class Received:
 class ReceivedInStep(Received):
     """The same of a decode step, whose one query sees all columns."""
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Tensor, ranks: Ranks = ALONE) -> None:
         """Hold ``weights [heads, columns]`` fp32."""
-        self._weights_of_step = weights
+        self._weights_of_step, self.ranks = weights, ranks
 
     @property
     def queries(self) -> int:

@@ -81,7 +81,7 @@ class ZipVl(Policy):
         import torch
 
         rows = probes(received.queries, self.recent, self.random, self.seed)
-        sums = received.given_by(rows).mean(0)
+        sums = received.mean_given_by(rows)
         columns = len(sums)
         if self.share is None:
             reached = sums.sort(descending=True).values.cumsum(0)

@@ -42,7 +42,9 @@ class Stepper:
         self, model: VisionLanguageModel, pools: Sequence[Pool], stepping: Stepping
     ) -> None:
         self._model, self._graphs = model, stepping.graphs
-        self.decoding = Decoding(pools, side=side_for(stepping.selection, pools[0].k.device))
+        self._ranks = model.decoder.ranks
+        side = side_for(stepping.selection, pools[0].k.device)
+        self.decoding = Decoding(pools, side=side, ranks=self._ranks)
         self._captured = Captured(model, self.decoding)
         self._taped = Taped(model.decoder, self.decoding)
         self._runner: Runner | None = None
@@ -77,7 +79,7 @@ class Stepper:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Process ``tokens [rows]`` int64; returns the next tokens' logits ``[rows, vocab]``."""
-        return (self._runner or self._loaded()).step(tokens)
+        return (self._runner or self._loaded()).step(self._ranks.agree(tokens))
 
     def void(self) -> None:
         """See ``Holder``."""
@@ -97,6 +99,8 @@ class Stepper:
 
     def _chosen(self) -> Runner:
         decoder, decoding = self._model.decoder, self.decoding
+        if self._ranks.size > 1:
+            return Eager(decoder, decoding, "sums over processes stand between its calls")
         if self._graphs:
             because = captured.obstacle(self._model, decoding)
             return Eager(decoder, decoding, because) if because else self._captured

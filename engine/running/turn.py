@@ -142,7 +142,8 @@ def reading(
     ids = torch.tensor(turn.token_ids, device=device)
     rotary = turn.rotary(model, past)
     looking = Looking(turn.sights(model), cross, past.pictures if past else (), policy)
-    with Prefill(pools, policy, layout, new_tokens, past, observer, rotary, looking) as step:
+    given = policy, layout, new_tokens, past, observer, rotary, looking
+    with Prefill(pools, *given, decoder.ranks) as step:
         embedded = model.embed(ids, turn.spans, turn.features)
         pieces = len(decoder.layers) * len(step.chunks(len(ids)))
         hidden = yield from _counted(decoder.slices(embedded, step), pieces)

@@ -1,0 +1,170 @@
+"""One model over two processes beside the same in one: numbers, ids, bytes; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.qwen_checkpoint import QwenShape, write_qwen
+from engine.engine import Engine
+from engine.errors import OptionError
+from engine.loading.families import Wishes, recognise
+from engine.loading.loading import load
+from engine.loading.splitting import split
+from engine.ops.ranks import Ranks
+from tests.checkpoints import Shape, write_llava
+from tests.mllama_checkpoint import write_mllama
+from tests.next_checkpoints import NEXT_SHAPES, write_next
+from tests.rank import found
+
+RAW = "USER: <image>\nWhat is this? ASSISTANT:"
+FAST = ["llava-full", "llava-avl", "llava-sift", "llava-h2o", "next-avl", "qwen-full", "qwen-avl"]
+FAST += ["llava-zipvl", "llava-q8", "even-q4"]
+
+
+def cases(folder: Path) -> dict[str, dict[str, Any]]:
+    """By name what the processes are asked."""
+    shapes = {
+        "llava": write_llava(folder / "llava", Shape(context=2048)),
+        "even": write_llava(folder / "even", Shape(mlp=128, seed=5)),  # halves are whole groups
+        "next": write_next(folder / "next", "mistral", "hub", NEXT_SHAPES["mistral"]),
+        "qwen": write_qwen(folder / "qwen", QwenShape()),
+    }
+    specs = {
+        "full": "full",
+        "avl": "avl:secondary=0.6,core=0.3,every=3,prefill=0.8,text=0.5,floor=4",
+        "sift": "sift",
+        "h2o": "h2o:heavy=0.2,recent=0.3",
+        "zipvl": "zipvl:every=8",
+        "q8": "full",
+        "q4": "sift",
+    }
+    made = {}
+    for name in FAST:
+        model, _, spec = name.partition("-")
+        raw = "<image>What is this?" if model == "qwen" else RAW
+        case = {"folder": str(shapes[model]), "cache": specs[spec], "raw": raw, "pictures": 1}
+        made[name] = case | ({"weights": spec} if spec in ("q8", "q4") else {})
+    return made
+
+
+def start(folder: Path, asked: list[dict[str, Any]], size: int) -> list[subprocess.Popen[str]]:
+    (folder / "asked.json").write_text(json.dumps(asked))
+    meeting = folder / f"meeting-{time.monotonic_ns()}"
+    processes = []
+    for rank in range(size):
+        files = meeting, folder / "asked.json", folder / f"found-{rank}.pt"
+        command = [sys.executable, "-m", "tests.rank", str(rank), str(size), *map(str, files)]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any, Any]]:
+    """Of every case: what one process finds, and what each of two does."""
+    folder = tmp_path_factory.mktemp("ranks")
+    asked = cases(folder)
+    processes = start(folder, list(asked.values()), 2)
+    alone = [found(case, parallel=False) for case in asked.values()]
+    for process in processes:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    both = [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
+    return dict(zip(asked, zip(alone, *both, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_two_processes_say_what_one_says(name: str, answers: dict[str, Any]) -> None:
+    alone, first, second = answers[name]
+    # Of q8 the halves of a row have scales of their own; q4's groups are the same.
+    near = {"rtol": 0, "atol": 0.2 if name.endswith("q8") else 2e-5}
+    for key in ("logits", "decoded"):
+        torch.testing.assert_close(first[key], alone[key], **near)
+        assert torch.equal(first[key], second[key])  # bit for bit: they choose alike
+    if not name.endswith("q8"):
+        for key in ("ids", "batch", "sampled"):
+            assert first[key] == alone[key]
+    for key in ("ids", "batch", "sampled"):
+        assert first[key] == second[key]
+
+
+@pytest.mark.parametrize("name", ["llava-full", "next-avl", "qwen-full"])
+def test_each_holds_its_share(name: str, answers: dict[str, Any]) -> None:
+    alone, first, second = answers[name]
+    assert first["bytes"] == second["bytes"]
+    assert first["bytes"] * 2 == alone["bytes"]
+    assert first["weights"] < 0.9 * alone["weights"]
+
+
+def test_heads_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    asked = [{"folder": str(write_llava(tmp_path / "m", Shape(heads=8, kv_heads=8)))}]
+    asked[0] |= {"cache": "full", "raw": RAW}
+    for process in start(tmp_path, asked, 3):
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    (refused,) = torch.load(tmp_path / "found-0.pt")
+    assert refused == {"refused": "3 processes cannot share 8 heads"}
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
+    folder = write_llava(tmp_path / "m", Shape())
+    case = {"folder": str(folder), "cache": "full", "raw": RAW, "pictures": 1}
+    first, second = start(tmp_path, [case] * 200, 2)
+    time.sleep(12)  # in the middle of the answers
+    assert first.poll() is None
+    second.kill()
+    second.communicate()
+    began = time.monotonic()
+    _, said = first.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert first.returncode != 0
+    assert "another process of the model has ended" in said
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "main.py"]
+    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line_under_torchrun_answers_once() -> None:
+    asked = ["examples/car.jpg", "What colour is the car?", "--stats"]
+    done = torchrun(*asked)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The car is red.\n"
+    assert done.stderr.count("one of 2 processes, whose sums make steps eager") == 1
+
+
+def test_what_processes_cannot_do_together_is_refused_once() -> None:
+    done = torchrun("--chat")
+    assert done.returncode != 0
+    assert done.stderr.count("error: 2 processes answer one question") == 1
+
+
+def test_cross_layers_are_not_split(tmp_path: Path) -> None:
+    model = recognise(write_mllama(tmp_path / "m")).model
+    with pytest.raises(OptionError, match="cross layers is not split"):
+        split(model.decoder, Ranks(0, 2))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_reads_its_rows_and_columns(rank: int, tmp_path: Path) -> None:
+    """Side by side the parts are the whole, whatever the kind of cut."""
+    folder = write_llava(tmp_path / "m", Shape(layers=1))
+    whole = Engine.load(folder, dtype="float32").model.decoder.layers[0]
+    part = load(folder, "cpu", "float32", None, "auto", Wishes(), Ranks(rank, 2))
+    mine = part.family.model.decoder.layers[0]
+    for name, dim in (("q_proj", 0), ("down_proj", 1), ("o_proj", 1), ("up_proj", 0)):
+        expected = getattr(whole, name).weight.chunk(2, dim)[rank]
+        assert torch.equal(getattr(mine, name).weight, expected)
+
+
+def test_without_a_group_there_is_nothing_to_share() -> None:
+    with pytest.raises(OptionError, match="there is no process group"):
+        Engine.load(parallel=True)

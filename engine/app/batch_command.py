@@ -39,14 +39,16 @@ def answer_file(flags: argparse.Namespace) -> int:
     for name in ("rows", "workers"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise OptionError(f"--{name} is {getattr(flags, name)}", hint="use 1 or more")
+    target = _target(flags)
     show_video = partial(Video, max_pixels=flags.max_pixels)
     open_named = opener(flags)
     if flags.ray is not None:
+        if target is None:
+            raise OptionError("--ray writes its answers to a file", hint="add --output FILE")
         from .spread import cloud_opener
 
         open_named = cloud_opener(open_named, flags.max_pixels)
     job = Job.read(flags.batch, _defaults(flags), open_named, show_video)
-    target = _target(flags)
     if target is not None:
         check_target("--output", target, inputs=[flags.batch])
         read_answers(target, len(job), lambda number: {"request": job.digest(number)})
@@ -61,6 +63,8 @@ def answer_file(flags: argparse.Namespace) -> int:
         with connected(flags.ray):
             run = SpreadRun(flags, job)
             _answer(run, target, flags.quiet)
+    if target is not None:
+        say(f"{target}\n")
     return _report(run.failures, len(job))
 
 
@@ -72,8 +76,6 @@ def _answer(run: BatchRun, target: Path | None, quiet: bool) -> None:
     with tqdm(total=len(run.job), unit="request", disable=hidden) as bar:
         for done in run.to_stdout() if target is None else run.into(target):
             bar.update(done - bar.n)
-    if target is not None:
-        say(f"{target}\n")
 
 
 def _defaults(flags: argparse.Namespace) -> dict[str, Any]:

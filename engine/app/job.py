@@ -39,7 +39,7 @@ KEYS = ("prompt", "images", "videos", "system", *SHOWN, *DEFAULTS)
 
 def is_cloud(name: str) -> bool:
     """Whether a name is a place in a cloud, such as ``s3://bucket/a.jpg``."""
-    return bool(re.match(r"[a-z][a-z0-9+]*://", name)) and not is_address(name)
+    return bool(re.match(r"(?!https?:)[a-z][a-z0-9+]*://", name))
 
 
 def open_beside(source: str) -> LoadedImage:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import math
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from io import BytesIO
 from typing import Any
 
@@ -109,20 +112,22 @@ class SpreadRun(BatchRun):
 
         if not numbers:
             return
+        batches = math.ceil(len(numbers) / size)
         ray.data.DataContext.get_current().max_errored_blocks = -1
         rows = ray.data.from_items(
             [{"number": number} for number in numbers],
-            override_num_blocks=math.ceil(len(numbers) / size),
+            override_num_blocks=batches,
         )
-        answered = rows.map_batches(
-            self.worker,
-            fn_constructor_args=(self._flags, self.job),
-            batch_size=size,
-            concurrency=min(self._workers, math.ceil(len(numbers) / size)),
-            max_restarts=-1,
-            max_task_retries=RETRIES,
-            **self._each,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # how often to retry has no other name yet
+            answered = rows.map_batches(
+                self.worker,
+                fn_constructor_args=(self._flags, self.job),
+                batch_size=size,
+                compute=ray.data.ActorPoolStrategy(size=min(self._workers, batches)),
+                ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
+                **self._each,
+            )
         for row in answered.iter_rows():
             yield int(row["number"]), bytes(row["line"]), int(row["code"])
 
@@ -144,6 +149,8 @@ def error_of(line: bytes, code: int) -> EngineError:
 @contextmanager
 def connected(address: str) -> Iterator[None]:
     """A cluster that is there, or, "local", one of this machine for as long as it is needed."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says is said by us
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
         import ray.data
@@ -151,19 +158,19 @@ def connected(address: str) -> Iterator[None]:
         raise OptionError(
             "--ray needs the package ray", hint='install it: pip install "ray[data]"'
         ) from None
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    quiet = quiet if address == LOCAL else {"log_to_driver": False, "logging_level": "ERROR"}
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    own = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0][:100]
         raise OptionError(
             f"--ray {display_name(address)}: {reason}", hint="give a cluster's address, or local"
         ) from None
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # Ray prints of workers that die
+            yield
     finally:
         ray.shutdown()
 

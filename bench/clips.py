@@ -124,7 +124,7 @@ def main() -> None:
     settings = {
         "clips": args.clips,
         "questions": len(asked),
-        "first seed": FIRST,
+        "seed": FIRST,
         "dtype": "fp32",
         "threads": args.threads,
     }

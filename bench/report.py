@@ -395,6 +395,27 @@ SECTIONS = (
         as_they_are,
     ),
     Section(
+        "Videos",
+        "A LongVA of 0.5B with random weights, whose frames are 144 tokens each.",
+        ("video",),
+        "python -m bench.video",
+        as_they_are,
+    ),
+    Section(
+        "Clips",
+        "Four drawn frames as four pictures, asked of the embedded model once it has learned them.",
+        ("clips",),
+        "python -m bench.clips runs/clips/model",
+        as_they_are,
+    ),
+    Section(
+        "A batch on a cluster",
+        "Workers of one core each on one machine; a worker dies, and a job is killed and goes on.",
+        ("spread",),
+        "python -m bench.spread",
+        as_they_are,
+    ),
+    Section(
         "Decoding beside transformers",
         "The same weights, prompt, picture and forced length, in turn.",
         ("decode",),

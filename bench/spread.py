@@ -24,6 +24,7 @@ from typing import Any
 
 from bench import common
 
+FIRST = 800_000  # seed of the pictures
 BROKEN_EVERY = 100
 WORKERS = 2
 QUESTIONS = ("What colour is the car?", "Describe the picture.", "How many objects are there?")
@@ -33,8 +34,8 @@ def write_job(folder: Path, requests: int) -> Path:
     """The job file beside its pictures."""
     from training.scenes import make_scene
 
-    for number in range(50):
-        make_scene(800_000 + number).image.save(folder / f"{number}.png")
+    for number in common.progress(range(50), "pictures drawn"):
+        make_scene(FIRST + number).image.save(folder / f"{number}.png")
     lines = []
     for number in range(requests):
         broken = number % BROKEN_EVERY == BROKEN_EVERY - 1
@@ -145,6 +146,7 @@ def main() -> None:
         for name, lines in found.items()
     ]
     settings = {"workers": WORKERS, "alone, requests/s": round(1 / single, 2), "broken": broken}
+    settings |= {"seed": FIRST, "dtype": "fp32", "threads": 1}
     path = common.write_report(args.name, settings, rows, (), args.out)
     print(path.with_suffix(".md").read_text())
 

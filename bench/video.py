@@ -236,6 +236,7 @@ def main() -> None:
         "threads": args.threads,
         "blocks": args.blocks,
         "bytes of a token in one layer": layer,
+        "seed": common.SEED,
     }
     path = common.write_report(args.name, settings, lines, NOTES, args.out)
     print(path.with_suffix(".md").read_text())

@@ -252,9 +252,9 @@ def test_row34_a_file_that_changes_while_it_is_loaded(
     size = path.stat().st_size
     from engine.checkpoint.tensors import fit_weights
 
-    def meanwhile(*arguments: Any) -> Any:
+    def meanwhile(*arguments: Any, **named: Any) -> Any:
         os.truncate(path, size + change)
-        return fit_weights(*arguments)
+        return fit_weights(*arguments, **named)
 
     monkeypatch.setattr(real, meanwhile)
     asked = ask("--prompt", "Hi", "--model", folder)
@@ -266,9 +266,9 @@ def test_row34_a_file_that_vanishes_while_it_is_loaded(
 ) -> None:
     from engine.checkpoint.tensors import fit_weights
 
-    def meanwhile(*arguments: Any) -> Any:
+    def meanwhile(*arguments: Any, **named: Any) -> Any:
         (folder / WEIGHTS).unlink()
-        return fit_weights(*arguments)
+        return fit_weights(*arguments, **named)
 
     monkeypatch.setattr("engine.checkpoint.tensors.fit_weights", meanwhile)
     assert ask("--prompt", "Hi", "--model", folder, "-n", "1").code == 0  # it is open already

@@ -33,6 +33,8 @@ FLAGS = {
     "--batch": "batch.a_process_killed_again_and_again_loses_nothing",
     "--output": "batch.a_process_killed_again_and_again_loses_nothing",
     "--rows": "batch.a_process_killed_again_and_again_loses_nothing",
+    "--ray": "spread.what_a_cluster_needs",
+    "--workers": "spread.workers_need_a_cluster",
     "--raw": "cli.a_system_text_reaches_the_model",
     "--model": "hub_server.the_command_line_downloads_by_name",
     "--revision": "cli.flags_of_the_model_reach_the_engine",

@@ -300,7 +300,7 @@ def test_frames_pass_the_tower_a_few_at_once(
     monkeypatch.setattr(
         longva.model.vision, "forward", lambda tiles: at_once.append(len(tiles)) or forward(tiles)
     )
-    monkeypatch.setattr(llava, "VISION_BYTES", 700_000)
+    monkeypatch.setattr(llava, "VISION_BYTES", 300_000)
     (parts,) = longva.model.encode([video])
     assert max(at_once) < 20
     assert sum(at_once) == 60
@@ -314,7 +314,7 @@ def test_how_far_a_long_prompt_has_come_is_told(
     longva.forget_pictures()
     heard: dict[str, list[tuple[int, int]]] = {}
     with listening(lambda what, done, total: heard.setdefault(what, []).append((done, total))):
-        longva.generate("What?", videos=[MANY], max_new_tokens=2)
+        longva.generate("<video>What?", videos=[MANY], raw=True, max_new_tokens=2)
     assert list(heard) == ["frames decoded", "tiles and frames encoded", "prompt read"]
     for steps in heard.values():
         assert steps[-1][0] == steps[-1][1]

@@ -77,7 +77,8 @@ def test_words_are_pictures_or_the_prompt(
         (["-p", "What?", "Where?"], 2, "more than one prompt: 'What?' and 'Where?'"),
         (["serve", "car.jpg"], 2, "unrecognized arguments: car.jpg"),
         (["--quiet", "serve"], 2, "'serve' comes before its flags"),
-        (["batch", "jobs.jsonl"], 2, "'batch' is kept"),
+        (["batch", "jobs.jsonl"], 2, "--batch jobs.jsonl does not exist"),
+        (["--quiet", "batch"], 2, "'batch' comes before its flags"),
         (["--imgae=a.jpg", "What?"], 2, "did you mean --image?"),
         (["--temp", "1", "What?"], 2, "did you mean --temperature?"),
         (["-x.jpg", "What?"], 2, "comes behind --"),
@@ -138,6 +139,7 @@ def test_a_mode_takes_a_flag_or_refuses_it_by_name(mode: str) -> None:
         if name == mode or (not mode and flag in other_modes):
             continue
         extra = ["--json"] if flag == "--logprobs" and "json" in MODES[mode] else []
+        extra += ["--ray", "local"] if flag == "--workers" and mode == "batch" else []
         extra += ["--video", "1"] if flag in ("--frames", "--fps", "--start", "--end") else []
         if name in MODES[mode]:
             assert parse_flags([*asking, *arguments_of(flag), *extra])[1] == mode

@@ -135,9 +135,7 @@ class Job:
         return line
 
     def _place(self, name: str) -> str:
-        if is_address(name) or is_cloud(name):
-            return name
-        return str(self.folder / os.path.expanduser(name))
+        return name if is_address(name) else str(self.folder / os.path.expanduser(name))
 
 
 @dataclass(frozen=True)

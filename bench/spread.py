@@ -58,6 +58,7 @@ def flags_of(job: Path, target: Path, *more: str) -> argparse.Namespace:
 def spread(job: Path, target: Path, deadly: int) -> float:
     """Seconds that the cluster took, from the first answer to the last; one worker dies."""
     from engine.app import spread as spreading
+    from engine.app.cluster import connected
     from engine.app.job import Job
 
     flags = flags_of(job, target, "--ray", "local", "--workers", str(WORKERS))
@@ -74,7 +75,7 @@ def spread(job: Path, target: Path, deadly: int) -> float:
         worker = Deadly
 
     first = None
-    with spreading.connected("local"):
+    with connected("local", "data"):
         run = DeadlyRun(flags, Job.read(job, {}))
         for done in run.into(target):
             first = first or (time.perf_counter(), done)

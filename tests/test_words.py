@@ -77,7 +77,7 @@ def test_words_are_pictures_or_the_prompt(
         (["-p", "What?", "Where?"], 2, "more than one prompt: 'What?' and 'Where?'"),
         (["serve", "car.jpg"], 2, "unrecognized arguments: car.jpg"),
         (["--quiet", "serve"], 2, "'serve' comes before its flags"),
-        (["batch", "jobs.jsonl"], 2, "--batch jobs.jsonl does not exist"),
+        (["batch", "jobs.jsonl"], 2, "--batch jobs.jsonl cannot be read"),
         (["--quiet", "batch"], 2, "'batch' comes before its flags"),
         (["--imgae=a.jpg", "What?"], 2, "did you mean --image?"),
         (["--temp", "1", "What?"], 2, "did you mean --temperature?"),

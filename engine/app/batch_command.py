@@ -58,9 +58,10 @@ def answer_file(flags: argparse.Namespace) -> int:
         run = BatchRun(load_engine(flags, noise), job, min(flags.rows, len(job)))
         _answer(run, target, flags.quiet)
     else:
-        from .spread import SpreadRun, connected
+        from .cluster import connected
+        from .spread import SpreadRun
 
-        with connected(flags.ray):
+        with connected(flags.ray, "data"):
             run = SpreadRun(flags, job)
             _answer(run, target, flags.quiet)
     if target is not None:

@@ -55,7 +55,11 @@ def serve(arguments: Sequence[str]) -> int:
         raise OptionError(
             f"--host {flags.host} lets others ask", hint="add --api-key-file, or serve on 127.0.0.1"
         )
-    return _run(flags, engine_of(flags), keys)
+    if flags.ray is not None:
+        from .replicas import serve_replicas
+
+        return serve_replicas(flags, keys)
+    return _run(server_of(flags, engine_of(flags), keys), flags)
 
 
 def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
@@ -70,6 +74,8 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     add("--port", type=int, default=8000, help="port (8000); 0 takes a free one")
+    add("--ray", metavar="ADDRESS", help="servers on a Ray cluster; local: on this machine")
+    add("--replicas", type=int, metavar="N", help="servers there (default: one a GPU)")
     add("--name", metavar="NAME", help="what requests call the model (default: its folder's name)")
     add("--api-key-file", metavar="FILE", help="keys that requests must bring, one a line")
     add("--rows", type=int, default=8, metavar="N", help="answers in the making at once (8)")
@@ -127,6 +133,8 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
         value = as_number(f"--{name.replace('_', '-')}", getattr(flags, name), int)
         if not low <= value <= high:
             raise OptionError(f"--{name.replace('_', '-')} is {value}", hint=f"use {low} to {high}")
+    if flags.replicas is not None and (flags.replicas < 1 or flags.ray is None):
+        raise OptionError(f"--replicas is {flags.replicas}", hint="use 1 or more, with --ray")
     if not flags.deadline > 0:
         raise OptionError(f"--deadline is {flags.deadline}", hint="use seconds above 0")
     if not 0 <= flags.shared_gb < 1e6:
@@ -146,7 +154,8 @@ def _keys(flags: argparse.Namespace) -> tuple[str, ...]:
     return keys
 
 
-def _run(flags: argparse.Namespace, engine: Engine, keys: tuple[str, ...]) -> int:
+def server_of(flags: argparse.Namespace, engine: Engine, keys: tuple[str, ...]) -> Server:
+    """The application that the flags ask for; its worker is not started yet."""
     from ..serving.app import Server
     from ..serving.request import Limits
     from ..serving.settings import Settings
@@ -165,12 +174,15 @@ def _run(flags: argparse.Namespace, engine: Engine, keys: tuple[str, ...]) -> in
         tuple(flags.cors),
         Limits(tokens=flags.max_tokens),
     )
-    server = Server(worker, settings)
-    worker.start()
+    return Server(worker, settings)
+
+
+def _run(server: Server, flags: argparse.Namespace) -> int:
+    server.worker.start()
     try:
         return listen(server, flags.host, flags.port, quiet=flags.quiet)
     finally:
-        worker.stop()
+        server.worker.stop()
 
 
 def listen(server: Server, host: str, port: int, *, quiet: bool = False) -> int:

@@ -10,13 +10,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import math
-import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
 from io import BytesIO
 from typing import Any
 
@@ -31,10 +27,10 @@ from ..naming import display_name
 from ..pictures.image import LoadedImage, open_image
 from .answers import Origin, answer_line
 from .batch_file import BatchRun, made_by
+from .cluster import shares
 from .inputs import engine_of
 from .job import Job, is_cloud
 
-LOCAL = "local"
 BATCHES = 8  # that a worker is given at least, so that none waits long for the last one
 RETRIES = 2  # of requests whose worker died, before each is asked by itself
 MOST_BYTES = 1 << 28  # of a picture in a cloud
@@ -72,7 +68,7 @@ class SpreadRun(BatchRun):
 
     def __init__(self, flags: argparse.Namespace, job: Job) -> None:
         self.job, self.failures, self._flags = job, [], flags
-        self._workers, self._each = _shares(flags)
+        self._workers, self._each = shares(flags, flags.workers)
 
     @functools.cached_property
     def made_by(self) -> Origin:
@@ -113,7 +109,8 @@ class SpreadRun(BatchRun):
         if not numbers:
             return
         batches = math.ceil(len(numbers) / size)
-        ray.data.DataContext.get_current().max_errored_blocks = -1
+        context = ray.data.DataContext.get_current()
+        context.max_errored_blocks, context.enable_progress_bars = -1, False
         rows = ray.data.from_items(
             [{"number": number} for number in numbers],
             override_num_blocks=batches,
@@ -144,48 +141,6 @@ def error_of(line: bytes, code: int) -> EngineError:
     kinds = (OptionError, ImageError, CheckpointError, CapacityError)
     kind = next((kind for kind in kinds if kind.exit_code == code), EngineError)
     return kind(said["error"], hint=said["hint"])
-
-
-@contextmanager
-def connected(address: str) -> Iterator[None]:
-    """A cluster that is there, or, "local", one of this machine for as long as it is needed."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says is said by us
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise OptionError(
-            "--ray needs the package ray", hint='install it: pip install "ray[data]"'
-        ) from None
-    own = {"include_dashboard": False} if address == LOCAL else {}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0][:100]
-        raise OptionError(
-            f"--ray {display_name(address)}: {reason}", hint="give a cluster's address, or local"
-        ) from None
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        with redirect_stdout(sys.stderr):  # Ray prints of workers that die
-            yield
-    finally:
-        ray.shutdown()
-
-
-def _shares(flags: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """How many workers there are, and what each has of the cluster: a GPU, or so many cores."""
-    import ray
-
-    there = ray.cluster_resources()
-    cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
-    if gpus and flags.device != "cpu":
-        workers = flags.workers or gpus
-        return workers, {"num_gpus": gpus / workers if workers > gpus else 1}
-    threads = flags.threads or max(1, cores // (flags.workers or 1))
-    return flags.workers or max(1, cores // threads), {"num_cpus": threads}
 
 
 def cloud_opener(

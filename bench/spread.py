@@ -40,7 +40,7 @@ def write_job(folder: Path, requests: int) -> Path:
     for number in range(requests):
         broken = number % BROKEN_EVERY == BROKEN_EVERY - 1
         picture = "missing.png" if broken else f"{number % 50}.png"
-        line = {"prompt": QUESTIONS[number % 3], "images": [picture], "max_new_tokens": 48}
+        line = {"prompt": QUESTIONS[number % 3], "images": [picture], "max_new_tokens": 24}
         lines.append(json.dumps(line))
     path = folder / "job.jsonl"
     path.write_text("\n".join(lines) + "\n")

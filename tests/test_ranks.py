@@ -22,7 +22,9 @@ from engine.ops.ranks import Ranks
 from tests.checkpoints import Shape, write_llava
 from tests.mllama_checkpoint import write_mllama
 from tests.next_checkpoints import NEXT_SHAPES, write_next
+from tests.qwen_patches_checkpoint import KINDS, write_qwen_patches
 from tests.rank import found
+from tests.test_video_models import write_longva
 
 RAW = "USER: <image>\nWhat is this? ASSISTANT:"
 FAST = ["llava-full", "llava-avl", "llava-sift", "llava-h2o", "next-avl", "qwen-full", "qwen-avl"]
@@ -55,6 +57,19 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
     return made
 
 
+def slow_cases(folder: Path) -> dict[str, dict[str, Any]]:
+    """Models of other rooms: pooled tiles, three coordinates, norms of queries and keys."""
+    shape = Shape(family="qwen2", kv_heads=2, seed=24, context=8192)
+    made = {"longva": write_longva(folder / "longva", shape)}
+    made |= {kind: write_qwen_patches(folder / kind, kind) for kind in KINDS}
+    specs = "full", "avl:prefill=0.9,floor=4", "sift"
+    return {
+        f"{name}-{spec}": {"folder": str(path), "cache": spec, "raw": RAW, "pictures": 1}
+        for name, path in made.items()
+        for spec in specs
+    }
+
+
 def start(folder: Path, asked: list[dict[str, Any]], size: int) -> list[subprocess.Popen[str]]:
     (folder / "asked.json").write_text(json.dumps(asked))
     meeting = folder / f"meeting-{time.monotonic_ns()}"
@@ -66,23 +81,36 @@ def start(folder: Path, asked: list[dict[str, Any]], size: int) -> list[subproce
     return processes
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any, Any]]:
+def both(folder: Path, asked: dict[str, dict[str, Any]]) -> dict[str, tuple[Any, Any, Any]]:
     """Of every case: what one process finds, and what each of two does."""
-    folder = tmp_path_factory.mktemp("ranks")
-    asked = cases(folder)
     processes = start(folder, list(asked.values()), 2)
     alone = [found(case, parallel=False) for case in asked.values()]
     for process in processes:
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
-    both = [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
-    return dict(zip(asked, zip(alone, *both, strict=True), strict=True))
+    halves = [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
+    return dict(zip(asked, zip(alone, *halves, strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return both(folder, cases(folder))
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_two_processes_say_what_one_says(name: str, answers: dict[str, Any]) -> None:
-    alone, first, second = answers[name]
+    alike(name, *answers[name])
+
+
+@pytest.mark.slow(reason="a dozen models in three processes")
+def test_other_models_in_two_processes(tmp_path: Path) -> None:
+    for name, found_ in both(tmp_path, slow_cases(tmp_path)).items():
+        alike(name, *found_)
+
+
+def alike(name: str, alone: Any, first: Any, second: Any) -> None:
+    """Whether two processes found what one did, and the same."""
     # Of q8 the halves of a row have scales of their own; q4's groups are the same.
     near = {"rtol": 0, "atol": 0.2 if name.endswith("q8") else 2e-5}
     for key in ("logits", "decoded"):

@@ -6,7 +6,9 @@
 The job asks the embedded model about drawn pictures; every hundredth names a picture that is not
 there, and one request takes its worker with it, once. Its answers are compared with those of
 ``--batch`` alone on one core, line by line. A second run of that job is killed in the middle and
-started again. *per core* is the throughput of each worker, of one core, beside ``--batch`` alone.
+started again. *per core* is the throughput of each worker, of one core, beside that of ``--batch``
+alone, and beside that of two of those at once, each with half of the job: busy cores share caches
+and memory.
 """
 
 from __future__ import annotations
@@ -99,6 +101,20 @@ def alone(job: Path, target: Path) -> float:
     return (time.perf_counter() - first[0]) / (len(run.job) - first[1])
 
 
+def two_alone(job: Path, folder: Path) -> float:
+    """Seconds of a request with two engines that know nothing of each other, a core each."""
+    lines, processes = job.read_text().splitlines(keepends=True), []
+    for number in range(WORKERS):
+        part = folder / f"half-{number}.jsonl"
+        part.write_text("".join(lines[number::WORKERS]))
+        given = f"Path({str(part)!r}), Path({str(part)!r} + '.out')"
+        code = f"from bench.spread import *; print(alone({given}))"
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        )
+    return sum(float(each.communicate()[0]) for each in processes) / WORKERS**2
+
+
 def killed_and_resumed(job: Path, target: Path) -> int:
     """Run the command line, kill it in the middle, run it again; how many lines it had."""
     command = [sys.executable, "-m", "engine", "batch", str(job), "--output", str(target)]
@@ -109,7 +125,6 @@ def killed_and_resumed(job: Path, target: Path) -> int:
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(["ray", "stop", "--force"], capture_output=True, check=False)
     had = target.read_bytes().count(b"\n")
     done = subprocess.run(command, check=False)
     assert done.returncode == 3  # that of the first broken picture
@@ -126,6 +141,7 @@ def main() -> None:
         job = write_job(folder, args.requests)
         cluster = spread(job, folder / "cluster.jsonl", args.requests // 3)
         single = alone(job, folder / "alone.jsonl")
+        pair = two_alone(job, folder)
         had = killed_and_resumed(job, folder / "resumed.jsonl")
         expected = (folder / "alone.jsonl").read_bytes().splitlines()
         found = {
@@ -142,11 +158,13 @@ def main() -> None:
             "lines as alone": sum(a == b for a, b in zip(lines, expected, strict=False)),
             "requests/s": round(1 / cluster, 2) if name == "cluster" else None,
             "per core": round(single / cluster / WORKERS, 3) if name == "cluster" else None,
+            "beside two": round(pair / cluster, 3) if name == "cluster" else None,
             "lines when killed": had if name == "resumed" else None,
         }
         for name, lines in found.items()
     ]
-    settings = {"workers": WORKERS, "alone, requests/s": round(1 / single, 2), "broken": broken}
+    settings = {"workers": WORKERS, "alone, requests/s": round(1 / single, 2)}
+    settings |= {"two alone, requests/s": round(1 / pair, 2), "broken": broken}
     settings |= {"seed": FIRST, "dtype": "fp32", "threads": 1}
     path = common.write_report(args.name, settings, rows, (), args.out)
     print(path.with_suffix(".md").read_text())

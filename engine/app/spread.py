@@ -83,7 +83,7 @@ class SpreadRun(BatchRun):
         """See ``BatchRun``."""
         left = sorted(numbers)
         share = math.ceil(len(left) / (BATCHES * self._workers))
-        for size in (min(max(1, share), 8 * self._flags.rows), 1):
+        for size in (min(max(1, share), 16 * self._flags.rows), 1):
             answered = set()
             for number, line, code in _own_each(self._spread(left, size)):
                 answered.add(number)

@@ -24,7 +24,7 @@ from .image import MAX_PIXELS, Source, open_image
 from .video_file import frames_of
 
 FRAMES = 32
-MOST_FRAMES = 4096  # that are shown of a video
+MOST_FRAMES = 2048  # that are shown of a video
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from tests.rank import found
 from tests.test_video_models import write_longva
 
 RAW = "USER: <image>\nWhat is this? ASSISTANT:"
-FAST = ["llava-full", "llava-avl", "llava-sift", "llava-h2o", "next-avl", "qwen-full", "qwen-avl"]
-FAST += ["llava-zipvl", "llava-q8", "even-q4"]
+FAST = [f"{model}-{spec}" for model in ("llava", "next", "qwen") for spec in ("full", "avl", "sift")]
+FAST += ["llava-h2o", "llava-zipvl", "llava-q8", "even-q4"]
 
 
 def cases(folder: Path) -> dict[str, dict[str, Any]]:

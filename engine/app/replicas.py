@@ -58,7 +58,7 @@ def _deployment(flags: argparse.Namespace, keys: tuple[str, ...]) -> Any:
 
 def _application(flags: argparse.Namespace, keys: tuple[str, ...]) -> Any:
     """One server's application, made where it runs."""
-    from .serve_command import server_of
+    from .server import server_of
 
     server = server_of(flags, engine_of(flags), keys)
     server.worker.start()

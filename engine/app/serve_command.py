@@ -17,10 +17,10 @@ from ..options import as_number
 from ..policies.specs import parse
 from .flags import Parser, add_cache, add_model, program
 from .inputs import engine_of
+from .server import server_of
 from .starting import need_folder
 
 if TYPE_CHECKING:
-    from ..engine import Engine
     from ..serving.app import Server
 
 DESCRIPTION = """Answers requests over HTTP, as OpenAI's chat completions have them: POST
@@ -152,29 +152,6 @@ def _keys(flags: argparse.Namespace) -> tuple[str, ...]:
     if not keys:
         raise OptionError(f"{flags.api_key_file} holds no key", hint="write one a line")
     return keys
-
-
-def server_of(flags: argparse.Namespace, engine: Engine, keys: tuple[str, ...]) -> Server:
-    """The application that the flags ask for; its worker is not started yet."""
-    from ..serving.app import Server
-    from ..serving.request import Limits
-    from ..serving.settings import Settings
-    from ..serving.worker import Worker
-
-    budget = None if flags.cache_gb is None else int(flags.cache_gb * 1e9)
-    shared = int(flags.shared_gb * 1e9)
-    worker = Worker(engine, flags.rows, budget, flags.queue, flags.slices, shared)
-    settings = Settings(
-        flags.name or engine.name,
-        keys,
-        flags.max_body,
-        flags.max_pixels,
-        flags.deadline,
-        frozenset(host.lower() for host in flags.allow_url),
-        tuple(flags.cors),
-        Limits(tokens=flags.max_tokens),
-    )
-    return Server(worker, settings)
 
 
 def _run(server: Server, flags: argparse.Namespace) -> int:

@@ -27,7 +27,9 @@ from tests.rank import found
 from tests.test_video_models import write_longva
 
 RAW = "USER: <image>\nWhat is this? ASSISTANT:"
-FAST = [f"{model}-{spec}" for model in ("llava", "next", "qwen") for spec in ("full", "avl", "sift")]
+FAST = [
+    f"{model}-{spec}" for model in ("llava", "next", "qwen") for spec in ("full", "avl", "sift")
+]
 FAST += ["llava-h2o", "llava-zipvl", "llava-q8", "even-q4"]
 
 

@@ -397,7 +397,7 @@ SECTIONS = (
     Section(
         "Videos",
         "A LongVA of 0.5B with random weights, whose frames are 144 tokens each.",
-        ("video",),
+        ("video", "video-avx2"),
         "python -m bench.video",
         as_they_are,
     ),

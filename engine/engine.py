@@ -261,6 +261,11 @@ class Engine:
         timings = Timings(load=self.load_seconds)
         turn = self.turn(prompt, images, timings, raw=raw)
         answer = self.answer(options, turn.token_ids)
+        if observer is not None and self.model.decoder.ranks.size > 1:
+            raise OptionError(
+                "an observer sees all heads, and each process has its own",
+                hint="load the model without parallel",
+            )
         if observer is not None and not callable(getattr(observer, "observe", None)):
             raise OptionError(
                 f"observer is {told(observer)}", hint="use one that can observe, such as a Trace"
@@ -440,7 +445,8 @@ class Engine:
         start.
         """
         given = listed(images)
-        beside = len(given) + (earlier or 0) > 1
+        stills = [each for each in given if not (isinstance(each, Pixels) and each.video)]
+        beside = len(stills) + (earlier or 0) > 1
         pictures = [self._open(image, beside=beside) for image in given]
         counts = list(map(self._tokens_of, pictures))
         return pictures, self._prompt(prompt, counts, raw, earlier)

@@ -15,6 +15,7 @@ import torch
 from bench.qwen_checkpoint import QwenShape, write_qwen
 from engine.engine import Engine
 from engine.errors import OptionError
+from engine.insight.trace import Trace
 from engine.loading.families import Wishes, recognise
 from engine.loading.loading import load
 from engine.loading.splitting import split
@@ -173,10 +174,27 @@ def test_the_command_line_under_torchrun_answers_once() -> None:
     assert done.stderr.count("one of 2 processes, whose sums make steps eager") == 1
 
 
-def test_what_processes_cannot_do_together_is_refused_once() -> None:
-    done = torchrun("--chat")
+@pytest.mark.parametrize(
+    ("words", "said", "times"),
+    [
+        (["--chat"], "error: 2 processes answer one question", 1),
+        (["examples/car.jpg", "What?", "--draw-boxes", "a.png"], "answer one question", 1),
+        (["serve"], "error: 2 processes do not serve", 2),
+    ],
+)
+def test_what_processes_cannot_do_together_is_refused(
+    words: list[str], said: str, times: int
+) -> None:
+    done = torchrun(*words)
     assert done.returncode != 0
-    assert done.stderr.count("error: 2 processes answer one question") == 1
+    assert done.stderr.count(said) == times
+
+
+def test_an_observer_wants_all_heads() -> None:
+    engine = Engine.load()
+    engine.model.decoder.ranks = Ranks(0, 2)
+    with pytest.raises(OptionError, match="an observer sees all heads"):
+        list(engine.stream("What?", observer=Trace()))
 
 
 def test_cross_layers_are_not_split(tmp_path: Path) -> None:

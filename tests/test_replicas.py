@@ -29,6 +29,7 @@ ASK = {
     [
         (["--replicas", "2"], "--replicas is 2"),
         (["--replicas", "0", "--ray", "local"], "--replicas is 0"),
+        (["--port", "0", "--ray", "local"], "--port is 0"),
         (["--ray", "local"], 'install it: pip install "ray[serve]"'),
     ],
 )

@@ -127,6 +127,17 @@ def test_a_video_of_llava_onevision_equals_transformers(tmp_path: Path) -> None:
     same_as(engine, make_onevision(), "<video>\nWhat happens?", [], {})
 
 
+def test_a_picture_beside_a_video_is_tiled_as_if_alone(tmp_path: Path) -> None:
+    engine = Engine.load(write_onevision(tmp_path), device="cpu", dtype="float32", cache="full")
+    alone = engine.render("<image>", [PICTURE], raw=True).token_ids
+    both = engine.render(
+        *engine.with_videos("<image><video>", [PICTURE], [FRAMES], raw=True), raw=True
+    )
+    spans = [segment.end - segment.start for segment in both.segments if segment.kind == "image"]
+    assert spans[0] == len(alone)
+    assert spans[1] == 5 * 4 + 1
+
+
 # -- LongVA ---------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.app.flags import build_parser, parse_flags
-from engine.app.modes import MODES
+from engine.app.modes import MODES, SHOWN
 from engine.app.words import is_picture
 from engine.errors import OptionError
 from tests.asking import Ask, refused
@@ -140,7 +140,7 @@ def test_a_mode_takes_a_flag_or_refuses_it_by_name(mode: str) -> None:
             continue
         extra = ["--json"] if flag == "--logprobs" and "json" in MODES[mode] else []
         extra += ["--ray", "local"] if flag == "--workers" and mode == "batch" else []
-        extra += ["--video", "1"] if flag in ("--frames", "--fps", "--start", "--end") else []
+        extra += ["--video", "1"] if name in SHOWN else []
         if name in MODES[mode]:
             assert parse_flags([*asking, *arguments_of(flag), *extra])[1] == mode
             continue

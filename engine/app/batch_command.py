@@ -23,7 +23,8 @@ from .inputs import (
     read_options,
     read_prompt,
 )
-from .job import SHOWN, Job
+from .job import Job
+from .modes import SHOWN
 from .noise import Noise
 from .reading import STDIN
 from .terminal import complain, say

@@ -44,7 +44,7 @@ from .terminal import (
     prepare,
     say,
 )
-from .together import processes, together
+from .together import alone, processes, together
 
 # What to do about the refusals of a system that a user is likely to meet.
 _HINTS = {
@@ -102,6 +102,8 @@ def _explain(error: Exception) -> int:
 def _run(arguments: list[str]) -> int:
     need_stdout()
     if arguments[:1] == ["serve"]:
+        if processes() > 1:
+            raise alone("do not serve")
         return _serve(arguments[1:])
     if arguments[:1] == ["batch"]:
         arguments = ["--batch", *arguments[1:]]

@@ -25,6 +25,7 @@ from ..pictures.image import MAX_PIXELS, LoadedImage
 from ..pictures.remote import is_address, open_picture
 from ..pictures.video import Video
 from ..prompts.messages import with_system
+from .modes import SHOWN
 from .reading import MOST_REQUESTS, STDIN, check_text, read_whole
 
 # What a request is without a word about it; all but the event that only a program can set.
@@ -33,7 +34,6 @@ DEFAULTS: dict[str, Any] = {
     for name, option in inspect.signature(make_options).parameters.items()
     if name in OptionValues.__annotations__ and name != "cancel"
 } | {"raw": False}
-SHOWN = ("frames", "fps", "start", "end")  # of a request's videos
 KEYS = ("prompt", "images", "videos", "system", *SHOWN, *DEFAULTS)
 
 

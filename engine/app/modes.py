@@ -13,11 +13,11 @@ _ALWAYS = {"quiet", "debug"}
 _FOLDER = {"model", "revision", "offline", "vision_tower"}
 _RUN = {"dtype", "weights", "device", "threads", "cache", "sync_selection", "graphs"}
 _LOADED = _FOLDER | _RUN | {"style", "max_image_tokens"}
-_SHOWN = {"frames", "fps", "start", "end"}  # of a video
+SHOWN = ("frames", "fps", "start", "end")  # how a video is shown
 _LATER = {"batch", "chat"}  # where videos may be named later
 _ASKED = {"image", "video", "prompt", "allow_url", "max_pixels", "system", "max_new_tokens", "stop"}
 _DRAWN = {"temperature", "top_k", "top_p", "seed", "repetition_penalty"}
-_ANSWER = _ALWAYS | _LOADED | _ASKED | _SHOWN | _DRAWN
+_ANSWER = _ALWAYS | _LOADED | _ASKED | {*SHOWN} | _DRAWN
 
 # The flag that asks for a mode, the first that is given decides; "" is one answer.
 MODES: dict[str, Set[str]] = {
@@ -57,7 +57,7 @@ def find_mode(given: Set[str], words: Set[str] = frozenset()) -> str:
     for name, other in _NEEDS.items():
         if name in given and other in MODES[mode] and other not in given:
             raise OptionError(f"{_flag(name)} needs {_flag(other)}", hint=f"add {_flag(other)}")
-    for name in sorted(given & _SHOWN):
+    for name in sorted(given & {*SHOWN}):
         if mode not in _LATER and "video" not in given:
             raise OptionError(f"{_flag(name)} needs --video", hint="add --video FILE")
     for name, other in _EXCLUDES.items():

@@ -135,6 +135,8 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
             raise OptionError(f"--{name.replace('_', '-')} is {value}", hint=f"use {low} to {high}")
     if flags.replicas is not None and (flags.replicas < 1 or flags.ray is None):
         raise OptionError(f"--replicas is {flags.replicas}", hint="use 1 or more, with --ray")
+    if flags.ray is not None and not flags.port:
+        raise OptionError("--port is 0", hint="with --ray, give the port to listen on")
     if not flags.deadline > 0:
         raise OptionError(f"--deadline is {flags.deadline}", hint="use seconds above 0")
     if not 0 <= flags.shared_gb < 1e6:

@@ -18,6 +18,13 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
+def alone(instead: str) -> OptionError:
+    """The error of what several processes cannot do; the caller raises it."""
+    return OptionError(
+        f"{processes()} processes {instead}", hint="start one process for everything else"
+    )
+
+
 @contextmanager
 def together(flags: argparse.Namespace, mode: str) -> Iterator[None]:
     """The group of these processes; all but the first are silent.
@@ -26,11 +33,9 @@ def together(flags: argparse.Namespace, mode: str) -> Iterator[None]:
     """
     if os.environ["RANK"] != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-    if mode not in _MODES or flags.attention or "-" in (flags.prompt, *flags.image):
-        raise OptionError(
-            f"{processes()} processes answer one question, without --attention and stdin",
-            hint="start one process for everything else",
-        )
+    files = flags.attention or flags.draw_boxes
+    if mode not in _MODES or files or "-" in (flags.prompt, *flags.image):
+        raise alone("answer one question, without --attention, --draw-boxes and stdin")
     import torch
     import torch.distributed as dist
 

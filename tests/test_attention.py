@@ -411,7 +411,8 @@ def test_wrong_outputs_and_devices_are_named():
 def test_sanitize_products_match_float64(backend, n, dim, group, per_head):
     x = make(n, dim, group, per_head=per_head)
     want = reference(x, scale=1.0)
-    p = torch.rand(want.logits.shape)
+    # Drawn as the rest is: of other sums of 2,880 numbers in fp32 one in many thousands misses 1e-4.
+    p = torch.rand(want.logits.shape, generator=torch.Generator().manual_seed(n))
     p[want.logits == -math.inf] = math.nan  # beyond count: must not be read
     if backend == "torch":
         scores = selective_qk_torch(x.q, x.k, x.slots, x.count)

@@ -411,7 +411,7 @@ def test_wrong_outputs_and_devices_are_named():
 def test_sanitize_products_match_float64(backend, n, dim, group, per_head):
     x = make(n, dim, group, per_head=per_head)
     want = reference(x, scale=1.0)
-    # Drawn as the rest is: of other sums of 2,880 numbers in fp32 one in many thousands misses 1e-4.
+    # Drawn as the rest is: one sum of 2,880 numbers in fp32 out of many thousands misses 1e-4.
     p = torch.rand(want.logits.shape, generator=torch.Generator().manual_seed(n))
     p[want.logits == -math.inf] = math.nan  # beyond count: must not be read
     if backend == "torch":

@@ -28,7 +28,7 @@ class SpreadView:
             slots = (torch.arange(ROOM, dtype=torch.int32) * 5 + offset) % ROOM
             self.lists.append(Listed(pool, slots.view(1, 1, -1), torch.zeros(1, 1).int()))
         first, *others = self.lists
-        self.attention = ListedAttention(first.pool, first.slots, first.count, others=others)
+        self.attention = ListedAttention([first, *others])
         self.scores = torch.empty(1, config.heads, ROOM * pools), torch.empty(1, config.heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:

@@ -30,7 +30,7 @@ from tests.oracle import noise
 from tests.test_transactions import taken
 
 WORDS = "What is this picture?"
-FEATURES = DEFAULT.tile_features
+FEATURES, FULL = DEFAULT.tile_features, parse("full")
 # Pictures of a request, by the tiles they take.
 WIDE, SMALL, LARGE = (160, 50), (30, 40), (100, 100)
 MIXED: list[list[tuple[int, int]]] = [[WIDE], [], [SMALL, LARGE], [SMALL], [], [LARGE]]
@@ -355,11 +355,12 @@ def test_a_source_that_is_gone_is_not_found() -> None:
     view.attend(torch.randn(2, 2, 16), lambda x: (torch.randn(len(x), 1, 16),) * 2)
     looking.hold()
     (stored,) = looking.keep()
-    assert (stored.seen, cross.find(Sight(7, features, 3))) == (3, stored)
-    assert cross.find(Sight(0, features.clone(), 3)) is None
-    assert cross.find(Sight(0, features, 3, blind=5)) is None
+    assert (stored.seen, cross.find(Sight(7, features, 3), FULL)) == (3, stored)
+    assert cross.find(Sight(0, features.clone(), 3), FULL) is None
+    assert cross.find(Sight(0, features, 3, blind=5), FULL) is None
+    assert cross.find(Sight(0, features, 3), parse("sift")) is None  # written otherwise
     stored.give()
-    assert cross.find(Sight(0, features, 3)) is None
+    assert cross.find(Sight(0, features, 3), FULL) is None
 
 
 # -- policies and reports -------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def test_policies_leave_cross_layers_alone(spec: str, engine: Engine) -> None:
         chat.send(WORDS, [noise(*size) for size in sizes], max_new_tokens=6, ignore_eos=True)
 
 
-@pytest.mark.parametrize("spec", ["full", "sift", "random", "fastv:layer=1", "avl:text=1"])
+@pytest.mark.parametrize("spec", ["full", "random", "fastv:layer=1", "avl:text=1"])
 def test_policies_of_image_tokens_change_nothing(spec: str, engine: Engine) -> None:
     asked = request(2, 12)
     assert alone(engine.with_cache(spec), asked) == alone(engine, asked)
@@ -419,7 +420,8 @@ def test_the_report_counts_features_beside_tokens(engine: Engine) -> None:
     cache, seen = result.cache, result.prompt_tokens + 4
     assert (cache.features, cache.feature_bytes) == (5 * FEATURES, 5 * FEATURES * feature)
     assert cache.bytes_full == cache.bytes_used == seen * token_bytes + cache.feature_bytes
-    assert (cache.stored_share, cache.formats) == (1.0, {"fp32": 0})
+    assert (cache.stored_share, cache.formats) == (1.0, {"fp32": cache.feature_bytes})
+    assert (cache.image_stored_share, cache.image_read_share) == (1.0, 1.0)
     text_only = engine.generate(**request(1, 5)).cache
     assert (text_only.features, text_only.feature_bytes) == (0, 0)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..ops import ranking
-from ..policies.policy import Policy
 from .row import Row, Stored
 from .sizes import Sizes
 
@@ -33,7 +32,7 @@ class CoreRuns:
     def join(self, row: Row, r: int) -> None:
         """Write the runs of row ``r``."""
         for number, runs in enumerate(self.runs):
-            each = [_run(row.policy, stored, number, self._starts) for stored in row.layers]
+            each = [_run(stored, number, self._starts) for stored in row.layers]
             runs[..., r] = torch.tensor(each, dtype=torch.int32).T
 
     def ranking(
@@ -58,9 +57,7 @@ class CoreRuns:
             yield ranking.plan_rank(logits, lse, *lists, first, last, keep, at, wanted, error=error)
 
 
-def _run(
-    policy: Policy, stored: Stored, number: int, starts: Mapping[str, int]
-) -> tuple[int, int, int, int]:
+def _run(stored: Stored, number: int, starts: Mapping[str, int]) -> tuple[int, int, int, int]:
     """A picture's first slot, the one after its last, how long its core run is, where it begins.
 
     All count from the beginning of a layer's lists; ``starts`` says where a format's begin.
@@ -68,20 +65,24 @@ def _run(
     layout = stored.layout
     if stored.core is None or number >= len(layout.image_sizes):
         return 0, 0, 0, 0
-    wanted = policy.core_size(layout.image_sizes[number])
     slots = layout.picture(number)
     if len(slots):
         first, last = int(slots[0]), int(slots[-1]) + 1
-        before = int((layout.fixed() < first).sum()) + int((stored.core < first).sum())
-        return first, last, min(wanted, len(slots)), before
+        before = int((layout.fixed() < first).sum()) + _count(stored.core, 0, first)
+        return first, last, _count(stored.core, first, last), before
     at = {name: [start, start] for name, start in starts.items()}  # in the full list, in the core
     for part in stored.parts:
         mine, core = (part.image_of == number).nonzero()[:, 0], part.core
         assert core is not None, "where there is a core, every part has one"
         full_at, core_at = at[part.format]
         if len(mine) and not part.minor:
-            first = int(mine[0])
-            before = core_at + int((core < first).sum())
-            return full_at + first, full_at + int(mine[-1]) + 1, min(wanted, len(mine)), before
+            first, last = int(mine[0]), int(mine[-1]) + 1
+            before = core_at + _count(core, 0, first)
+            return full_at + first, full_at + last, _count(core, first, last), before
         at[part.format] = [full_at + part.tokens, core_at + len(core)]
     return 0, 0, 0, 0
+
+
+def _count(numbers: Tensor, first: int, last: int) -> int:
+    """How many of ``numbers`` lie from ``first`` up to ``last``, exclusive."""
+    return int(((numbers >= first) & (numbers < last)).sum())

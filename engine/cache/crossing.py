@@ -14,6 +14,8 @@ from weakref import WeakSet, ref
 
 from torch import Tensor
 
+from ..errors import CapacityError
+from ..policies.policy import Policy
 from .pool import Extent, Pool
 
 # Keys and values [features, kv_heads, head_dim], and what makes them of [features, hidden].
@@ -44,37 +46,38 @@ class CrossStored:
 
     Attributes:
         source: the features that they were computed from, while anybody has them.
-        extents: each layer's; its slots are the features, in order.
-        whole: how many features a token saw before any were dropped.
+        format: that they are written in, or PLAIN.
+        extents: each layer's; its first slots are the features, in order.
+        totals: ``[layers, kv_heads, head_dim]`` fp32, the sums of each layer's values.
+        seen: how many features each layer holds.
+        whole: how many a token saw before any were dropped.
+        full_bytes: bytes of a feature in all layers, written in plain numbers.
     """
 
     blind: ClassVar[int] = 0  # see ``Sight``
 
     source: ref[Tensor]
+    format: str
     extents: tuple[Extent, ...]
+    totals: Tensor
+    seen: int
     whole: int
-
-    @property
-    def seen(self) -> int:
-        """How many features each layer holds."""
-        return self.extents[0].size
+    full_bytes: int
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers' keys and values."""
-        return sum(extent.size * extent.pool.slot_bytes for extent in self.extents)
+        return sum(self.seen * extent.pool.slot_bytes for extent in self.extents)
 
     @property
     def nbytes_whole(self) -> int:
-        """The same with all features."""
-        return self.nbytes * self.whole // self.seen
+        """The same with all features in plain numbers."""
+        return self.whole * self.full_bytes
 
     def pair(self, layer: int, project: Project) -> Pair:
-        """A layer's keys and values, where they lie."""
+        """A layer's keys and values; plain ones where they lie."""
         extent = self.extents[layer]
-        pool, slots = extent.pool, slice(extent.start, extent.start + extent.size)
-        assert isinstance(pool, Pool), "features are plain numbers"
-        return pool.k[slots], pool.v[slots]
+        return extent.pool.read(extent, self.seen)
 
     def hold(self) -> None:
         """One holder more."""
@@ -103,31 +106,34 @@ class CrossPools:
         self._known.add(stored)
         return stored
 
-    def find(self, sight: Sight) -> CrossStored | None:
-        """What a row holds of these very features, if that is all that is attended of them."""
+    def find(self, sight: Sight, policy: Policy) -> CrossStored | None:
+        """What a row holds of these very features, written as ``policy`` has it, if that is all
+        that is attended of them.
+        """
+        if policy.trims or sight.blind:
+            return None
         for stored in list(self._known):
-            if stored.extents[0].held and stored.source() is sight.features and not sight.blind:
+            held, same = stored.extents[0].held, stored.source() is sight.features
+            if held and same and stored.format == policy.feature_format():
                 return stored
         return None
 
-    def has(self, sights: Sequence[Sight], *, trims: bool = False) -> bool:
-        """Whether there is room for what a turn with these pictures will hold; where its policy
-        ``trims``, nothing of it is another's.
-        """
-        fresh = [sight.seen for sight in lasting(sights) if trims or self.find(sight) is None]
-        return all(_has_all(pool, fresh) for pool in self.pools)
+    def has(self, sights: Sequence[Sight], policy: Policy) -> bool:
+        """Whether there is room for what a turn with these pictures will hold."""
+        fresh = [sight.seen for sight in lasting(sights) if self.find(sight, policy) is None]
+        return all(_has_all(pool, policy.feature_format(), fresh) for pool in self.pools)
 
 
-def _has_all(pool: Pool, sizes: Iterable[int]) -> bool:
+def _has_all(pool: Pool, format_: str, sizes: Iterable[int]) -> bool:
     """Whether extents of these sizes can be taken now."""
     if pool.limit is None:
         return True
     taken: list[Extent] = []
     try:
         for size in sizes:
-            if not pool.has(size):
-                return False
-            taken.append(pool.take(size))
+            taken.append(pool.in_(format_).take(size))
+    except CapacityError:
+        return False
     finally:
         for extent in taken:
             extent.give()

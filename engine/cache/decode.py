@@ -107,7 +107,7 @@ class Decoding:
         self._buffer, self.evicts = 0, False
         self._wired: Wiring | None = None
         self._watched: dict[int, list[Attended]] = {}
-        self._cross = CrossSteps()
+        self._cross = CrossSteps(self.state.crossed, lambda: self.state.most, self._scratch)
         self._use(self._asked)
         self.state.holders.add(self)
         for row in rows:
@@ -138,7 +138,7 @@ class Decoding:
     @property
     def tiered(self) -> bool:
         """Whether some row has a core tier."""
-        return bool(self.state.sizes.pictures)
+        return bool(self.state.sizes.pictures) or self.state.crossed.tiered
 
     @property
     def looks(self) -> bool:
@@ -150,7 +150,6 @@ class Decoding:
     def join(self, row: Row) -> None:
         """One row more, the last; the others go on as they are."""
         self.side.join()
-        self._cross.know(row, self.state)
         self.state.join(row)
         self._changed()
 
@@ -210,7 +209,7 @@ class Decoding:
         """See ``Step.cross``."""
         if not self.looks:
             return None
-        return self._cross.view(layer, len(self.rows), self.state.crossed)
+        return CrossStepView(self._cross, layer, len(self.rows))
 
     def chunks(self, tokens: int) -> list[slice]:
         """A step is one."""
@@ -284,6 +283,7 @@ class Decoding:
     def advance(self) -> None:
         """Close the step and set up the next one."""
         self.account()
+        self.rank_features()
         self.state.core = self._course.next_core
         for r in self._observed:
             assert self.scores is not None, "attention leaves scores where they are shown"
@@ -291,6 +291,11 @@ class Decoding:
         if self._packing:
             self._pack()
         self._prepare()
+
+    def rank_features(self) -> None:
+        """Behind a step's last layer: choose the core of what cross layers look at."""
+        if self.looks:
+            self._cross.rank()
 
     def _pack(self) -> None:
         """Store what rows have generated as their policies say."""
@@ -336,6 +341,8 @@ class Decoding:
         following = CORE + SPARE - core if reranks and self.side.per_layer else core
         scores = reranks or self.evicts or bool(self._observed or self._packing)
         kind = core if kind == CORE else kind
+        if self.looks:
+            self._cross.begin(kind, mine, scored=scores)
         which = self._buffer, kind, reranks, self.evicts, scores, core, following
         self._course = Course(*which)
 
@@ -352,11 +359,11 @@ class Decoding:
     def _listed(self, kind: int, layer: int) -> ListedAttention:
         rows, lists = slice(len(self.rows)), self.state.lists
         slots, count = lists.slots[kind, layer, rows, None], lists.count[kind, layer, rows, None]
-        pool, others = self.pools[layer], list(self._others(kind, layer))
-        lonely = kind == FULL and len(self.rows) == 1 and not others
+        plain = Listed(self.pools[layer], slots[..., lists.plain], count)
+        tiers = [plain, *self._others(kind, layer)]
+        lonely = kind == FULL and len(self.rows) == 1 and len(tiers) == 1
         alone = partial(_begin, self.rows, layer) if lonely else None
-        slots = slots[..., lists.plain]
-        return ListedAttention(pool, slots, count, alone, others, self._scratch)
+        return ListedAttention(tiers, alone, self._scratch)
 
     def _others(self, kind: int, layer: int) -> Iterator[Listed]:
         """What rows attend of a layer's formats."""

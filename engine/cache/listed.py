@@ -42,21 +42,17 @@ class ListedAttention:
 
     def __init__(
         self,
-        pool: Pool,
-        slots: Tensor,
-        count: Tensor,
+        lists: Sequence[Listed],
         run: Callable[[], int] | None = None,
-        others: Sequence[Listed] = (),
         scratch: Scratch | None = None,
     ) -> None:
-        """Attend ``slots`` of ``pool`` and then the ``others``, as ``Listed`` has them.
+        """Attend all ``lists``.
 
         ``run`` says where the list begins if it is one row's unbroken run of slots, and the only
         list: then plain torch need not gather it. ``scratch`` is shared with whoever never attends
         at the same time.
         """
-        self._lists, self._run = [Listed(pool, slots, count), *others], run
-        self._pool, self._scratch = pool, scratch
+        self._lists, self._run, self._scratch = lists, run, scratch
         self._plans: dict[bool, tuple[AttentionPlan, Tensor]] = {}
 
     def __call__(self, q: Tensor, scores: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -102,7 +98,8 @@ class ListedAttention:
             return [each.tier() for each in self._lists]
         (only,), first = self._lists, self._run()
         run = slice(first, first + int(only.count))
-        return [Tier(self._pool.k[run], self._pool.v[run])]
+        assert isinstance(only.pool, Pool), "only plain slots are a run"
+        return [Tier(only.pool.k[run], only.pool.v[run])]
 
 
 def _keep(result: AttentionResult, scores: tuple[Tensor, Tensor] | None) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops.attention import whole_attention
-from ..policies.policy import Policy
+from ..policies.policy import PLAIN, Policy
+from ..policies.select import top
 from .crossing import CrossPools, CrossStored, Pair, Project, Sight, groups
 from .pool import Extent
 
@@ -19,22 +20,24 @@ _FEW = 64  # tokens whose weights are computed at once
 class Fresh:
     """A picture that is new to the cache. With ``pools`` it stays there."""
 
-    def __init__(self, sight: Sight, pools: CrossPools | None, *, trims: bool) -> None:
-        """``trims``: behind the first layer ``trim`` says what stays of it."""
+    def __init__(self, sight: Sight, pools: CrossPools | None, policy: Policy) -> None:
+        """Where ``policy`` trims, ``trim`` says behind the first layer what stays of it."""
         self.seen, self.blind = sight.seen, sight.blind
-        self._features, self._pools, self._whole = sight.features, pools, sight.seen
-        self._trims = trims
+        self._features, self._pools, self.whole = sight.features, pools, sight.seen
+        self._trims, self._format = policy.trims, policy.feature_format()
         self._first: Pair | None = None
         self._taken: list[Extent] = []
+        self._totals: list[Tensor] = []
 
     def pair(self, layer: int, project: Project) -> Pair:
-        """A layer's keys and values, computed now: asked once, layer by layer."""
+        """A layer's keys and values, computed now: asked once, layer by layer. What is stored is
+        attended as it has been written, so that later questions see the same as this one.
+        """
         pair = project(self._features)
         if self._trims and layer == 0:
             self._first = pair
-        else:
-            self._store(layer, *pair)
-        return pair
+            return pair
+        return self._stored(layer, *pair)
 
     def trim(self, kept: Tensor) -> None:
         """Only these ascending features stay, of the first layer's too; later ones compute no
@@ -44,16 +47,22 @@ class Fresh:
         (k, v), self._first = self._first, None
         self._features, self.seen = self._features[kept], len(kept)
         self.blind = min(self.blind, self.seen)
-        self._store(0, k[kept], v[kept])
+        self._stored(0, k[kept], v[kept])
 
-    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def _stored(self, layer: int, k: Tensor, v: Tensor) -> Pair:
+        """Keys and values as they are written."""
         if self._pools is None:
-            return
-        pool = self._pools.pools[layer]
-        self._taken.append(pool.take(self.seen))
-        start = self._taken[-1].start
-        for numbers, new in ((pool.k, k), (pool.v, v)):
-            numbers[start : start + self.seen] = new[: self.seen]
+            return k, v
+        pool = self._pools.pools[layer].in_(self._format)
+        extent = pool.take(self.seen)
+        self._taken.append(extent)
+        pool.write(extent, k[: self.seen], v[: self.seen])
+        self._totals.append(v[: self.seen].float().sum(0))
+        if self._format == PLAIN:
+            return k, v
+        written = zip(pool.read(extent, self.seen), (k, v), strict=True)
+        first, second = (torch.cat([mine.to(x.dtype), x[self.seen :]]) for mine, x in written)
+        return first, second
 
     def hold(self) -> None:
         """What is not there yet has no holder."""
@@ -61,7 +70,15 @@ class Fresh:
     def kept(self) -> CrossStored:
         """What a row holds after a pass: what has been stored."""
         assert self._pools is not None, "nothing is kept without pools"
-        stored = CrossStored(ref(self._features), tuple(self._taken), self._whole)
+        stored = CrossStored(
+            ref(self._features),
+            self._format,
+            tuple(self._taken),
+            torch.stack(self._totals),
+            self.seen,
+            self.whole,
+            sum(pool.slot_bytes for pool in self._pools.pools),
+        )
         return stored if self._trims else self._pools.know(stored)
 
     def give(self) -> None:
@@ -87,14 +104,15 @@ class Looking:
         policy: Policy | None = None,
     ) -> None:
         self.policy = policy or Policy()
-        trims = self.policy.trims
         self.groups = groups([sight.place for sight in sights], len(past))
         self._last = self.groups[-1][1]
         self.pictures: list[CrossStored | Fresh] = list(past)
         for number, sight in enumerate(sights, len(past)):
             lasts = pools is not None and self._last.start <= number < self._last.stop
-            found = None if pools is None or trims else pools.find(sight)
-            self.pictures.append(found or Fresh(sight, pools if lasts else None, trims=trims))
+            found = None if pools is None else pools.find(sight, self.policy)
+            into = pools if lasts else None
+            self.pictures.append(found or Fresh(sight, into, self.policy))
+        self._cores: dict[int, list[Tensor]] = {}
 
     def view(self, layer: int, positions: Tensor) -> LookView | None:
         """A layer's view, for tokens at these ascending ``positions`` of the turn."""
@@ -111,6 +129,23 @@ class Looking:
             picture.give()
         return tuple(picture.kept() for picture in self.pictures[self._last])
 
+    def choose_core(self, weights: Sequence[Tensor]) -> None:
+        """Let the policy choose the core of a layer, one behind the other: ``weights [heads,
+        features]`` are what the last token gives to each picture that it sees.
+        """
+        for number, mine in enumerate(weights):
+            picture = self.pictures[self._last][number]
+            size = self.policy.feature_core(picture.whole)
+            if size is not None:
+                self._cores.setdefault(number, []).append(top(mine.mean(0), size))
+
+    @property
+    def cores(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Of each picture that later tokens see the core features of every cross layer, ascending;
+        empty where all are attended in every step.
+        """
+        return tuple(tuple(layers) for layers in self._cores.values())
+
     def release(self) -> None:
         """Give back all of it."""
         for picture in self.pictures:
@@ -121,7 +156,8 @@ class LookView:
     """A cross layer's view of a pass; see ``CrossView``."""
 
     def __init__(self, looking: Looking, layer: int, positions: Tensor) -> None:
-        self._pictures, self._layer, self._tokens = looking.pictures, layer, len(positions)
+        self._looking, self._pictures = looking, looking.pictures
+        self._layer, self._tokens = layer, len(positions)
         self._policy = looking.policy
         self._received: dict[int, Tensor] = {}  # by picture, where some are trimmed
         starts = torch.tensor([start for start, _ in looking.groups], device=positions.device)
@@ -135,7 +171,8 @@ class LookView:
     def attend(self, q: Tensor, project: Project) -> tuple[Tensor, Tensor]:
         """See ``CrossView.attend``; called for one chunk after the other."""
         if not self._pairs:
-            self._pairs = [picture.pair(self._layer, project) for picture in self._pictures]
+            written = (picture.pair(self._layer, project) for picture in self._pictures)
+            self._pairs = [(k.to(q.dtype), v.to(q.dtype)) for k, v in written]
         begin, self._done = self._done, self._done + len(q)
         out, sees = torch.zeros_like(q), torch.ones(len(q), device=q.device)
         for start, end, pictures in self._ranges:
@@ -150,7 +187,14 @@ class LookView:
                     self._receive(pictures, received(q[mine], pairs))
         if self._done == self._tokens:
             self._trim()
+            self._choose_core(q[-1:])
         return out, sees
+
+    def _choose_core(self, q: Tensor) -> None:
+        """The last token's weights choose what is core from now on."""
+        (*_, (_, _, last)) = self._ranges
+        if last.start < last.stop and self._policy.feature_core(1) is not None:
+            self._looking.choose_core(received(q, self._pairs_of(last)))
 
     def _receive(self, pictures: slice, given: Sequence[Tensor]) -> None:
         """Add what tokens have given to the features of each picture."""
@@ -163,7 +207,10 @@ class LookView:
         for number, given in self._received.items():
             picture = self._pictures[number]
             if isinstance(picture, Fresh):
-                picture.trim(self._policy.features(given))
+                kept = self._policy.features(given)
+                picture.trim(kept)
+                k, v = self._pairs[number]
+                self._pairs[number] = k[kept], v[kept]
 
     def _pairs_of(self, pictures: slice) -> list[Pair]:
         """What a token attends that sees these pictures."""

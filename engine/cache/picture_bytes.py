@@ -1,4 +1,7 @@
-"""What of a sequence's pictures is stored and what its decode steps have read, in bytes."""
+"""What of a sequence's pictures is stored and what its decode steps have read, in bytes.
+
+Where cross layers look at pictures, these are features instead of image tokens: ``Row.across``.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,11 @@ def _of_layer(pool: Pool, stored: Stored, spans: Sequence[tuple[int, int]]) -> I
     for part in stored.parts:
         tokens = int((part.image_of >= 0).sum())
         core = tokens if part.core is None else len(part.core)
-        pages = pool.of(part.format).layout
+        written = pool.in_(part.format)
+        if isinstance(written, Pool):
+            yield _Held(format_of(pool.k.dtype).name, False, tokens, core, half, half)
+            continue
+        pages = written.layout
         sides = pages.key.token_bytes, pages.value.token_bytes
         yield _Held(pages.name, True, tokens, core, *sides)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import CapacityError
 from ..ops.pages import PAGE, Pages
 from ..options import parse_bits
+from ..policies.policy import PLAIN
 from .holes import Holes
 
 
@@ -67,6 +68,10 @@ class Pool:
         """Bytes of a token's keys and values."""
         return 2 * self.k.shape[1] * self.k.shape[2] * self.k.element_size()
 
+    def in_(self, format_: str) -> Pool | PagedPool:
+        """The pool of a format, or this one for PLAIN."""
+        return self if format_ == PLAIN else self.of(format_)
+
     def of(self, format_: str) -> PagedPool:
         """The layer's pool of a format; its keys have as many bits as they need here."""
         keys, values = parse_bits(format_)
@@ -109,6 +114,16 @@ class Pool:
         self.holes.add(start, size)
         if self.limit is not None:
             self.holes.add(self.limit + start, size)
+
+    def write(self, extent: Extent, k: Tensor, v: Tensor) -> None:
+        """Fill an extent with ``k, v [tokens, kv_heads, head_dim]``."""
+        for numbers, new in ((self.k, k), (self.v, v)):
+            numbers[extent.start : extent.start + len(new)] = new
+
+    def read(self, extent: Extent, tokens: int) -> tuple[Tensor, Tensor]:
+        """The first ``tokens`` of what ``write`` has written, where they lie."""
+        slots = slice(extent.start, extent.start + tokens)
+        return self.k[slots], self.v[slots]
 
     def _pair(self, limit: int, size: int) -> int | None:
         """Where ``size`` slots begin that are free for keys and for values."""
@@ -179,13 +194,13 @@ class PagedPool:
             self._plain.holes.add(*self._claims.pop(start // PAGE))
 
     def write(self, extent: Extent, k: Tensor, v: Tensor) -> None:
-        """Fill an extent with ``k, v [tokens, kv_heads, head_dim]``."""
+        """See ``Pool.write``."""
         if extent.size:
             first = extent.start // PAGE
             self.data[first : first + extent.size // PAGE] = self.layout.pack(k, v)
 
     def read(self, extent: Extent, tokens: int) -> tuple[Tensor, Tensor]:
-        """What ``write`` has written, float32."""
+        """See ``Pool.read``: float32."""
         first = extent.start // PAGE
         k, v = self.layout.unpack(self.data[first : first + extent.size // PAGE])
         return k[:tokens], v[:tokens]

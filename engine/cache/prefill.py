@@ -191,7 +191,7 @@ class Prefill:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self.row.pictures = self._looking.keep()
+            self.row.pictures, self.row.cores = self._looking.keep(), self._looking.cores
             self.past.give()
             return
         for extent in self._taken:

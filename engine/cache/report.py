@@ -38,7 +38,8 @@ class CacheReport:
         bytes_used: bytes of the tokens kept, and of the features that cross layers hold.
         bytes_allocated: bytes of the tensors that hold them, free slots included.
         bytes_full: what the full cache would use at this length.
-        formats: bytes of image tokens by format, the model's own dtype among them.
+        formats: bytes of image tokens by format, the model's own dtype among them. Of a model whose
+            cross layers look at pictures, this and the following count features instead.
         image_stored_share: bytes of image tokens / what all of them take in the full cache.
         image_read_share: bytes of image tokens read / what a step over the full cache reads, mean
             over decode steps (without one: what is stored).
@@ -46,8 +47,8 @@ class CacheReport:
             layers and heads.
         values_read: of the values in formats those that were read, by steps that may leave some
             out; 1 where none may.
-        features: of pictures, that each cross layer holds and reads in every step; they are no
-            tokens of the sequence, and no count or share above is of them.
+        features: of pictures, that each cross layer holds; they are no tokens of the sequence, and
+            no count of tokens above is of them.
         feature_bytes: bytes of their keys and values, in all cross layers.
         features_whole: how many they were before a policy dropped any.
     """
@@ -92,9 +93,10 @@ def report(row: Row, pools: Sequence[Pool], cross: Sequence[Pool] = ()) -> Cache
     tokens = [stored.tokens for stored in row.layers]
     each = zip(row.layers, pools, strict=True)
     seen, steps, token_bytes = row.seen, row.attended_share, pools[0].slot_bytes
-    pictures = picture_bytes(row, pools)
+    pictures = picture_bytes(row.across(), cross) if row.pictures else picture_bytes(row, pools)
     used = sum(stored.nbytes(pool, stored.layout.columns) for stored, pool in each)
     feature_bytes = sum(picture.nbytes for picture in row.pictures)
+    whole = sum(picture.whole for picture in row.pictures)
     return CacheReport(
         policy=row.policy.spec,
         image_tokens=total,
@@ -109,13 +111,13 @@ def report(row: Row, pools: Sequence[Pool], cross: Sequence[Pool] = ()) -> Cache
         bytes_full=len(tokens) * seen * token_bytes
         + sum(picture.nbytes_whole for picture in row.pictures),
         formats=pictures.stored,
-        image_stored_share=pictures.share(sum(pictures.stored.values()), total),
-        image_read_share=pictures.share(pictures.step_bytes, total),
+        image_stored_share=pictures.share(sum(pictures.stored.values()), whole or total),
+        image_read_share=pictures.share(pictures.step_bytes, whole or total),
         left_out=pictures.left_out,
         values_read=pictures.values_read,
         features=sum(picture.seen for picture in row.pictures),
         feature_bytes=feature_bytes,
-        features_whole=sum(picture.whole for picture in row.pictures),
+        features_whole=whole,
     )
 
 

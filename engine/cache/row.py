@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -159,24 +160,27 @@ class Row:
     """One sequence under its own ``policy``: rows that are decoded together may differ in it.
 
     ``image_spans`` are the positions of every picture's tokens; ``pictures`` are what the next
-    token sees through cross layers, where a model has such; ``rotary [words]`` int64 is what
-    the model's rotation has made of the first prefill, see ``Step``; ``attended_share`` collects,
-    for every decode step, the share of the tokens seen that were multiplied with (mean over
-    layers); ``observer`` is told of every layer of every pass. ``lists`` counts decode steps over
-    the full lists and over the core lists; ``spent [layers, 2]`` is what those steps' ``Sifting``
-    have counted, heads summed up.
+    token sees through cross layers, where a model has such, and ``cores`` of each the ascending
+    features that are core in every cross layer, if there is a core; ``rotary [words]`` int64 is
+    what the model's rotation has made of the first prefill, see ``Step``; ``attended_share``
+    collects, for every decode step, the share of the tokens seen that were multiplied with (mean
+    over layers); ``observer`` is told of every layer of every pass. ``lists`` counts decode steps
+    over the full lists and over the core lists; ``spent [layers, 2]`` is what those steps'
+    ``Sifting`` have counted, heads summed up, ``spent_across`` the same of cross layers.
     """
 
     policy: Policy = field(default_factory=Policy)
     layers: list[Stored] = field(default_factory=list)
     image_spans: list[tuple[int, int]] = field(default_factory=list)
     pictures: tuple[CrossStored, ...] = ()
+    cores: tuple[tuple[Tensor, ...], ...] = ()
     rotary: Tensor = field(default_factory=no_rotary)
     step: int = 0
     attended_share: list[float] = field(default_factory=list)
     observer: Observer | None = None
     lists: list[int] = field(default_factory=lambda: [0, 0])
     spent: Tensor | None = None
+    spent_across: Tensor | None = None
 
     @property
     def seen(self) -> int:
@@ -187,6 +191,39 @@ class Row:
     def text(self) -> Layout:
         """A layout with as many text tokens as every layer holds, which a prefill sees to."""
         return self.layers[-1].layout
+
+    def across(self) -> Row:
+        """The row as cross layers see it: its pictures are parts, and nothing else is there."""
+        ends = list(accumulate((picture.seen for picture in self.pictures), initial=0))
+        layers = len(self.pictures[0].extents) if self.pictures else 0
+        return Row(
+            policy=self.policy,
+            layers=[self._across(layer) for layer in range(layers)],
+            image_spans=list(pairwise(ends)),
+            lists=self.lists,
+            spent=self.spent_across,
+        )
+
+    def _across(self, layer: int) -> Stored:
+        sizes = tuple(picture.whole for picture in self.pictures)
+        none = torch.empty(0, dtype=torch.int64)
+        layout = Layout(none, none[None], 0, sizes, settled=0, text_seen=0, seen=0)
+        parts = tuple(self._part(number, layer) for number in range(len(self.pictures)))
+        nothing = Extent(self.pictures[0].extents[layer].pool, 0, 0)
+        return Stored(nothing, layout, none if self.cores else None, None, parts)
+
+    def _part(self, number: int, layer: int) -> Part:
+        picture = self.pictures[number]
+        return Part(
+            picture.format,
+            picture.extents[layer],
+            torch.full((picture.seen,), number),
+            sum(earlier.seen for earlier in self.pictures[:number])
+            + torch.arange(picture.seen)[None],
+            picture.totals[layer],
+            self.cores[number][layer].cpu() if self.cores else None,
+            minor=False,
+        )
 
     def share(self) -> Row:
         """The same for a sequence that begins with it: a turn on top of it copies or shares what it
@@ -200,3 +237,14 @@ class Row:
             stored.give()
         for picture in self.pictures:
             picture.give()
+
+
+def means_of(row: Row, name: str, like: Tensor) -> Tensor:
+    """Means ``[layers, kv_heads, head_dim]`` of a row's values in a format, zeros where none is."""
+    means = torch.zeros_like(like)
+    for layer, stored in enumerate(row.layers):
+        mine = [part for part in stored.parts if part.format == name]
+        if mine:
+            total = torch.stack([part.total for part in mine]).sum(0)
+            means[layer] = total / sum(part.tokens for part in mine)
+    return means

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
 
 from .row import Row
 
 # Lists and places are rounded up to multiples of this, so that most rows that come later fit.
 ROUNDED = 128
+
+
+# Tensors, and their dimension that counts rows; what is larger adds to the end of the list.
+Group: TypeAlias = tuple[Sequence[Tensor], int]
 
 
 class Sizes(NamedTuple):
@@ -24,8 +30,6 @@ class Sizes(NamedTuple):
         evicting: 1 where some row evicts text, else 0: scores are kept.
         rotary: words of a row's rotary state.
         sifting: 1 where some row leaves values unread, else 0.
-        crossing: cross layers that look at some row's pictures.
-        features: slots of the longest list of features.
         formats: of the cache, with the slots of the longest list in each.
     """
 
@@ -36,8 +40,6 @@ class Sizes(NamedTuple):
     evicting: int = 0
     rotary: int = 0
     sifting: int = 0
-    crossing: int = 0
-    features: int = 0
     formats: Mapping[str, int] = MappingProxyType({})
 
     @classmethod
@@ -52,8 +54,6 @@ class Sizes(NamedTuple):
             evicting=int(budget is not None),
             rotary=len(row.rotary),
             sifting=int(row.policy.leaves_out() > 0),
-            crossing=len(row.pictures[0].extents) if row.pictures else 0,
-            features=_rounded(sum(picture.seen for picture in row.pictures)),
             formats=_formats(row),
         )
 
@@ -111,3 +111,10 @@ def _rounded(count: int) -> int:
     (128, 128, 256)
     """
     return -(-count // ROUNDED) * ROUNDED
+
+
+def carry(before: Sequence[Group], after: Sequence[Group]) -> None:
+    """Copy what lay in tensors into larger ones: of every group the first as many."""
+    for (old, _), (new, _) in zip(before, after, strict=True):
+        for into, held in zip(new, old, strict=False):
+            into[tuple(slice(size) for size in held.shape)] = held

@@ -17,8 +17,8 @@ from .core_lists import CoreRuns
 from .cross_steps import CrossLists
 from .lengths import WORDS, Lengths
 from .pool import Holder, Pool
-from .row import Row, Stored
-from .sizes import Sizes
+from .row import Row, Stored, means_of
+from .sizes import Group, Sizes, carry
 from .slot_lists import CORE, SlotLists
 from .text_slots import TextSlots
 
@@ -54,6 +54,7 @@ class State:
         self.holders: WeakSet[Holder] = WeakSet()
         for pool in pools:
             pool.holders.add(self)
+        self.crossed = CrossLists(pools[0].k, self)
         self._make(Sizes())
 
     def _make(self, sizes: Sizes) -> None:
@@ -61,7 +62,6 @@ class State:
         self.lists = SlotLists(layers, sizes, self.device, spare=self._spare)
         self.text = TextSlots(layers, self.kv_heads, sizes, self.device)
         self.runs = CoreRuns(layers, sizes, self.device)
-        self.crossed = CrossLists(sizes, self.device)
         self.rotary = torch.zeros(sizes.rows, sizes.rotary, dtype=torch.int64, device=self.device)
         self.most = torch.zeros(sizes.rows, device=self.device)
         formats, head_dim = len(sizes.formats) if sizes.sifting else 0, self.pools[0].k.shape[2]
@@ -75,23 +75,22 @@ class State:
 
     def by_row(self) -> list[tuple[Tensor, int]]:
         """All tensors, each with its dimension that counts rows."""
-        return [pair for group in self._groups() for pair in group]
+        groups = [*self._groups(), *self.crossed.groups()]
+        return [(tensor, dim) for tensors, dim in groups for tensor in tensors]
 
-    def _groups(self) -> list[list[tuple[Tensor, int]]]:
-        """The same in lists, to the end of which larger states add."""
+    def _groups(self) -> list[Group]:
+        """The same in lists, to the end of which larger states add; without the features."""
         lists, text = self.lists, self.text
-        groups = [
+        return [
             ([lists.first, lists.count, self.words], 2),
             ([self.runs.runs], 3),
             ([text.start, text.write, text.scores, text.positions], 1),
-            ([self.rotary, self.most, self.crossed.count, self.crossed.sees], 0),
-            ([self.crossed.slots], 1),
+            ([self.rotary, self.most], 0),
             (lists.by_tier(), 2),
             (lists.counts.unbind(1), 2),
             (self.means.unbind(), 1),
             (self.spent.unbind(), 1),
         ]
-        return [[(tensor, dim) for tensor in tensors] for tensors, dim in groups]
 
     # -- rows come and go -------------------------------------------------------------------------
 
@@ -100,6 +99,7 @@ class State:
         r = len(self.rows)
         self._write(row, r)
         self.spent[:, :, r] = 0
+        self.crossed.join(row, r, self.rows)
         self.rows.append(row)
 
     def rejoin(self, r: int) -> None:
@@ -114,12 +114,12 @@ class State:
         self.lists.join(row, r)
         self.text.join(row, r, self.lengths.texts[r], self.lengths.evicts[r])
         self.runs.join(row, r)
-        self.crossed.join(row, r)
         self.rotary[r] = 0
         self.rotary[r, : len(row.rotary)] = row.rotary
         self.most[r] = row.policy.leaves_out()
         for tier in range(len(self.means)):
-            self.means[tier, :, r] = _means(row, self.lists.tiers[tier][0], self.means[tier, :, r])
+            name, like = self.lists.tiers[tier][0], self.means[tier, :, r]
+            self.means[tier, :, r] = means_of(row, name, like)
 
     def leave(self, r: int) -> Row:
         """Row ``r`` goes, see ``settle``; the last one is row ``r`` from now on."""
@@ -144,9 +144,7 @@ class State:
         before, (shared, means) = self._groups(), (self.lists.shared, self.lists.mean_shared)
         self._make(sizes)
         self.lists.shared, self.lists.mean_shared = shared, means
-        for group, old in zip(self._groups(), before, strict=True):
-            for (into, _), (held, _) in zip(group, old, strict=False):  # new formats come last
-                into[tuple(slice(size) for size in held.shape)] = held
+        carry(before, self._groups())
         for r, row in enumerate(self.rows):  # which counts from where lists begin
             self.runs.join(row, r)
 
@@ -220,7 +218,7 @@ class State:
             self._close_up(r)
         layers = [self._settled(r, layer, stored) for layer, stored in enumerate(row.layers)]
         row.layers, row.step = layers, self.lengths.steps[r]
-        row.spent = self.sifted(r)
+        row.spent, row.spent_across = self.sifted(r), self.crossed.sifted(r)
         return row
 
     def _close_up(self, r: int) -> None:
@@ -259,14 +257,3 @@ class State:
         both = zip(stored.parts, self._core_of_parts(r, layer), strict=True)
         parts = tuple(replace(part, core=core) for part, core in both)
         return Stored(stored.extent, layout, self._core_slots(r, layer), scores, parts)
-
-
-def _means(row: Row, name: str, like: Tensor) -> Tensor:
-    """Means ``[layers, kv_heads, head_dim]`` of a row's values in a format, zeros where none is."""
-    means = torch.zeros_like(like)
-    for layer, stored in enumerate(row.layers):
-        mine = [part for part in stored.parts if part.format == name]
-        if mine:
-            total = torch.stack([part.total for part in mine]).sum(0)
-            means[layer] = total / sum(part.tokens for part in mine)
-    return means

@@ -46,6 +46,8 @@ class Avl(Policy):
         format: of the secondary tokens, the core among them (``ops.pages``); plain: as text.
         minor: what becomes of the others: freed, as the paper has it, or a format that they are
             kept in. They are read whenever all secondary tokens are, and never become core.
+        cross: share of a picture's features that each cross layer attends, where a model has such,
+            in steps that attend the core: ours, not the paper's; None: all of them.
         skip: share of a head's attention to what lies in a format whose values may stay unread.
     """
 
@@ -61,6 +63,7 @@ class Avl(Policy):
     floor: int = 20
     format: str = PLAIN
     minor: str = FREED
+    cross: float | None = None
     skip: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class Avl(Policy):
         if self.core is not None:
             check_share(self, "core", high=self.secondary, limit="secondary")
         check_share(self, "prefill", low=self.secondary, limit="secondary")
+        if self.cross is not None:
+            check_share(self, "cross")
         for key in ("every", "floor"):
             check_count(self, key)
         check_count(self, "layer", low=1)
@@ -85,6 +90,11 @@ class Avl(Policy):
         """Where tokens are dropped after a layer, it must be there."""
         if self.prefill < 1:
             check_layer(self, self.layer, layers)
+        if self.cross is not None and not cross_layers:
+            raise OptionError(
+                f"cache policy avl: cross is {self.cross}, and this model has no cross layers",
+                hint="leave it out, or use it with Llama-3.2-Vision",
+            )
 
     def retain(self, layer: int, layout: Layout, received: Received) -> Kept:
         """Secondary and core of every picture, and the text budget."""
@@ -179,12 +189,24 @@ class Avl(Policy):
 
     def attends_core(self, step: int) -> bool:
         """All steps but every K-th."""
-        return self.core is not None and not self.reranks(step)
+        return self._cored and not self.reranks(step)
 
     def reranks(self, step: int) -> bool:
         """Every K-th step."""
-        return self.core is not None and self.every > 0 and step % self.every == 0
+        return self._cored and self.every > 0 and step % self.every == 0
+
+    @property
+    def _cored(self) -> bool:
+        return self.core is not None or self.cross is not None
 
     def core_size(self, image_tokens: int) -> int:
         """int(C * I)."""
         return image_tokens if self.core is None else int(self.core * image_tokens)
+
+    def feature_format(self) -> str:
+        """See ``Policy.feature_format``: that of secondary tokens."""
+        return self.format
+
+    def feature_core(self, features: int) -> int | None:
+        """See ``Policy.feature_core``: int(cross * features)."""
+        return None if self.cross is None else int(self.cross * features)

@@ -96,6 +96,14 @@ class Composed(Policy):
         """See ``Policy.features``."""
         return next(policy for policy in self.policies if policy.trims).features(received)
 
+    def feature_format(self) -> str:
+        """See ``Policy.feature_format``."""
+        return self._storing.feature_format()
+
+    def feature_core(self, features: int) -> int | None:
+        """See ``Policy.feature_core``."""
+        return self._storing.feature_core(features)
+
     def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
         """See ``Policy.text_budget``."""
         return self._storing.text_budget(text_seen, seen)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .received import Received
 
 
+# Instead of a format: as text lies; kept no longer.
+PLAIN, FREED = "plain", "freed"
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many text tokens a head may keep, and how many of them for being the latest."""
@@ -125,6 +129,16 @@ class Policy:
         """
         raise NotImplementedError
 
+    def feature_format(self) -> str:
+        """The format that cross layers' features are written in (``ops.pages``), or PLAIN."""
+        return PLAIN
+
+    def feature_core(self, features: int) -> int | None:
+        """How many of a picture's ``features`` a cross layer attends in steps that attend the core,
+        each its own, chosen as image tokens are; None: all of them in every step.
+        """
+        return None
+
     def text_budget(self, text_seen: int | None, seen: int) -> Budget | None:
         """Tokens a head may keep of the evictable text; None: no limit.
 
@@ -152,8 +166,6 @@ class Policy:
         return f"{self.name}:{pairs}" if pairs else self.name
 
 
-# Instead of a format: as text lies; kept no longer.
-PLAIN, FREED = "plain", "freed"
 # No model has as many tokens; steps and kernels count in 32 bits.
 MOST = 1_000_000_000
 

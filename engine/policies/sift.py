@@ -59,6 +59,10 @@ class Sift(Policy):
         new = range(layout.settled, len(layout.image_sizes))
         return {self.format: sum(map(layout.image_columns, new))}
 
+    def feature_format(self) -> str:
+        """See ``Policy.feature_format``: features are what other models' image tokens are."""
+        return self.format
+
     def leaves_out(self) -> float:
         """See ``Policy.leaves_out``."""
         return self.skip

@@ -149,6 +149,7 @@ class CapturedStep:
         decoding.set_course(words, MIXED if decoding.tiered else FULL, reranks)
         hidden = decoder(decoder.embed(self._tokens), decoding)
         self._logits.copy_(decoder.logits(hidden))
+        decoding.rank_features()
         decoding.side.join()
         self._line += 1
 

@@ -202,7 +202,7 @@ class Scheduler:
         """Whether there is room for what cross layers see of a job's pictures."""
         if self.cross is None:
             return True
-        return self.cross.has(job.turn.sights(self.model), trims=job.policy.trims)
+        return self.cross.has(job.turn.sights(self.model), job.policy)
 
     def _slots(self, job: Job) -> tuple[int, dict[str, int]]:
         """Slots that a job needs in a layer at most; none to speak of where pools grow."""

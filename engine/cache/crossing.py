@@ -49,7 +49,7 @@ class CrossStored:
         format: that they are written in, or PLAIN.
         extents: each layer's; its first slots are the features, in order.
         totals: ``[layers, kv_heads, head_dim]`` fp32, the sums of each layer's values.
-        seen: how many features each layer holds.
+        numbers: ``[seen]`` ascending, which features of the picture each layer holds.
         whole: how many a token saw before any were dropped.
         full_bytes: bytes of a feature in all layers, written in plain numbers.
     """
@@ -60,9 +60,14 @@ class CrossStored:
     format: str
     extents: tuple[Extent, ...]
     totals: Tensor
-    seen: int
+    numbers: Tensor
     whole: int
     full_bytes: int
+
+    @property
+    def seen(self) -> int:
+        """How many features each layer holds."""
+        return len(self.numbers)
 
     @property
     def nbytes(self) -> int:

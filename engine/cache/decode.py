@@ -129,11 +129,11 @@ class Decoding:
         return self.state.rotary[: len(self.rows)]
 
     @property
-    def kind(self) -> tuple[int, bool, bool]:
-        """Which lists the coming step attends, whether it leaves scores behind, and whether some
-        row sees a picture through cross layers.
+    def kind(self) -> tuple[int, bool, tuple[int, bool] | None]:
+        """Which lists the coming step attends, whether it leaves scores behind, and the same of
+        cross layers where some row sees a picture through them.
         """
-        return self._course.kind, self._course.scores, self.looks
+        return self._course.kind, self._course.scores, self._cross.course if self.looks else None
 
     @property
     def tiered(self) -> bool:
@@ -282,15 +282,23 @@ class Decoding:
 
     def advance(self) -> None:
         """Close the step and set up the next one."""
+        looked = {r: self._looked(r) for r in self._observed if self.rows[r].pictures}
         self.account()
         self.rank_features()
         self.state.core = self._course.next_core
         for r in self._observed:
             assert self.scores is not None, "attention leaves scores where they are shown"
             show_step(self.state, r, *self.scores, self._watched[r])
+            if r in looked:
+                across = self.rows[r].across()
+                self._cross.show(across, r, self.state.lengths.steps[r], looked[r])
         if self._packing:
             self._pack()
         self._prepare()
+
+    def _looked(self, r: int) -> list[Attended]:
+        """What row ``r``'s step, not closed yet, has attended of pictures in cross layers."""
+        return self._cross.attended(self.rows[r].across(), r, core=bool(self.kinds[r]))
 
     def rank_features(self) -> None:
         """Behind a step's last layer: choose the core of what cross layers look at."""
@@ -342,7 +350,7 @@ class Decoding:
         scores = reranks or self.evicts or bool(self._observed or self._packing)
         kind = core if kind == CORE else kind
         if self.looks:
-            self._cross.begin(kind, mine, scored=scores)
+            self._cross.begin(kind, mine, scored=scores, observed=bool(self._observed))
         which = self._buffer, kind, reranks, self.evicts, scores, core, following
         self._course = Course(*which)
 

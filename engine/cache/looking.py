@@ -28,6 +28,7 @@ class Fresh:
         self._first: Pair | None = None
         self._taken: list[Extent] = []
         self._totals: list[Tensor] = []
+        self._numbers = torch.arange(sight.seen)
 
     def pair(self, layer: int, project: Project) -> Pair:
         """A layer's keys and values, computed now: asked once, layer by layer. What is stored is
@@ -45,7 +46,7 @@ class Fresh:
         """
         assert self._first is not None, "the first layer has been asked"
         (k, v), self._first = self._first, None
-        self._features, self.seen = self._features[kept], len(kept)
+        self._features, self.seen, self._numbers = self._features[kept], len(kept), kept.cpu()
         self.blind = min(self.blind, self.seen)
         self._stored(0, k[kept], v[kept])
 
@@ -75,7 +76,7 @@ class Fresh:
             self._format,
             tuple(self._taken),
             torch.stack(self._totals),
-            self.seen,
+            self._numbers,
             self.whole,
             sum(pool.slot_bytes for pool in self._pools.pools),
         )
@@ -94,6 +95,10 @@ class Looking:
     there already is held from ``hold`` on, whoever else gives it back meanwhile, up to ``keep``,
     once all layers are done, or ``release``. Where ``policy`` trims, each turn has pictures of its
     own.
+
+    Attributes:
+        watched: whether somebody wants to see what the last token looks at.
+        last: if so, of every layer its weights ``[heads, features]`` on each picture that it sees.
     """
 
     def __init__(
@@ -102,6 +107,8 @@ class Looking:
         pools: CrossPools | None = None,
         past: Sequence[CrossStored] = (),
         policy: Policy | None = None,
+        *,
+        watched: bool = False,
     ) -> None:
         self.policy = policy or Policy()
         self.groups = groups([sight.place for sight in sights], len(past))
@@ -113,6 +120,8 @@ class Looking:
             into = pools if lasts else None
             self.pictures.append(found or Fresh(sight, into, self.policy))
         self._cores: dict[int, list[Tensor]] = {}
+        self.watched = watched
+        self.last: list[list[Tensor]] = []
 
     def view(self, layer: int, positions: Tensor) -> LookView | None:
         """A layer's view, for tokens at these ascending ``positions`` of the turn."""
@@ -129,10 +138,12 @@ class Looking:
             picture.give()
         return tuple(picture.kept() for picture in self.pictures[self._last])
 
-    def choose_core(self, weights: Sequence[Tensor]) -> None:
+    def looked(self, weights: list[Tensor]) -> None:
         """Let the policy choose the core of a layer, one behind the other: ``weights [heads,
         features]`` are what the last token gives to each picture that it sees.
         """
+        if self.watched:
+            self.last.append(weights)
         for number, mine in enumerate(weights):
             picture = self.pictures[self._last][number]
             size = self.policy.feature_core(picture.whole)
@@ -187,14 +198,15 @@ class LookView:
                     self._receive(pictures, received(q[mine], pairs))
         if self._done == self._tokens:
             self._trim()
-            self._choose_core(q[-1:])
+            self._look_last(q[-1:])
         return out, sees
 
-    def _choose_core(self, q: Tensor) -> None:
-        """The last token's weights choose what is core from now on."""
+    def _look_last(self, q: Tensor) -> None:
+        """The last token's weights, where they choose or are shown."""
         (*_, (_, _, last)) = self._ranges
-        if last.start < last.stop and self._policy.feature_core(1) is not None:
-            self._looking.choose_core(received(q, self._pairs_of(last)))
+        asked = self._looking.watched or self._policy.feature_core(1) is not None
+        if asked and last.start < last.stop:
+            self._looking.looked(received(q, self._pairs_of(last)))
 
     def _receive(self, pictures: slice, given: Sequence[Tensor]) -> None:
         """Add what tokens have given to the features of each picture."""

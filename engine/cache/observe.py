@@ -29,6 +29,8 @@ class Observed:
         bytes: what the layer stores after the pass.
         bits: ``[image tokens]`` uint8, bits of a number of its keys and of its values together, in
             the order of ``tiers``; 0 where it was freed.
+        across: whether it is a cross layer, counted among these: its image tokens are features, all
+            that it attends, and a position is a number among them.
     """
 
     layer: int
@@ -41,6 +43,7 @@ class Observed:
     text: Tensor
     bytes: int
     bits: Tensor
+    across: bool = False
 
 
 class Observer(Protocol):

@@ -15,6 +15,7 @@ from ..policies.received import ReceivedInStep
 from .pool import Extent, Pool
 from .prefill import stored_layout
 from .row import Part, Row, Stored
+from .slot_lists import FULL
 from .state import State
 
 
@@ -30,7 +31,7 @@ def weights_of(state: State, r: int, logits: Tensor, lse: Tensor) -> list[Tensor
         text = start + state.lengths.texts[r]
         beside = [
             torch.arange(first, first + len(positions), device=logits.device)
-            for first, positions in state.listed_parts(r, layer, core=False)
+            for first, positions in state.lists.listed_parts(stored, layer, r, FULL)
         ]
         plain = torch.arange(text, device=logits.device)
         entries = torch.cat([plain[:start], *beside, plain[start:]])

@@ -59,6 +59,11 @@ class Pool:
         self.paged: dict[str, PagedPool] = {}
 
     @property
+    def plain(self) -> Pool:
+        """This one: see ``PagedPool``."""
+        return self
+
+    @property
     def slots(self) -> int:
         """Slots that exist."""
         return len(self.k)
@@ -154,7 +159,7 @@ class Pool:
 class PagedPool:
     """Keys and values of one layer in few bits, ``data [pages, bytes]`` uint8; see ``Pages``.
 
-    An extent takes whole pages. Attributes are those of ``Pool``.
+    An extent takes whole pages. Attributes are those of ``Pool``; ``plain`` is the layer's.
     """
 
     def __init__(self, plain: Pool, format_: str) -> None:
@@ -162,7 +167,7 @@ class PagedPool:
         self.layout = Pages.of(format_, k.shape[1], k.shape[2], k.dtype)
         self.holders: WeakSet[Holder] = WeakSet()
         self.holes = Holes()
-        self._plain: Pool = proxy(plain)  # which holds this
+        self.plain: Pool = proxy(plain)  # which holds this
         self._claims: dict[int, tuple[int, int]] = {}
         self.data = torch.empty(0, self.layout.nbytes, dtype=torch.uint8, device=k.device)
         if plain.limit is not None:
@@ -183,15 +188,15 @@ class PagedPool:
     def take(self, size: int) -> Extent:
         """See ``Pool.take``."""
         pages = -(-size // PAGE)
-        first = self._take_or_grow(pages) if self._plain.limit is None else self._claim(pages)
+        first = self._take_or_grow(pages) if self.plain.limit is None else self._claim(pages)
         return Extent(self, first * PAGE, pages * PAGE)
 
     def free(self, start: int, size: int) -> None:
         """See ``Pool.free``."""
-        if self._plain.limit is None:
+        if self.plain.limit is None:
             self.holes.add(start // PAGE, size // PAGE)
         elif size:
-            self._plain.holes.add(*self._claims.pop(start // PAGE))
+            self.plain.holes.add(*self._claims.pop(start // PAGE))
 
     def write(self, extent: Extent, k: Tensor, v: Tensor) -> None:
         """See ``Pool.write``."""
@@ -209,7 +214,7 @@ class PagedPool:
         """Pages of what the plain pool has claimed; they begin at a multiple of their own size."""
         if not pages:
             return 0
-        plain, size = self._plain, self.layout.nbytes
+        plain, size = self.plain, self.layout.nbytes
         unit = plain.slot_bytes // 2
         units = -(-((pages + 1) * size - 1) // unit)
         start = plain.holes.take(units, last=True)

@@ -25,7 +25,7 @@ from .looking import Looking, LookView
 from .observe import Observer
 from .pool import Extent, PagedPool, Pool
 from .row import Part, Row, Stored
-from .showing import show_prefill
+from .showing import show_look, show_prefill
 
 # Tokens that pass a layer at once: what a layer needs beside its keys and values stays bounded, and
 # a pass can be left between two of them.
@@ -192,6 +192,8 @@ class Prefill:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.row.pictures, self.row.cores = self._looking.keep(), self._looking.cores
+            if self._looking.watched and self.row.pictures:
+                show_look(self.row, self._looking.last)
             self.past.give()
             return
         for extent in self._taken:

@@ -135,7 +135,7 @@ class Stored:
 
     def nbytes(self, pool: Pool, columns: int) -> int:
         """Bytes of the tokens that are held, ``columns`` of them plain."""
-        packed = [part.tokens * pool.of(part.format).slot_bytes for part in self.parts]
+        packed = [part.tokens * part.extent.pool.slot_bytes for part in self.parts]
         return columns * pool.slot_bytes + sum(packed)
 
     def share(self) -> Stored:
@@ -193,13 +193,16 @@ class Row:
         return self.layers[-1].layout
 
     def across(self) -> Row:
-        """The row as cross layers see it: its pictures are parts, and nothing else is there."""
-        ends = list(accumulate((picture.seen for picture in self.pictures), initial=0))
+        """The row as cross layers see it: its pictures are parts, and nothing else is there. A
+        feature's position is its number among those of all pictures.
+        """
+        ends = list(accumulate((picture.whole for picture in self.pictures), initial=0))
         layers = len(self.pictures[0].extents) if self.pictures else 0
         return Row(
             policy=self.policy,
             layers=[self._across(layer) for layer in range(layers)],
             image_spans=list(pairwise(ends)),
+            observer=self.observer,
             lists=self.lists,
             spent=self.spent_across,
         )
@@ -207,19 +210,19 @@ class Row:
     def _across(self, layer: int) -> Stored:
         sizes = tuple(picture.whole for picture in self.pictures)
         none = torch.empty(0, dtype=torch.int64)
-        layout = Layout(none, none[None], 0, sizes, settled=0, text_seen=0, seen=0)
+        layout = Layout(none, none[None], 0, sizes, settled=0, text_seen=0, seen=sum(sizes))
         parts = tuple(self._part(number, layer) for number in range(len(self.pictures)))
         nothing = Extent(self.pictures[0].extents[layer].pool, 0, 0)
         return Stored(nothing, layout, none if self.cores else None, None, parts)
 
     def _part(self, number: int, layer: int) -> Part:
         picture = self.pictures[number]
+        before = sum(earlier.whole for earlier in self.pictures[:number])
         return Part(
             picture.format,
             picture.extents[layer],
             torch.full((picture.seen,), number),
-            sum(earlier.seen for earlier in self.pictures[:number])
-            + torch.arange(picture.seen)[None],
+            before + picture.numbers.cpu()[None],
             picture.totals[layer],
             self.cores[number][layer].cpu() if self.cores else None,
             minor=False,

@@ -12,9 +12,9 @@ from ..options import parse_bits
 from ..policies.layout import Layout
 from ..policies.received import Received
 from .observe import Observed, tiers_of
-from .pool import Pool
+from .pool import PagedPool, Pool
 from .row import Row, Stored
-from .slot_lists import CORE
+from .slot_lists import CORE, FULL, SlotLists
 from .state import State
 
 
@@ -39,6 +39,80 @@ def show_prefill(
             bits=bits_of(row, stored, kept.positions, pool),
         )
     )
+
+
+def show_look(row: Row, weights: Sequence[Sequence[Tensor]]) -> None:
+    """Tell the row's observer of a prefill's cross layers: ``weights [heads, features]`` are what
+    the last token gave to each picture that it sees, layer by layer.
+    """
+    across = row.across()
+    for layer, (stored, given) in enumerate(zip(across.layers, weights, strict=True)):
+        positions = torch.cat([part.positions for part in stored.parts], 1)
+        _show_across(across, layer, 0, torch.cat(list(given), 1), positions)
+
+
+def _show_across(
+    across: Row,
+    layer: int,
+    step: int,
+    weights: Tensor,
+    positions: Tensor,
+    core: Tensor | None = None,
+) -> None:
+    """``weights [heads, n]`` on features at ``positions [1, n]``; ``core`` are positions too, those
+    of the prefill if it is None.
+    """
+    stored = across.layers[layer]
+    held, pool = stored.whole_layout().positions, stored.extent.pool.plain
+    core = stored.core_positions() if core is None else core
+    assert across.observer is not None
+    across.observer.observe(
+        Observed(
+            layer=layer,
+            step=step,
+            query=stored.layout.seen,
+            weights=weights.clone(),
+            positions=positions,
+            tiers=tiers_of(across.image_spans, held, core),
+            image_spans=tuple(across.image_spans),
+            text=held[:, :0],
+            bytes=stored.nbytes(pool, 0),
+            bits=bits_of(across, stored, held, pool),
+            across=True,
+        )
+    )
+
+
+def show_step_across(
+    across: Row,
+    r: int,
+    step: int,
+    lists: SlotLists,
+    scores: tuple[Tensor, Tensor],
+    seen: Sequence[Attended],
+) -> None:
+    """Tell the observer of row ``r`` of cross layers' ``lists``, which ``across`` is, of a closed
+    step; ``scores`` are as in ``show_step``, and ``seen`` what it attended.
+    """
+    logits, lse = scores
+    for layer, stored in enumerate(across.layers):
+        weights = (logits[layer, r] - lse[layer, r][:, None]).exp()[:, seen[layer].entries]
+        core = None
+        if stored.core is not None:
+            found = [mine for _, mine in lists.listed_parts(stored, layer, r, CORE)]
+            core = torch.cat(found)
+        _show_across(across, layer, step, weights, seen[layer].positions, core)
+
+
+def attended_across(across: Row, r: int, lists: SlotLists, kind: int) -> list[Attended]:
+    """See ``attended``: the same of cross layers."""
+    found = []
+    for layer, stored in enumerate(across.layers):
+        parts = list(lists.listed_parts(stored, layer, r, kind))
+        entries = [torch.arange(start, start + len(mine)) for start, mine in parts]
+        positions = torch.cat([mine for _, mine in parts])[None]
+        found.append(Attended(positions, torch.cat(entries)))
+    return found
 
 
 class Attended(NamedTuple):
@@ -66,7 +140,8 @@ def attended(state: State, kind: int, r: int) -> list[Attended]:
         text = state.text_of(r, layer, state.lengths.texts[r] + 1)
         positions = _beside(stored.layout.positions[:, slots], text)
         entries = [torch.arange(positions.shape[1], device=state.device)]
-        for start, mine in state.listed_parts(r, layer, core=kind == CORE):
+        chosen = state.core if kind == CORE else FULL
+        for start, mine in state.lists.listed_parts(stored, layer, r, chosen):
             positions = _beside(positions, mine[None])
             entries.append(torch.arange(start, start + len(mine), device=state.device))
         found.append(Attended(positions, torch.cat(entries)))
@@ -110,7 +185,8 @@ def bits_of(row: Row, stored: Stored, positions: Tensor, pool: Pool) -> Tensor:
     bits = plain * (16 * pool.k.element_size())
     for part in stored.parts:
         mine = torch.isin(image, part.positions)
-        named = parse_bits(pool.of(part.format).layout.name)
+        written = part.extent.pool
+        named = parse_bits(written.layout.name) if isinstance(written, PagedPool) else (16, 16)
         own = [8 * pool.k.element_size() if n == 16 else n for n in named]
         bits[mine] = sum(own)
     return bits.to(torch.uint8)

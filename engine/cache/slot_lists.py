@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,32 @@ class SlotLists:
                 torch.where(which, chosen, full, out=mixed)
         first, count = self.first[kind, layers, :rows], self.count[kind, layers, :rows]
         torch.add(first, words[USED], out=count)
+
+    def core_of_parts(self, stored: Stored, layer: int, r: int, kind: int) -> list[Tensor]:
+        """For each part of row ``r``'s ``stored`` layer which of its tokens the core list names."""
+        at = {name: part.start for name, part in self.tiers}
+        found = []
+        for part in stored.parts:
+            assert part.core is not None, "where there is a core, every part has one"
+            start = at[part.format]
+            at[part.format] = end = start + len(part.core)
+            listed = self.slots[kind, layer, r, start:end].long()
+            found.append(listed - part.extent.start)
+        return found
+
+    def listed_parts(
+        self, stored: Stored, layer: int, r: int, kind: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """For each part where its tokens begin in a list of a kind, and their positions."""
+        at = {name: part.start for name, part in self.tiers}
+        cored = kind != FULL and all(part.core is not None for part in stored.parts)
+        chosen = self.core_of_parts(stored, layer, r, kind) if cored else []
+        for number, part in enumerate(stored.parts):
+            positions = part.positions[0]
+            if cored:
+                positions = positions[chosen[number].to(positions.device)]
+            yield at[part.format], positions
+            at[part.format] += len(positions)
 
 
 def _in_format(row: Row, name: str, kind: int) -> tuple[Tensor, Tensor]:

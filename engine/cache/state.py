@@ -6,7 +6,7 @@ place; the others are not touched. Only a row that is larger than all before mak
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from weakref import WeakSet
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .core_lists import CoreRuns
-from .cross_steps import CrossLists
+from .cross_lists import CrossLists
 from .lengths import WORDS, Lengths
 from .pool import Holder, Pool
 from .row import Row, Stored, means_of
@@ -168,7 +168,9 @@ class State:
         stored = self.rows[r].layers[layer]
         if stored.core is None:
             return None
-        parts = zip(stored.parts, self._core_of_parts(r, layer), strict=True)
+        parts = zip(
+            stored.parts, self.lists.core_of_parts(stored, layer, r, self.core), strict=True
+        )
         found = [part.positions[0, core] for part, core in parts]
         return torch.cat([stored.layout.positions[0, self._core_slots(r, layer)], *found])
 
@@ -178,29 +180,6 @@ class State:
         shared = self.lists.shared[CORE][r][layer]
         listed = self.lists.slots[self.core, layer, r, :shared].long() - stored.start
         return listed[stored.layout.image_of[listed] >= 0]
-
-    def _core_of_parts(self, r: int, layer: int) -> list[Tensor]:
-        """For each part of a layer which of its tokens are core."""
-        at = {name: part.start for name, part in self.lists.tiers}
-        found = []
-        for part in self.rows[r].layers[layer].parts:
-            assert part.core is not None, "where there is a core, every part has one"
-            start = at[part.format]
-            at[part.format] = end = start + len(part.core)
-            listed = self.lists.slots[self.core, layer, r, start:end].long()
-            found.append(listed - part.extent.start)
-        return found
-
-    def listed_parts(self, r: int, layer: int, *, core: bool) -> Iterator[tuple[int, Tensor]]:
-        """For each part of a layer where its tokens begin in a list, and their positions."""
-        at = {name: part.start for name, part in self.lists.tiers}
-        parts = self.rows[r].layers[layer].parts
-        cored = core and all(part.core is not None for part in parts)
-        chosen = self._core_of_parts(r, layer) if cored else []
-        for number, part in enumerate(parts):
-            positions = part.positions[0, chosen[number]] if cored else part.positions[0]
-            yield at[part.format], positions
-            at[part.format] += len(positions)
 
     def sifted(self, r: int) -> Tensor | None:
         """What steps have left out and read of row ``r``'s values: fp32 ``[layers, 2]``."""
@@ -254,6 +233,6 @@ class State:
         )
         if stored.core is None:
             return Stored(stored.extent, layout, None, scores, stored.parts)
-        both = zip(stored.parts, self._core_of_parts(r, layer), strict=True)
+        both = zip(stored.parts, self.lists.core_of_parts(stored, layer, r, self.core), strict=True)
         parts = tuple(replace(part, core=core) for part, core in both)
         return Stored(stored.extent, layout, self._core_slots(r, layer), scores, parts)

@@ -169,7 +169,7 @@ function where(token) {
       return `row ${Math.floor(i / spec.columns) + 1}, column ${(i % spec.columns) + 1}${name}`;
     }
     const line = spec.newlines.indexOf(token);
-    if (line >= 0) return `newline after row ${line + 1} of ${spec.title}`;
+    if (line >= 0) return `${spec.beside} ${line + 1} of ${spec.title}`;
   }
   return `token ${token}`;
 }
@@ -230,7 +230,7 @@ async function buildPanel(spec) {
     canvas.addEventListener("mousemove", (event) => hover(panel, canvas, event));
     canvas.addEventListener("mouseleave", () => { hovered = undefined; show(); });
     caption.textContent = `${spec.title}, ${spec.columns} x ${spec.rows}`
-      + (spec.newlines.length ? `, and ${spec.newlines.length} newlines` : "");
+      + (spec.newlines.length ? `, and ${spec.newlines.length} ${spec.beside}${spec.newlines.length > 1 ? "s" : ""}` : "");
     figure.append(canvas, caption);
     if (!spec.placed && kind === "kept") figure.prepend(Object.assign(image, { alt: "the picture", width: 160 }));
     at(kind).append(figure);
@@ -284,7 +284,7 @@ function buildStrip() {
   const counts = countTiers(steps - 1), mb = (bytes) => (bytes / 1e6).toFixed(2) + " MB";
   const lines = [
     [20, `minor ${counts[0].toFixed(0)}`, FILLS[0]], [36, `secondary ${counts[1].toFixed(0)}`, FILLS[1]],
-    [52, `core ${counts[2].toFixed(0)}`, FILLS[2]], [68, `text kept ${data.text[steps - 1]}`],
+    [52, `core ${counts[2].toFixed(0)}`, FILLS[2]], [68, data.across ? "" : `text kept ${data.text[steps - 1]}`],
     [100, `full ${mb(data.bytes.full[steps - 1])}`, "#e4e8ee"], [116, `kept ${mb(data.bytes.kept[steps - 1])}`, "#4d7a57"],
     [132, (100 * data.bytes.kept[steps - 1] / data.bytes.full[steps - 1]).toFixed(0) + " % at the end"],
   ];
@@ -303,7 +303,7 @@ function buildStrip() {
 }
 
 function buildText() {
-  at("about").textContent = `${data.model}, cache ${data.cache}: ${tokens} image tokens, ${steps} steps`;
+  at("about").textContent = `${data.model}, cache ${data.cache}: ${tokens} ${data.across ? "features of pictures, seen through cross layers" : "image tokens"}, ${steps} steps`;
   at("question").textContent = data.prompt;
   data.steps.forEach((text, i) => {
     const span = document.createElement("span");
@@ -320,7 +320,7 @@ function buildText() {
 function buildChoices() {
   const add = (select, worth, text) => at(select).append(new Option(text, worth));
   add("layer", "mean", "mean of all");
-  for (let l = 0; l < data.layers; l++) add("layer", l, l === data.headLayer ? `${l} (has heads)` : l);
+  for (let l = 0; l < data.layers; l++) add("layer", l, (data.across ? "cross " : "") + l + (l === data.headLayer ? " (has heads)" : ""));
   add("head", "mean", "mean of all");
   for (let h = 0; h < data.blob.shapes.head[1]; h++) add("head", h, h);
   const fit = () => {

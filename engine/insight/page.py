@@ -51,18 +51,15 @@ def stream_with_page(
     """``Engine.stream``, which also writes the page of the answer to ``path``.
 
     Unless the engine's cache is ``full``, the exact model answers as well, to be compared.
-    ``head_layer`` is the layer whose heads are shown one by one (default: the middle one).
+    ``head_layer`` is the layer whose heads are shown one by one (default: the middle one). Of a
+    model whose cross layers look at pictures, these are the layers, and features the image tokens.
     Raises OptionError without a picture or for a layer that is not there.
     """
-    layers = engine.model.decoder.config.layers
-    recorder = Recorder(layers // 2 if head_layer is None else head_layer)
+    across = engine.model.cross_layers
+    layers = across or engine.model.decoder.config.layers
+    recorder = Recorder(layers // 2 if head_layer is None else head_layer, across=across > 0)
     if not 0 <= recorder.head_layer < layers:
         raise OptionError(f"layer {head_layer} is not in the model", hint=f"use 0 to {layers - 1}")
-    if engine.model.cross_layers:
-        raise OptionError(
-            "the attention page shows tokens of the sequence; this model's pictures are none",
-            hint="leave out --attention",
-        )
     check_target("the attention page", path, ours=PAGE_SIGNATURE)
     panels = _panels(engine, images)
     for piece in engine.stream(prompt, images, raw=raw, observer=recorder, **options):
@@ -100,6 +97,7 @@ def page_data(
         "positions": [p for start, end in recorder.image_spans for p in range(start, end)],
         "panels": panel_values(panels),
         "layers": len(moments[0]),
+        "across": recorder.across,
         "headLayer": recorder.head_layer,
         "sinks": find_sinks(means),
         "text": [_mean([moment.text.shape[1] for moment in row]) for row in moments],
@@ -203,13 +201,14 @@ def _changes(recorder: Recorder, name: str) -> bytes:
 
 
 def _bytes(recorder: Recorder, result: Result) -> dict[str, list[int]]:
-    """Bytes of the tokens stored after each pass, and those of the full cache there."""
-    last = recorder.passes[-1]
-    token = result.cache.bytes_full // (len(last) * (last[0].query + 1))
-    return {
-        "kept": [sum(moment.bytes for moment in row) for row in recorder.passes],
-        "full": [token * len(row) * (row[0].query + 1) for row in recorder.passes],
-    }
+    """Bytes of the tokens (or features) stored after each pass, and those of the full cache."""
+    last, cache = recorder.passes[-1], result.cache
+    kept = [sum(moment.bytes for moment in row) for row in recorder.passes]
+    if recorder.across:
+        return {"kept": kept, "full": [round(kept[0] / cache.image_stored_share)] * len(kept)}
+    token = cache.bytes_full // (len(last) * (last[0].query + 1))
+    full = [token * len(row) * (row[0].query + 1) for row in recorder.passes]
+    return {"kept": kept, "full": full}
 
 
 def _labels(pieces: list[str], passes: int) -> list[str | None]:
@@ -253,6 +252,7 @@ def panel_values(panels: Sequence[Sequence[Panel]]) -> list[dict[str, Any]]:
                     "placed": panel.placed,
                     "tokens": [first + token for token in panel.tokens],
                     "newlines": [first + token for token in panel.newlines],
+                    "beside": panel.beside,
                     "seams": {"rows": panel.row_seams, "columns": panel.column_seams},
                 }
             )

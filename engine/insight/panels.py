@@ -14,6 +14,7 @@ from ..models.llava import Llava
 from ..models.llava_next import LlavaNext
 from ..models.llava_onevision import LlavaOnevision
 from ..models.llava_video import LongVa
+from ..models.mllama import Mllama
 from ..models.qwen_patches import QwenPatches
 from ..models.vision_language import VisionLanguageModel
 from ..pictures.patches import unpacked
@@ -33,8 +34,9 @@ class Panel:
         tokens: ``rows * columns`` numbers of image tokens, counted within the picture.
         placed: whether a cell's token comes from what lies under it. Qwen-VL's 256 queries each
             read the whole picture: they are a list, not places.
-        newlines: numbers of tokens that lie on no cell: ends of the grid's rows (LLaVA-1.6), or a
-            class token's where a model keeps it.
+        newlines: numbers of tokens that lie on no cell: ends of the grid's rows (LLaVA-1.6), or
+            class tokens where a model keeps them.
+        beside: what these are.
         row_seams, column_seams: rows and columns of the grid with which a further tile begins.
     """
 
@@ -45,6 +47,7 @@ class Panel:
     tokens: list[int]
     placed: bool = True
     newlines: tuple[int, ...] = ()
+    beside: str = "newline"
     row_seams: tuple[int, ...] = ()
     column_seams: tuple[int, ...] = ()
 
@@ -60,6 +63,8 @@ def panels_of(model: VisionLanguageModel, processor: ImageProcessor, pixels: Pix
     seen = [to_picture(tile, processor) for tile in pixels.tiles]
     if isinstance(model, LlavaNext) and len(seen) > 1:
         return _tiled(model, pixels, seen)
+    if isinstance(model, Mllama):
+        return [_canvas(model, pixels, seen)]
     if isinstance(model, LongVa):
         return _tile_by_tile(model, pixels, seen)
     if isinstance(model, Llava):
@@ -93,7 +98,8 @@ def _one_tile(model: Llava, pixels: Pixels, seen: Image.Image) -> Panel:
     tokens = [max(0, first + patch) for patch in range(vision.patches)]
     others = sorted(set(range(model.image_tokens(pixels))) - set(tokens))
     title = "the picture as the model sees it"
-    return Panel(title, seen, side, side, tokens, newlines=tuple(others))
+    beside = "class token" if first else "newline"
+    return Panel(title, seen, side, side, tokens, newlines=tuple(others), beside=beside)
 
 
 def _tile_by_tile(model: LongVa, pixels: Pixels, seen: list[Image.Image]) -> list[Panel]:
@@ -105,6 +111,28 @@ def _tile_by_tile(model: LongVa, pixels: Pixels, seen: list[Image.Image]) -> lis
         Panel(f"tile {number}", tile, side, side, [*range(start, start + of_tile)])
         for number, (start, tile) in enumerate(zip(starts, seen, strict=True), 1)
     ]
+
+
+def _canvas(model: Mllama, pixels: Pixels, seen: list[Image.Image]) -> Panel:
+    """The tiles of a canvas side by side; each has a class token that lies on no cell."""
+    (rows, columns), vision = model.canvas(pixels.size), model.config.vision
+    side, features = vision.image // vision.patch, vision.tile_features
+    picture = Image.new("RGB", (columns * vision.image, rows * vision.image))
+    for number, tile in enumerate(seen):
+        picture.paste(tile, (number % columns * vision.image, number // columns * vision.image))
+    starts = torch.arange(rows * columns).view(rows, 1, columns, 1) * features + 1
+    places = torch.arange(side * side).view(1, side, 1, side)
+    return Panel(
+        f"the picture on its canvas of {rows} x {columns} tiles",
+        picture,
+        rows * side,
+        columns * side,
+        (starts + places).flatten().tolist(),
+        newlines=tuple(range(0, rows * columns * features, features)),
+        beside="class token",
+        row_seams=tuple(range(side, rows * side, side)),
+        column_seams=tuple(range(side, columns * side, side)),
+    )
 
 
 def _tiled(model: LlavaNext, pixels: Pixels, seen: list[Image.Image]) -> list[Panel]:

@@ -15,15 +15,15 @@ SINK_PASSES = 4
 class Recorder(Trace):
     """A Trace that also keeps ``heads[p] [heads, image tokens]`` of ``head_layer`` in pass p."""
 
-    def __init__(self, head_layer: int) -> None:
-        super().__init__()
+    def __init__(self, head_layer: int, *, across: bool = False) -> None:
+        super().__init__(across=across)
         self.head_layer = head_layer
         self.heads: list[Tensor] = []
 
     def observe(self, seen: Observed) -> None:
         """See ``Observer.observe``."""
         super().observe(seen)
-        if seen.layer == self.head_layer:
+        if seen.across == self.across and seen.layer == self.head_layer:
             self.heads.append(image_heads(seen).cpu())
 
 

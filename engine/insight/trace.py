@@ -41,13 +41,17 @@ class Trace:
     tokens had been seen after each turn's prompt. A pass takes 4 bytes x tokens seen x layers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, across: bool = False) -> None:
+        """``across``: of cross layers, whose features stand for image tokens, and of no others."""
+        self.across = across
         self.passes: list[list[Moment]] = []
         self.image_spans: tuple[tuple[int, int], ...] = ()
         self.prompt_ends: list[int] = []
 
     def observe(self, seen: Observed) -> None:
         """See ``Observer.observe``."""
+        if seen.across != self.across:
+            return
         if seen.layer == 0:
             self.passes.append([])
             self.image_spans = seen.image_spans

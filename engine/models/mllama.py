@@ -136,18 +136,19 @@ class Mllama(VisionLanguageModel):
 
     def _encoded(self, picture: Pixels) -> Tensor:
         weight = self.projector.weight
-        canvas = self._canvas(picture.size)
+        canvas = self.canvas(picture.size)
         number = self.config.vision.canvases.index(canvas)
         features = self.vision(picture.tiles.to(weight.device, weight.dtype), number)
         attended = len(features) if self.config.blind_attend else self.seen(picture.size)
         return self.projector(features[:attended])
 
-    def _canvas(self, size: tuple[int, int]) -> tuple[int, int]:
+    def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tiles that a picture of ``size`` (width, height) is laid out on."""
         return canvas_of(size, self.config.vision.image, self.config.vision.tiles)
 
     def seen(self, size: tuple[int, int]) -> int:
         """Features of a picture of ``size`` (width, height) that tokens attend: 1,601 a tile."""
-        rows, columns = self._canvas(size)
+        rows, columns = self.canvas(size)
         return rows * columns * self.config.vision.tile_features
 
     def embed(

@@ -141,7 +141,8 @@ def reading(
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
     ids = torch.tensor(turn.token_ids, device=device)
     rotary = turn.rotary(model, past)
-    looking = Looking(turn.sights(model), cross, past.pictures if past else (), policy)
+    pictures, watched = past.pictures if past else (), observer is not None
+    looking = Looking(turn.sights(model), cross, pictures, policy, watched=watched)
     given = policy, layout, new_tokens, past, observer, rotary, looking
     with Prefill(pools, *given, decoder.ranks) as step:
         embedded = model.embed(ids, turn.spans, turn.features)

@@ -1,0 +1,108 @@
+"""The features that rows attend in cross layers, in tensors that stay.
+
+What is done for tokens is done for features: a row attends several tiers, one for each format, in
+one call; a policy may leave values unread, and may have a core that each layer ranks again by its
+own weights. To the lists, pictures are the parts of a row that has no text (``Row.across``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .core_lists import CoreRuns
+from .pool import Holder, PagedPool, Pool
+from .row import Row, means_of
+from .sizes import Group, Sizes, carry
+from .slot_lists import SlotLists
+
+
+class CrossLists:
+    """The lists of all rows and cross layers.
+
+    Attributes:
+        pools: those of every cross layer, by format.
+        sizes: how large the tensors are.
+        lists, runs, means, spent: as those of tokens, see ``State``; the plain lists are empty.
+        most: that of ``State``.
+        sees: ``[rows]`` fp32, 1 where a row sees a picture.
+        wanted: ``[rows]`` int32, 1 where the core is ranked again behind the step.
+    """
+
+    def __init__(self, like: Tensor, holder: Holder) -> None:
+        """``like [slots, kv_heads, head_dim]``; ``holder`` is told before anything here moves."""
+        self._like, self._holder = like[:0], holder
+        self.pools: dict[str, Sequence[Pool | PagedPool]] = {}
+        self._make(0, Sizes())
+
+    def _make(self, layers: int, sizes: Sizes) -> None:
+        self.layers, self.sizes = layers, sizes
+        device, (_, kv_heads, head_dim) = self._like.device, self._like.shape
+        self.lists = SlotLists(layers, sizes, device, spare=False)
+        self.runs = CoreRuns(layers, sizes, device)
+        self.sees = torch.zeros(sizes.rows, device=device)
+        self.wanted = torch.zeros(sizes.rows, dtype=torch.int32, device=device)
+        each = (len(sizes.tiers) if sizes.sifting else 0, layers, sizes.rows, kv_heads)
+        self.means = torch.zeros(*each, head_dim, device=device)
+        self.spent = torch.zeros(*each, 2, device=device)
+
+    @property
+    def tiered(self) -> bool:
+        """Whether some row has a core tier."""
+        return bool(self.sizes.pictures)
+
+    def groups(self) -> list[Group]:
+        """All tensors, in lists to the end of which larger ones add, each with its dimension that
+        counts rows.
+        """
+        if not self.layers:
+            return []
+        return [
+            ([self.runs.runs], 3),
+            ([self.sees, self.wanted], 0),
+            (self.lists.by_tier(), 2),
+            (self.lists.counts.unbind(1), 2),
+            (self.means.unbind(), 1),
+            (self.spent.unbind(), 1),
+        ]
+
+    def join(self, row: Row, r: int, others: Sequence[Row]) -> None:
+        """Write the lists of row ``r``, which is behind the ``others``."""
+        across = row.across()
+        layers = max(self.layers, len(across.layers))
+        if not layers:  # nobody has seen a picture so
+            return
+        needed = (Sizes.of(across) if row.pictures else Sizes())._replace(rows=r + 1)
+        if not self.layers or not self.sizes.covers(needed):
+            self._enlarge(layers, self.sizes.covering(needed), others)
+        self.sees[r] = float(bool(row.pictures))
+        if not row.pictures:
+            self.lists.counts[..., r] = 0
+            self.runs.runs[..., r] = 0
+            return
+        for picture in row.pictures:
+            self.pools[picture.format] = [extent.pool for extent in picture.extents]
+            for pool in self.pools[picture.format]:
+                pool.holders.add(self._holder)
+        self.lists.join(across, r)
+        self.runs.join(across, r)
+        self.spent[:, :, r] = 0
+        for tier in range(len(self.means)):
+            name, like = self.lists.tiers[tier][0], self.means[tier, :, r]
+            self.means[tier, :, r] = means_of(across, name, like)
+
+    def _enlarge(self, layers: int, sizes: Sizes, rows: Sequence[Row]) -> None:
+        self._holder.void()
+        before = self.groups()
+        self._make(layers, sizes)
+        if before:
+            carry(before, self.groups())
+        for r, row in enumerate(rows):  # runs count from where lists begin
+            if row.pictures:
+                self.runs.join(row.across(), r)
+
+    def sifted(self, r: int) -> Tensor | None:
+        """What steps have left out and read of row ``r``'s values: fp32 ``[layers, 2]``."""
+        return self.spent[:, :, r].sum((0, 2)) if len(self.spent) and r < self.sizes.rows else None

@@ -69,6 +69,11 @@ def make_decoder(config: DecoderConfig, weights: str) -> Decoder:
     """A decoder of random weights, its layers in few bits unless ``weights`` is bf16."""
     with torch.device("meta"):
         decoder = Decoder(config)
+    return fill(decoder, weights)
+
+
+def fill(decoder: Decoder, weights: str) -> Decoder:
+    """Give a decoder that was built without memory random weights."""
     drawn: dict[tuple[tuple[int, ...], bool], torch.Tensor | FewBits] = {}
     for name, module in decoder.named_modules():
         few = weights != "bf16" and isinstance(module, Linear) and name != "head"

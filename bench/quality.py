@@ -4,6 +4,7 @@
     python -m bench.quality --cache avl --cache h2o  these beside the full cache
     python -m bench.quality --group formats          formats of the cache
     python -m bench.quality --group bytes            other methods at equal bytes
+    python -m bench.quality --group features         a model with cross layers
     python -m bench.quality --sweep core             what a figure of bench.figures draws
 
 Every policy answers the same held-out pictures, greedily. Beside the score of the answers it is
@@ -72,6 +73,7 @@ POLICIES = (
 _MIX = "avl:secondary=0.3,prefill=1,text=1,format=k8v4,minor=k4v2"
 _FORMS = ("k8v8", "k4v4", "k4v2")
 _SHARES = (0.1, 0.2, 0.3, 0.45)
+_ALONE = "avl:core=none,prefill=1,text=1"  # A-VL's core of features, and nothing else of it
 GROUPS = {
     "main": POLICIES,
     "formats": (
@@ -103,6 +105,16 @@ GROUPS = {
         "fastv:layer=2,drop=0.9333",
         "fastv:layer=2,drop=0.7333",
         *(f"random:keep={share}" for share in _SHARES),
+    ),
+    # What cross layers hold: features of `trimmed`, in formats, and a core of them.
+    "features": (
+        "full",
+        *(f"trimmed:ratio={ratio}" for ratio in (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)),
+        *(f"sift:format={form},skip=0" for form in _FORMS),
+        "sift",
+        *(f"{_ALONE},cross={share}" for share in (0.05, 0.1, 0.3)),
+        "trimmed:ratio=0.1+sift",
+        *(f"trimmed:ratio=0.1+{_ALONE},cross={share}" for share in (0.05, 0.1)),
     ),
 }
 LIMIT = 192  # tokens; the longest true answer has about 150
@@ -206,13 +218,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", help="default: those of the main table or the sweep")
     parser.add_argument("--pages", type=int, default=200, help="held-out pictures per task")
     parser.add_argument("--style", default="test", choices=sorted(FIRST_SEED))
-    parser.add_argument("--model", default=None)
+    parser.add_argument("--model", help="default: weights/tiny, for features weights/cross")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, default=8, help="pictures decoded together")
     args = common.read_options(parser, lambda args: [report_name(args)])
     args.name = report_name(args)
+    if args.group == "features":
+        args.model = args.model or "weights/cross"
     args.tasks = args.tasks or list(SWEEP_TASKS if args.sweep else TASKS)
     chosen = args.cache or (specs_of(args.sweep) if args.sweep else GROUPS[args.group])
     specs = [parse(spec).spec for spec in ["full", *chosen]]
@@ -313,6 +327,7 @@ def make_record(question: Question, result: Result, seconds: float) -> Record:
         "stored": cache.stored_share,
         "used": cache.used_share,
         "bytes": cache.bytes_used,
+        "features": cache.features / cache.features_whole if cache.features else 1.0,
         **shares_of_pictures(cache),
         "seconds": seconds,
     }
@@ -375,6 +390,7 @@ def summarise(task: str, spec: str, records: list[Record], exact: list[Record]) 
         "stored %": round(100 * mean(records, "stored"), 1),
         "used %": round(100 * mean(records, "used"), 1),
         "MB": round(mean(records, "bytes") / 1e6, 3),
+        "features kept %": round(100 * mean(records, "features"), 1),
         "picture stored %": round(100 * mean(records, "picture_stored"), 1),
         "picture read %": round(100 * mean(records, "picture_read"), 1),
         "left out %": round(100 * mean(records, "left_out"), 2),

@@ -46,7 +46,7 @@ class Fresh:
         """
         assert self._first is not None, "the first layer has been asked"
         (k, v), self._first = self._first, None
-        self._features, self.seen, self._numbers = self._features[kept], len(kept), kept.cpu()
+        self._features, self.seen, self._numbers = self._features[kept], len(kept), kept
         self.blind = min(self.blind, self.seen)
         self._stored(0, k[kept], v[kept])
 

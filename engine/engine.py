@@ -21,6 +21,7 @@ from .loading.capacity import memory_for
 from .loading.families import Wishes
 from .loading.loading import Loaded, load
 from .loading.processors import choose_threads
+from .loading.published import published_sampling
 from .loading.quantising import held
 from .naming import told
 from .ops.ranks import ALONE, Ranks
@@ -73,6 +74,7 @@ class Engine:
         self._folder = loaded.folder
         self._family = loaded.family
         self._encoder = PictureEncoder(self.model)
+        self.published: dict[str, float] = {}  # of ``options.Sampling``, where nobody says more
 
     @classmethod
     def load(
@@ -92,6 +94,7 @@ class Engine:
         threads: int | None = None,
         weights: str = "auto",
         parallel: bool = False,
+        as_published: bool = False,
     ) -> Engine:
         """Load a model.
 
@@ -125,6 +128,8 @@ class Engine:
             parallel: share the model between the processes of torch.distributed's group, which the
                 caller has made: each holds its part of the heads, and all must ask the same
                 (docs/scale.md).
+            as_published: draw answers as generation_config.json has it, where a request does not
+                say; otherwise such answers are greedy.
 
         Raises:
             CheckpointError: weights, configuration or tokenizer are missing, damaged, unsupported.
@@ -136,6 +141,7 @@ class Engine:
         check_kinds(str | None, style=style, revision=revision)
         check_kinds(str | PathLike | None, name=name, vision_tower=vision_tower)
         check_kinds(bool, offline=offline, graphs=graphs, parallel=parallel)
+        check_kinds(bool, as_published=as_published)
         check_threads(threads)
         choose_threads(threads)
         policy, stepping = parse(cache), Stepping(selection, graphs)
@@ -143,7 +149,10 @@ class Engine:
         wishes = Wishes(style, tower, offline, max_image_tokens)
         ranks = Ranks.of_group() if parallel else ALONE
         loaded = load(name, device, dtype, revision, weights, wishes, ranks)
-        return cls(loaded, policy, stepping)
+        engine = cls(loaded, policy, stepping)
+        if as_published:
+            engine.published = published_sampling(loaded.folder)
+        return engine
 
     @property
     def device(self) -> torch.device:
@@ -331,7 +340,7 @@ class Engine:
         family = self._family
         return Answer(
             self.tokenizer,
-            options,
+            options.filled(self.published),
             family.end_tokens,
             prompt_ids,
             strip=family.strip,

@@ -7,7 +7,7 @@ import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import Any, TypedDict
 
@@ -111,13 +111,13 @@ class OptionValues(TypedDict, total=False):
     """The keyword arguments that every way of asking takes; see ``make_options``."""
 
     max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
     seed: int
     stop: Sequence[str]
     ignore_eos: bool
-    repetition_penalty: float
+    repetition_penalty: float | None
     logprobs: bool
     top_logprobs: int
     cancel: Event | None
@@ -125,7 +125,10 @@ class OptionValues(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """How long an answer may get, how its tokens are drawn, and what ends it."""
+    """How long an answer may get, how its tokens are drawn, and what ends it.
+
+    ``unsaid`` are attributes of ``sampling`` that nobody has said anything about.
+    """
 
     max_new_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
@@ -134,6 +137,12 @@ class Options:
     logprobs: bool = False
     top_logprobs: int = 0
     cancel: Event | None = None
+    unsaid: frozenset[str] = frozenset()
+
+    def filled(self, values: Mapping[str, float]) -> Options:
+        """What is unsaid by ``values``, where they say anything."""
+        said: dict[str, Any] = {name: values[name] for name in self.unsaid if name in values}
+        return replace(self, sampling=replace(self.sampling, **said)) if said else self
 
     def __post_init__(self) -> None:
         _set_numbers(self, max_new_tokens=int, top_logprobs=int)
@@ -155,13 +164,13 @@ class Options:
 def make_options(
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
-    repetition_penalty: float = 1.0,
+    repetition_penalty: float | None = None,
     logprobs: bool = False,
     top_logprobs: int = 0,
     cancel: Event | None = None,
@@ -171,10 +180,11 @@ def make_options(
 
     Args:
         max_new_tokens: the answer's length limit.
-        temperature, top_k, top_p, seed: see ``Sampling``; temperature 0 is greedy.
+        temperature, top_k, top_p, repetition_penalty: see ``Sampling``; temperature 0 is greedy.
+            None: greedy without a penalty, or as an engine has it that was loaded ``as_published``.
+        seed: see ``Sampling``.
         stop: texts before which the answer ends, or special tokens by their spelling.
         ignore_eos: go on at the end token, for measurements.
-        repetition_penalty: see ``Sampling``.
         logprobs: give every token's log-probability under the model, in ``Result.logprobs``.
         top_logprobs: how many of the likeliest tokens are given beside each, in
             ``Result.top_logprobs``.
@@ -189,9 +199,12 @@ def make_options(
     stops = (stop,) if isinstance(stop, str) else stop
     if not is_iterable(stops):
         raise OptionError(f"stop is {told(stop)}", hint="use texts")
-    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    drawn["repetition_penalty"] = repetition_penalty
+    said: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
+    sampling, unsaid = Sampling(seed=seed, **said), frozenset(drawn.keys() - said.keys())
     given = max_new_tokens, sampling, tuple(stops), ignore_eos, logprobs, top_logprobs, cancel
-    return Options(*given)
+    return Options(*given, unsaid)
 
 
 # Bits of keys and of values that a format of the cache may have; 16: as the model computes.

@@ -46,6 +46,7 @@ FLAGS = {
     "--style": "cli.flags_of_the_model_reach_the_engine",
     "--convert": "hub_server.a_conversion_downloads_its_source_as_models_are",
     "--max-image-tokens": "qwen_patches.pictures_may_be_limited_to_so_many_tokens",
+    "--as-published": "published.the_flag_reaches_the_engine",
     "--vision-tower": "towers.a_tower_may_be_named_when_loading",
     "--max-new-tokens": "cli.flags_of_an_answer_reach_the_engine",
     "--temperature": "cli.flags_of_an_answer_reach_the_engine",

@@ -26,7 +26,7 @@ from ..checkpoint.tensors import Checkpoint, TensorInfo, fit_weights
 from ..errors import CheckpointError, EngineError
 from ..loading.families import Family, Wishes, recognise
 from ..loading.own_prompts import with_own_prompts
-from ..loading.published import published_sampling
+from ..loading.published import told_sampling
 from ..pictures.patches import PatchProcessor
 from ..prompts.chat_template import TemplateError, difference, find_template, question
 from ..prompts.tokenizer import Tokenizer
@@ -164,7 +164,7 @@ class Examination:
         if model.cross_layers:
             said += f", pictures of up to {model.most_features:,} features beside the sequence, "
             said += f"looked at in {model.cross_layers} cross layers"
-        return said + published_sampling(self.folder)
+        return said + told_sampling(self.folder)
 
     def _odd_format(self) -> Iterator[Finding]:
         """A warning of a format of numbers that there is not: others read it from the file."""

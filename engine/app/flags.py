@@ -245,12 +245,12 @@ def build_parser() -> Parser:
     add(
         "--max-new-tokens", "-n", type=_whole, default=256, metavar="N", help="longest answer (256)"
     )
-    add("--temperature", type=_real, default=0.0, metavar="T", help="0 is greedy, the default")
-    add("--top-k", type=_whole, default=0, metavar="K", help="draw among the K likeliest; 0 is all")
-    add("--top-p", type=_real, default=1.0, metavar="P", help="draw among the likeliest of mass P")
+    add("--temperature", type=_real, metavar="T", help="0 is greedy, the default")
+    add("--top-k", type=_whole, metavar="K", help="draw among the K likeliest; 0 is all")
+    add("--top-p", type=_real, metavar="P", help="draw among the likeliest of mass P")
     add("--seed", type=_whole, default=0, help="of the draw (0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    add("--repetition-penalty", type=_real, default=1.0, metavar="R", help="1 is off, the default")
+    add("--repetition-penalty", type=_real, metavar="R", help="1 is off, the default")
     add(
         "--logprobs",
         action="store_true",
@@ -308,6 +308,11 @@ def add_model(parser: Parser) -> None:
     add("--device", default="auto", type=_device, help="auto, cpu, cuda, cuda:1 or mps (untested)")
     add("--threads", type=_whole, metavar="N", help="threads (default: one for each core)")
     add("--style", choices=(*STYLES, OWN), help="prompt style (default: the checkpoint's)")
+    add(
+        "--as-published",
+        action="store_true",
+        help="draw as generation_config.json has it, where no flag says otherwise",
+    )
     add(
         "--vision-tower",
         type=_name,

@@ -196,4 +196,5 @@ def engine_of(flags: argparse.Namespace) -> Engine:
         threads=flags.threads,
         weights=flags.weights,
         parallel=getattr(flags, "parallel", False),
+        as_published=flags.as_published,
     )

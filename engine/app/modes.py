@@ -11,7 +11,16 @@ from ..errors import OptionError
 
 _ALWAYS = {"quiet", "debug"}
 _FOLDER = {"model", "revision", "offline", "vision_tower"}
-_RUN = {"dtype", "weights", "device", "threads", "cache", "sync_selection", "graphs"}
+_RUN = {
+    "dtype",
+    "weights",
+    "device",
+    "threads",
+    "cache",
+    "sync_selection",
+    "graphs",
+    "as_published",
+}
 _LOADED = _FOLDER | _RUN | {"style", "max_image_tokens"}
 SHOWN = ("frames", "fps", "start", "end")  # how a video is shown
 _LATER = {"batch", "chat"}  # where videos may be named later

@@ -40,9 +40,10 @@ class Noise:
         for flag in ("graphs", "sync_selection"):
             if getattr(self.options, flag) and engine.device.type == "cpu":
                 self.note(f"--{flag.replace('_', '-')} changes nothing on a CPU")
-        if not (self.options.temperature or self.options.batch):  # whose lines may have their own
+        drawn = self.options.temperature or engine.published.get("temperature")
+        if not (drawn or self.options.batch):  # whose lines may have their own
             for flag, default in {"top_k": 0, "top_p": 1, "seed": 0}.items():
-                if getattr(self.options, flag) != default:
+                if getattr(self.options, flag) not in (None, default):
                     self.note(f"--{flag.replace('_', '-')} changes nothing without --temperature")
         if more := _more_bits(engine):
             self.note(more)

@@ -101,12 +101,13 @@ def parse(body: object, model: str, limits: Limits, *, urls: bool = False) -> As
         )
     messages, pictures = _conversation(given.get("messages"), limits, urls)
     seed = _whole(given, "seed", -(2**63), 2**63 - 1)
+    top_k = _whole(given, "top_k", -1, 2**31)
     options: dict[str, Any] = {
-        "temperature": _real(given, "temperature", 0, 100) or 0.0,
-        "top_p": _real(given, "top_p", 1e-9, 1, 1.0),
-        "top_k": max(0, _whole(given, "top_k", -1, 2**31) or 0),
+        "temperature": _real(given, "temperature", 0, 100),
+        "top_p": _real(given, "top_p", 1e-9, 1),
+        "top_k": None if top_k is None else max(0, top_k),
         "seed": (secrets.randbits(62) if seed is None else seed) % 2**63,
-        "repetition_penalty": _real(given, "repetition_penalty", 1e-3, 1e3, 1.0),
+        "repetition_penalty": _real(given, "repetition_penalty", 1e-3, 1e3),
         "ignore_eos": _flag(given, "ignore_eos"),
         "stop": _stops(given.get("stop", ()), limits),
     }
@@ -159,10 +160,10 @@ def _whole(given: Mapping[str, Any], name: str, low: int, high: int) -> int | No
     return value
 
 
-def _real(
-    given: Mapping[str, Any], name: str, low: float, high: float, default: float = 0.0
-) -> float:
-    value = given.get(name, default)
+def _real(given: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
+    if name not in given:
+        return None
+    value = given[name]
     right = isinstance(value, int | float) and not isinstance(value, bool)
     if not right or not math.isfinite(value) or not low <= value <= high:
         raise wrong(name, f"is {_shown(value)}, use a number from {low:g} to {high:g}")

@@ -425,7 +425,8 @@ class Engine:
         both = zip(starts, places, strict=True)
         spans = [(start + len(before), place.end + len(before)) for start, place in both]
         sizes = [*earlier, *(picture.size for picture in used)]
-        return Turn([*before, *built.token_ids], spans, features, sizes)
+        times = [picture.times if isinstance(picture, Pixels) else () for picture in used]
+        return Turn([*before, *built.token_ids], spans, features, sizes, times)
 
     def _check_ids(self, prompt: Prompt) -> None:
         """Refuse tokens of a vocabulary that the weights were never extended to."""

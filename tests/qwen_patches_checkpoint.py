@@ -61,7 +61,7 @@ VISION: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"embed_dim": 48, "hidden_size": HIDDEN, "mlp_ratio": 2, "depth": 3},
     "qwen2_5_vl": {
         **{"hidden_size": 48, "out_hidden_size": HIDDEN, "intermediate_size": 80, "depth": 4},
-        **{"fullatt_block_indexes": [1, 3], "window_size": 112},
+        **{"fullatt_block_indexes": [1, 3], "window_size": 112, "tokens_per_second": 2},
     },
     "qwen3_vl": {
         **{"hidden_size": 48, "out_hidden_size": HIDDEN, "intermediate_size": 80, "depth": 4},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.decoder import Decoder
+from engine.models.decoder import Decoder, Grid
 from engine.models.mrope import MRotation, blocked, interleaved
 from engine.policies.avl import Avl
 from engine.policies.h2o import H2o
@@ -18,7 +18,7 @@ from tests.reference_decoder import ReferenceDecoder
 from tests.test_cache_avl import close, nearly_always_equal, turn
 
 SECTIONS = (2, 3, 3)
-GRIDS = {36: (4, 9), 20: (5, 4), 6: (1, 6)}
+GRIDS = {36: Grid(4, 9), 20: Grid(5, 4), 6: Grid(1, 6)}
 AXES: dict[str, Callable[[tuple[int, ...]], list[int]]] = {
     "blocked": blocked,
     "interleaved": interleaved,
@@ -39,7 +39,7 @@ class Placed(ReferenceDecoder):
         first = len(self.places)
         starts = {first + start: GRIDS[end - start] for start, end in spans}
         while len(self.places) < first + tokens:
-            rows, columns = starts.get(len(self.places), (0, 0))
+            rows, columns, _ = starts.get(len(self.places), Grid(0, 0))
             begin = self.next
             for row in range(rows):
                 for column in range(columns):

@@ -129,7 +129,7 @@ def test_pixels_are_bit_equal(made: Any, kind: str) -> None:
         ours = engine.processor.prepare(image)
         flat = ours.tiles[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
         assert torch.equal(flat, theirs["pixel_values"])
-        rows, columns = engine.model.grids([image.size])[0]
+        rows, columns, _ = engine.model.grids([image.size])[0]
         assert theirs["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
 
 
@@ -141,7 +141,7 @@ def test_prompts_are_the_templates(made: Any, kind: str, name: str) -> None:
     messages, sizes = CONVERSATIONS[name]
     images = pictures(sizes)
     rendered = jinja2.Template(template(kind)).render(messages=messages, add_generation_prompt=True)
-    counts = [rows * columns for rows, columns in engine.model.grids(sizes)]
+    counts = [rows * columns for rows, columns, _ in engine.model.grids(sizes)]
     for count in counts:
         rendered = rendered.replace("<|image_pad|>", "<|hole|>" * count, 1)
     ids = tokenizer().encode(rendered.replace("<|hole|>", "<|image_pad|>")).ids
@@ -456,7 +456,7 @@ def test_the_attention_page_shows_tokens_where_they_are(made: Any, kind: str) ->
     image = noise(200, 120)
     pixels = engine.processor.prepare(image)
     (panel,) = panels_of(engine.model, engine.processor, pixels)
-    assert (panel.rows, panel.columns) == engine.model.grids([image.size])[0]
+    assert (panel.rows, panel.columns) == engine.model.grids([image.size])[0][:2]
     assert panel.tokens == list(range(engine.model.image_tokens(pixels)))
     resized = image.resize(engine.processor.cells.resized(image.size), Image.Resampling.BICUBIC)
     assert panel.picture.tobytes() == resized.tobytes()

@@ -46,7 +46,7 @@ from ..models.vision_language import VisionLanguageModel
 from ..pictures.anyres import TileProcessor, check_same, read_pinpoints
 from ..pictures.boxes import Box, Reads, parse_boxes, parse_json_boxes
 from ..pictures.canvas import CanvasProcessor
-from ..pictures.patches import PatchProcessor
+from ..pictures.patches import PatchProcessor, VideoRules
 from ..pictures.preprocess import ImageProcessor, Mode
 from ..prompts.chat_template import find_template
 from ..prompts.templates import OWN, Style, find_style
@@ -397,11 +397,30 @@ def _patch_processor(folder: Path, config: PatchesConfig, *, third: bool) -> Pat
     if (patch := read.integer("patch_size", config.cells.patch)) != config.cells.patch:
         raise read.fail("patch_size", f"is {patch}, config.json says {config.cells.patch}")
     cells = replace(config.cells, least=least, most=most)
+    video = _video_rules(folder, config, third=third)
     if not cells.side**2 <= least <= most:
         raise read.fail("min_pixels", f"and max_pixels are {least} and {most}")
     exact = {"size": {"height": 1, "width": 1}, "do_center_crop": False}
     plain = ImageProcessor.from_config({**half, **values, **exact}, "crop", where)
-    return PatchProcessor(**vars(plain), cells=cells)
+    return PatchProcessor(**vars(plain), cells=cells, video=video)
+
+
+def _video_rules(folder: Path, config: PatchesConfig, *, third: bool) -> VideoRules:
+    """The checkpoint's own limits of a video's pixels, else those of the published tools."""
+    rules = VideoRules(rate=config.rate)
+    if third:
+        rules = VideoRules(4096, 25165824, together=True, stamped=True)
+    path = folder / "video_preprocessor_config.json"
+    if not path.exists():
+        return rules
+    read = ConfigReader(read_json(path), path.name)
+    if "size" in read.values:
+        read = read.section("size")
+    least = read.integer("shortest_edge", rules.least, low=1)
+    most = read.integer("longest_edge", rules.most, low=1)
+    if least > most:
+        raise read.fail("shortest_edge", f"is {least}, longest_edge {most}")
+    return replace(rules, least=least, most=most)
 
 
 def _canvas_processor(folder: Path, config: MllamaConfig) -> CanvasProcessor:

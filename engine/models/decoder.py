@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,6 +192,16 @@ class Step(Protocol):
         """Indices of the tokens that go on after ``layer``, or None where all do."""
 
 
+class Grid(NamedTuple):
+    """Where the tokens of a picture lie, or of a video: ``times`` are those of its slices, which
+    follow one another, since the first.
+    """
+
+    rows: int
+    columns: int
+    times: tuple[int, ...] = (0,)
+
+
 class Rotation:
     """Rotary position embedding, the 'rotate half' form (Su et al. 2021).
 
@@ -216,11 +226,11 @@ class Rotation:
         tokens: int,
         past: Tensor | None = None,
         spans: Sequence[tuple[int, int]] = (),
-        grids: Sequence[tuple[int, int]] = (),
+        grids: Sequence[Grid] = (),
     ) -> Tensor:
         """The rotary state ``[words]`` int64 of a sequence that a turn of ``tokens`` begins, or
         goes on with, behind the state ``past``. ``spans`` are the numbers of its pictures' tokens,
-        ``grids`` their rows and columns, of a model that tells places apart.
+        ``grids`` are those of ``VisionLanguageModel.grids``, of a model that tells places apart.
         """
         nothing = torch.empty(0, dtype=torch.int64, device=self.frequencies.device)
         return nothing if past is None else past

@@ -51,7 +51,9 @@ class Pooling(NamedTuple):
 class FramesProcessor(TileProcessor):
     """Turns a picture into tiles, and a video into one ``Pixels`` whose tiles are its frames."""
 
-    def prepare_frames(self, frames: Iterable[Image.Image]) -> list[Pixels]:
+    def prepare_frames(
+        self, frames: Iterable[Image.Image], seconds: Sequence[float] = ()
+    ) -> list[Pixels]:
         """One ``Pixels [frames, 3, size, size]``."""
         return as_video(self, frames)
 

@@ -145,7 +145,8 @@ class PatchTower(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features ``[cells, (1 + deepstack) * output]`` of one picture's ``patches [patches, 3,
-        patch, patch]``, whose cells are ``grid`` (rows, columns).
+        patch, patch]``, whose cells are ``grid`` (rows, columns); a slice's have two frames:
+        ``[patches, 3, 2, patch, patch]``.
         """
         hidden = self._embedded(patches)
         places = patch_places(grid, self.cells.merge).to(hidden.device)
@@ -165,8 +166,9 @@ class PatchTower(nn.Module):
     def _embedded(self, patches: Tensor) -> Tensor:
         weight, bias = self.patches.weight, getattr(self.patches, "bias", None)
         assert isinstance(weight, Tensor)
-        both = patches[:, :, None].expand(-1, -1, FRAMES, -1, -1).flatten(1)
-        return many_rows(both, weight.flatten(1), bias)
+        if patches.dim() == 4:
+            patches = patches[:, :, None].expand(-1, -1, FRAMES, -1, -1)
+        return many_rows(patches.flatten(1), weight.flatten(1), bias)
 
     def _tables(self, places: Tensor) -> Tables:
         """Half of a head's frequencies turn by rows, half by columns; in fp32."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checkpoint.config import ConfigReader
 from ..pictures.patches import Cells
 from ..pictures.preprocess import Pixels
-from .decoder import Decoder, DecoderConfig, Rotation, Slices, Step
+from .decoder import Decoder, DecoderConfig, Grid, Rotation, Slices, Step
 from .mrope import MRotation, blocked, interleaved
 from .patch_tower import FRAMES, PatchTower, TowerConfig
 from .vision_language import VisionLanguageModel
@@ -32,7 +32,9 @@ _SECTIONS = {"qwen2": (16, 24, 24), "qwen3": (24, 20, 20)}
 
 @dataclass(frozen=True)
 class PatchesConfig:
-    """A model of one of the three generations; ``axes`` are those of its rotary frequencies."""
+    """A model of one of the three generations; ``axes`` are those of its rotary frequencies, and
+    ``rate`` is that of ``VideoRules``.
+    """
 
     decoder: DecoderConfig
     vision: TowerConfig
@@ -40,6 +42,7 @@ class PatchesConfig:
     axes: tuple[int, ...]
     image_token: int
     end_tokens: tuple[int, ...]
+    rate: float = 0.0
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> PatchesConfig:
@@ -69,6 +72,7 @@ class PatchesConfig:
             axes=_axes(rope, _DECODERS[kind], decoder.head_dim),
             image_token=top.integer("image_token_id", 151655, low=0, high=decoder.vocab - 1),
             end_tokens=text.tokens("eos_token_id", ()),
+            rate=vision.number("tokens_per_second", 4) if kind == "qwen2_5_vl" else 0.0,
         )
 
 
@@ -213,12 +217,20 @@ class QwenPatches(VisionLanguageModel):
         return len(pixels.tiles) // self.cells.merge**2
 
     def encode(self, pictures: Sequence[Pixels]) -> list[Tensor]:
-        """Features ``[cells, (1 + deepstack) * hidden]``; one picture after the other."""
-        weight = self.decoder.norm.weight
-        return [
-            self.vision(each.tiles.to(weight.device, weight.dtype), self.cells.grid(each.size))
-            for each in pictures
-        ]
+        """Features ``[cells, (1 + deepstack) * hidden]``, picture by picture, slice by slice."""
+        return [self._encoded(each) for each in pictures]
+
+    def _encoded(self, picture: Pixels) -> Tensor:
+        weight, grid = self.decoder.norm.weight, self._grid(picture.size, picture.times)
+        slices = picture.tiles.chunk(len(grid.times))
+        place = grid.rows, grid.columns
+        return torch.cat([self.vision(x.to(weight.device, weight.dtype), place) for x in slices])
+
+    def _grid(self, size: tuple[int, int], times: tuple[int, ...]) -> Grid:
+        """Of a picture, or of a video's slices, whose frames are resized already."""
+        if not times:
+            return Grid(*self.cells.grid(size))
+        return Grid(size[1] // self.cells.side, size[0] // self.cells.side, times)
 
     def embed(
         self, token_ids: Tensor, spans: Sequence[tuple[int, int]], features: Sequence[Tensor]
@@ -232,6 +244,8 @@ class QwenPatches(VisionLanguageModel):
             hidden[start:end] = picture
         return hidden
 
-    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    def grids(
+        self, sizes: Sequence[tuple[int, int]], times: Sequence[tuple[int, ...]] = ()
+    ) -> list[Grid]:
         """See ``VisionLanguageModel.grids``."""
-        return [self.cells.grid(size) for size in sizes]
+        return [self._grid(*each) for each in zip(sizes, times or [()] * len(sizes), strict=True)]

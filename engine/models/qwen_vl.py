@@ -19,7 +19,7 @@ from ..checkpoint.config import ConfigReader
 from ..ops.rotary import Tables, turned
 from ..pictures.preprocess import Pixels
 from ..prompts.rank_vocabulary import SPECIALS, special_ids
-from .decoder import Decoder, DecoderConfig, Rotation
+from .decoder import Decoder, DecoderConfig, Grid, Rotation
 from .qwen_vision import QwenVision, QwenVisionConfig
 from .vision_language import VisionLanguageModel
 
@@ -118,7 +118,7 @@ class QwenRotation(Rotation):
         tokens: int,
         past: Tensor | None = None,
         spans: Sequence[tuple[int, int]] = (),
-        grids: Sequence[tuple[int, int]] = (),
+        grids: Sequence[Grid] = (),
     ) -> Tensor:
         """See ``Rotation.begin``."""
         first = torch.tensor([tokens], device=self.frequencies.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..cache.crossing import Sight
 from ..pictures.preprocess import Pixels
-from .decoder import Decoder
+from .decoder import Decoder, Grid
 
 
 class VisionLanguageModel(nn.Module):
@@ -49,9 +49,11 @@ class VisionLanguageModel(nn.Module):
             hidden[start:end] = picture
         return hidden
 
-    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Rows and columns of the image tokens of pictures of ``sizes`` (width, height), of a model
-        whose rotation tells them apart; see ``Rotation.begin``.
+    def grids(
+        self, sizes: Sequence[tuple[int, int]], times: Sequence[tuple[int, ...]] = ()
+    ) -> list[Grid]:
+        """Where the image tokens of pictures of ``sizes`` (width, height) lie, of a model whose
+        rotation tells them apart; see ``Rotation.begin``. ``times`` are those of ``Pixels``.
         """
         return []
 

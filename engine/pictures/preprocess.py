@@ -31,12 +31,15 @@ class Pixels:
     """A picture as a vision tower takes it: ``tiles [tiles, 3, height, width]`` float32.
 
     ``size`` is the picture's own (width, height); a plain LLaVA-1.5 picture is one tile. ``video``:
-    the tiles are the frames of a video, which stands in one place of a prompt.
+    the tiles are frames of a video; ``times`` are theirs, for a model that counts them; ``stamp``
+    is a text that stands in front of it.
     """
 
     tiles: torch.Tensor
     size: tuple[int, int]
     video: bool = False
+    times: tuple[int, ...] = ()
+    stamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,11 @@ class ImageProcessor:
         """The same of one of several pictures in a prompt."""
         return self.prepare(image)
 
-    def prepare_frames(self, frames: Iterable[Image.Image]) -> list[Pixels]:
+    def prepare_frames(
+        self, frames: Iterable[Image.Image], seconds: Sequence[float] = ()
+    ) -> list[Pixels]:
         """A video's frames, one after the other, as what stands in its place of a prompt: so many
-        pictures here, one for a model that has learned videos.
+        pictures here, one for a model that has learned videos. ``seconds`` are their times.
         """
         return [self.prepare_beside(frame) for frame in frames]
 

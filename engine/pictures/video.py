@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -25,6 +26,14 @@ from .video_file import frames_of
 
 FRAMES = 32
 MOST_FRAMES = 2048  # that are shown of a video
+LISTED_RATE = 2.0  # pictures a second of a list or a folder, as published models see videos
+
+
+class Shown(NamedTuple):
+    """Frames one after the other, and the seconds of each since the beginning of its video."""
+
+    seconds: list[float]
+    images: Iterator[Image.Image]
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,11 @@ class Video:
             )
 
     def images(self) -> Iterator[Image.Image]:
-        """The frames that are shown, upright and RGB, one after the other.
+        """The frames that are shown, upright and RGB, one after the other; see ``shown``."""
+        return self.shown().images
+
+    def shown(self) -> Shown:
+        """The frames that are shown, and their times.
 
         Raises ImageError for what is no video, OptionError for times of a source that has none.
         """
@@ -80,17 +93,19 @@ class Video:
             )
         return self._of_pictures([*self.source], "the list of pictures")
 
-    def _of_file(self, source: str | bytes, name: str) -> Iterator[Image.Image]:
-        return frames_of(source, name, self.among, self.max_pixels)
+    def _of_file(self, source: str | bytes, name: str) -> Shown:
+        return Shown(*frames_of(source, name, self.among, self.max_pixels))
 
-    def _of_pictures(self, pictures: Sequence[Source], name: str) -> Iterator[Image.Image]:
+    def _of_pictures(self, pictures: Sequence[Source], name: str) -> Shown:
         if self.fps is not None or self.start or self.end is not None:
             raise OptionError(
                 f"{name} has no times", hint="leave out fps, start and end; frames chooses evenly"
             )
         if not pictures:
             raise ImageError(f"{name} holds no pictures", hint="give a video, or its frames")
-        return _opened([pictures[n] for n in evenly(len(pictures), self.frames)], self.max_pixels)
+        chosen = evenly(len(pictures), self.frames)
+        seconds = [number / LISTED_RATE for number in chosen]
+        return Shown(seconds, _opened([pictures[n] for n in chosen], self.max_pixels))
 
     def among(self, times: Sequence[float]) -> list[int]:
         """Which of the frames at ascending ``times`` (seconds) are shown.

@@ -88,16 +88,17 @@ class _Clock:
 
 def frames_of(
     source: str | bytes, name: str, choose: Choose, max_pixels: int
-) -> Iterator[Image.Image]:
+) -> tuple[list[float], Iterator[Image.Image]]:
     """Frames of a file (a path, or its bytes), upright and RGB: those whose numbers ``choose``
-    makes of the times of all, in seconds.
+    makes of the times of all, in seconds; and these times of theirs.
 
     Everything but the pixels is checked before this returns.
     """
     stream = BytesIO(source) if isinstance(source, bytes) else _opened(source, name)
     frames = _frames(stream, name, choose, min(max_pixels, MOST_PIXELS))
-    next(frames)  # until the file has been scanned
-    return (frame for frame in frames if frame is not None)
+    seconds = next(frames)  # until the file has been scanned
+    assert isinstance(seconds, list), "times come first"
+    return seconds, (frame for frame in frames if not isinstance(frame, list))
 
 
 def _opened(path: str, name: str) -> BinaryIO:
@@ -115,21 +116,22 @@ def _opened(path: str, name: str) -> BinaryIO:
 
 def _frames(
     stream: BinaryIO, name: str, choose: Choose, max_pixels: int
-) -> Iterator[Image.Image | None]:
-    """None once the file has been scanned, then its frames."""
+) -> Iterator[Image.Image | list[float]]:
+    """The times once the file has been scanned, then the frames."""
     clock = _Clock(name)
     with stream, _own_errors(name), _container(stream, name) as container:
         track = _track(container, name, max_pixels)
         scan = _scanned(container, track, name, clock)
         unit = float(track.time_base)
         seconds = [(time - scan.times[0]) * unit for time in scan.times]
-        chosen = [scan.times[number] for number in choose(seconds)]
+        numbers = choose(seconds)
+        chosen = [scan.times[number] for number in numbers]
         if not chosen:
             raise OptionError(
                 f"{name} ends at {seconds[-1]:.2f} s; no frame lies where frames are asked for",
                 hint="choose another --start or --end",
             )
-        yield None
+        yield [seconds[number] for number in numbers]
         clock.resume()
         decoded = _decoded(container, track, scan.keys, chosen, clock)
         for number, frame in enumerate(decoded, 1):

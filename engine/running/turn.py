@@ -33,12 +33,14 @@ class Turn:
             features take no places.
         features: ``[image tokens, hidden]`` of each picture.
         sizes: (width, height) of the conversation's pictures, earlier turns' first.
+        times: of each of its own pictures those of ``Pixels``.
     """
 
     token_ids: Sequence[int]
     spans: list[tuple[int, int]]
     features: Sequence[Tensor]
     sizes: Sequence[tuple[int, int]] = ()
+    times: Sequence[tuple[int, ...]] = ()
 
     @property
     def image_tokens(self) -> int:
@@ -53,7 +55,7 @@ class Turn:
         """The rotary state of a sequence that it begins or, behind ``past``, goes on with."""
         before, earlier = (past.rotary, past.seen) if past and past.layers else (None, 0)
         spans = [(earlier + start, earlier + end) for start, end in self.spans]
-        grids, begin = model.grids(self._own_sizes), model.decoder.rotation.begin
+        grids, begin = model.grids(self._own_sizes, self.times), model.decoder.rotation.begin
         return begin(len(self.token_ids), before, spans if grids else (), grids)
 
     @property

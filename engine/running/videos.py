@@ -19,7 +19,8 @@ from ..pictures.video import Video
 from ..prompts.messages import Messages
 
 VideoSource = Video | str | PathLike[str] | bytes | Sequence[Source]
-Prepare = Callable[[Iterable[Image.Image]], list[Pixels]]  # frames to what stands in their place
+# Frames and their seconds, to what stands in their place.
+Prepare = Callable[[Iterable[Image.Image], Sequence[float]], list[Pixels]]
 
 
 def listed_videos(videos: Sequence[VideoSource] | VideoSource | None) -> list[Video]:
@@ -43,19 +44,23 @@ def with_videos(
 ) -> tuple[Messages, Sequence[Picture]]:
     """The prompt with pictures' places only, and what stands in them.
 
-    A text's videos come behind its pictures. Messages have ``{type: "video"}`` where one goes, a
-    raw prompt ``<video>``.
+    A text's videos come behind its pictures, and it behind both. Messages have ``{type: "video"}``
+    where one goes, a raw prompt ``<video>``.
 
     Raises OptionError unless there are as many videos as places, ImageError for a broken one.
     """
     pictures, given = [*listed(images)], listed_videos(videos)
     if isinstance(prompt, str) and not (raw and given):
-        return prompt, [*pictures, *(p for video in given for p in prepare(video.images()))]
+        frames = [frame for video in given for frame in prepared(video, prepare)]
+        if not any(frame.stamp for frame in frames):
+            return prompt, [*pictures, *frames]
+        places = [{"type": "image"}] * len(pictures) + [e for f in frames for e in entries_of(f)]
+        content = [*places, {"type": "text", "text": prompt}]
+        return [{"role": "user", "content": content}], [*pictures, *frames]
     filled = _Filled(pictures, given, prepare)
     if isinstance(prompt, str):
         parts = re.split("(<image>|<video>)", prompt)
-        kinds = {"<image>": filled.picture, "<video>": filled.video}
-        prompt = "".join("<image>" * kinds[p]() if p in kinds else p for p in parts)
+        prompt = "".join(filled.written(part) for part in parts)
     elif is_iterable(prompt):
         prompt = [filled.message(message) for message in prompt]
     if filled.places != len(given):
@@ -64,6 +69,18 @@ def with_videos(
             hint='write one {"type": "video"} in a user message for each, or <video> if raw',
         )
     return prompt, [*filled.pictures, *filled.left]
+
+
+def prepared(video: Video, prepare: Prepare) -> list[Pixels]:
+    """What stands in a video's place."""
+    seconds, images = video.shown()
+    return prepare(images, seconds)
+
+
+def entries_of(frame: Pixels) -> list[dict[str, str]]:
+    """What a message has in a frame's place."""
+    stamp = [{"type": "text", "text": frame.stamp}] if frame.stamp else []
+    return [*stamp, {"type": "image"}]
 
 
 class _Filled:
@@ -75,18 +92,25 @@ class _Filled:
         self.left: Iterator[Picture] = iter(images)
         self._videos, self._prepare = iter(videos), prepare
 
-    def picture(self) -> int:
+    def picture(self) -> None:
         """Fill a picture's place; where none is left, the count is refused later."""
         self.pictures += [picture for picture in [next(self.left, None)] if picture is not None]
-        return 1
 
-    def video(self) -> int:
-        """Fill a video's place; how many pictures it takes."""
+    def video(self) -> list[Pixels]:
+        """Fill a video's place with what stands there."""
         self.places += 1
         video = next(self._videos, None)
-        frames = [] if video is None else self._prepare(video.images())
+        frames = [] if video is None else prepared(video, self._prepare)
         self.pictures += frames
-        return len(frames)
+        return frames
+
+    def written(self, part: str) -> str:
+        """A part of a raw prompt: a place, filled, or a text."""
+        if part == "<image>":
+            self.picture()
+        if part == "<video>":
+            return "".join(f"{frame.stamp}<image>" for frame in self.video())
+        return part
 
     def message(self, message: Any) -> Any:
         """A message, its videos' entries as those of pictures; what is wrong with it stays so."""
@@ -99,7 +123,8 @@ class _Filled:
     def _entries(self, entry: Any) -> Iterator[Any]:
         kind = entry.get("type") if isinstance(entry, Mapping) else None
         if kind == "video" and set(entry) == {"type"}:
-            yield from [{"type": "image"}] * self.video()
+            for frame in self.video():
+                yield from entries_of(frame)
             return
         if kind == "image":
             self.picture()

@@ -4,6 +4,8 @@
     python -m bench.decode --preset 1b --dtype bfloat16     a seeded model of 1e9 parameters
     python -m bench.decode --preset 1.6-small --dtype bfloat16 --batches 1 4 8
                                                             several rows at once, see bench/batch.py
+    python -m bench.decode --preset qwen3-vl-2b --dtype bfloat16 --picture 1240 1754 --blocks 3
+                                                            a page of A4 at 150 dpi
     python -m bench.decode --preset 1b --dtype bfloat16 --alone --weights auto q8 q4
                                                             weights in few bits beside 16
 
@@ -164,25 +166,22 @@ def transformers_runner(folder: Path, options: argparse.Namespace) -> Callable[.
 
     What is returned answers one prompt, or so many alike together.
     """
-    if options.alone or not subject.model_type(folder).startswith("llava"):
+    if options.alone or subject.model_type(folder) not in PREPARED:
         return None
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     model.generation_config.eos_token_id = None  # the forced length, without a mask on logits
-    processor = AutoProcessor.from_pretrained(folder)
-    image = subject.picture(options)
-    prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
+    prepare, say = PREPARED[subject.model_type(folder)](folder, subject.picture(options))
 
     @torch.inference_mode()
     def run(rows: int = 1) -> Sample:
         clock, began, cpu = Clock(), perf_counter(), process_time()
-        asked = {"text": [prompt] * rows, "images": [image] * rows}
-        inputs = processor(**asked, return_tensors="pt").to(options.device)
+        inputs = {name: tensor.to(options.device) for name, tensor in prepare(rows).items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         made = model.generate(
             **inputs,
@@ -192,13 +191,55 @@ def transformers_runner(folder: Path, options: argparse.Namespace) -> Callable[.
             return_dict_in_generate=True,
         )
         token_ids = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        processor.decode(token_ids)
+        say(token_ids)
         first = clock.times[1]  # the prompt itself is put first
         rest, kv = perf_counter() - first, cache_bytes(made.past_key_values)
         spent = process_time() - cpu
         return Sample(first - began, rest / (options.tokens - 1), token_ids, kv, kv, spent)
 
     return run
+
+
+Prepared = tuple[Callable[[int], dict[str, Any]], Callable[[list[int]], object]]
+
+
+def prepared_llava(folder: Path, image: Any) -> Prepared:
+    """What transformers takes for so many rows alike, and how it says token ids."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
+
+    def prepare(rows: int) -> dict[str, Any]:
+        return dict(processor([image] * rows, [prompt] * rows, return_tensors="pt"))
+
+    return prepare, processor.decode
+
+
+def prepared_qwen3(folder: Path, image: Any) -> Prepared:
+    """The same; the whole processor would need torchvision, for videos."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    pixels = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    mark = "<|image_pad|>"
+    begin, end = "<|im_start|>user\n<|vision_start|>", f"<|vision_end|>{QUESTION}<|im_end|>\n"
+
+    def prepare(rows: int) -> dict[str, Any]:
+        given = dict(pixels([image] * rows, return_tensors="pt"))
+        count = int(given["image_grid_thw"][0].prod()) // 4
+        text = f"{begin}{mark * count}{end}<|im_start|>assistant\n"
+        ids = torch.tensor([tokenizer.encode(text).ids] * rows)
+        kinds = (ids == tokenizer.token_to_id(mark)).int()
+        mask = torch.ones_like(ids)
+        return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds, **given}
+
+    return prepare, tokenizer.decode
+
+
+PREPARED = {"llava": prepared_llava, "llava_next": prepared_llava, "qwen3_vl": prepared_qwen3}
 
 
 def cache_bytes(cache: Any) -> int:

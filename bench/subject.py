@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that choose the model and its picture."""
     parser.add_argument("--model", help="a checkpoint folder")
     parser.add_argument(
-        "--preset", default="tiny-test", help="a shape of bench/seeded.py or seeded_qwen.py instead"
+        "--preset",
+        default="tiny-test",
+        help="a shape of bench/seeded.py, seeded_qwen.py or seeded_qwen3.py",
     )
     parser.add_argument(
         "--picture",
@@ -49,9 +51,11 @@ def checkpoint(options: argparse.Namespace) -> Path:
     """The folder of the model; seeded weights are written once."""
     if options.model:
         return Path(options.model)
-    from bench import seeded, seeded_qwen
+    from bench import seeded, seeded_qwen, seeded_qwen3
 
     folder = made_here() / options.preset
+    if options.preset in seeded_qwen3.PRESETS:
+        return seeded_qwen3.write_seeded_qwen3(folder, options.preset)
     if options.preset in seeded_qwen.PRESETS:
         return seeded_qwen.write_seeded_qwen(folder, options.preset)
     return seeded.write_seeded_llava(folder, options.preset)

@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def about(options: argparse.Namespace) -> dict[str, object]:
     """Settings of a report that say which model it is about."""
     if options.model:
-        return {"model": options.model, "seed": None}
+        folder = Path(options.model)
+        inside = folder.is_absolute() and folder.is_relative_to(ROOT)
+        name = folder.relative_to(ROOT) if inside else folder
+        return {"model": str(name), "seed": None}
     return {"model": f"seeded {options.preset}", "seed": SEED}
 
 

@@ -76,17 +76,19 @@ class Prefixes:
         while len(self._rows) > 1 and self.nbytes > self._most:
             self.drop()
 
-    def begin(self, job: Job, asker: str) -> int:
-        """Let a job begin behind what is stored of it; returns how many tokens that is."""
+    def begin(self, job: Job, asker: str, *, fresh: bool = False) -> int:
+        """Let a job begin behind what is stored of it; returns how many tokens it need not read:
+        none where that was read ``fresh`` for it.
+        """
         if not (job.policy.impartial and job.turn.spans):
             return 0
         row = self._rows.get(key := _key(job.policy, job.turn, asker))
         if row is None:
             return 0
         self._rows.move_to_end(key)
-        self.hits += 1
+        self.hits += not fresh
         job.past, job.turn = row.share(), _split(job.turn)[1]
-        return row.seen
+        return 0 if fresh else row.seen
 
     def drop(self) -> bool:
         """Let go of the one that was used longest ago; whether there was any."""
@@ -109,14 +111,15 @@ def _split(turn: Turn) -> tuple[Turn, Turn]:
     """The tokens up to the last picture's end, and the others."""
     end = turn.spans[-1][1]
     first = replace(turn, token_ids=turn.token_ids[:end])
-    return first, replace(turn, token_ids=turn.token_ids[end:], spans=[], features=[])
+    rest = replace(turn, token_ids=turn.token_ids[end:], spans=[], features=[], times=())
+    return first, rest
 
 
 def _key(policy: Policy, turn: Turn, asker: str) -> bytes:
     """What a beginning depends on: its text, its pictures' features, and how they are stored; and
     who asks: how fast an answer comes tells nobody what others have asked.
     """
-    digest = hashlib.sha256(f"{asker!r} {policy.spec} {turn.spans} ".encode())
+    digest = hashlib.sha256(f"{asker!r} {policy.spec} {turn.spans} {turn.times} ".encode())
     digest.update(str(list(turn.token_ids[: turn.spans[-1][1]])).encode())
     for features in turn.features:
         numbers = features.contiguous().cpu()

@@ -257,15 +257,17 @@ class Worker:
             self._readings[reading] = key
             self._scheduler.submit(reading)
 
-    def _submit(self, ticket: Ticket) -> None:
+    def _submit(self, ticket: Ticket, *, fresh: bool = False) -> None:
+        """Hand over a ticket's jobs; ``fresh``: their beginning was read for them."""
         for job in ticket.jobs:
-            ticket.cached = self._prefixes.begin(job, ticket.asker)
+            ticket.cached = self._prefixes.begin(job, ticket.asker, fresh=fresh)
             self._scheduler.submit(job)
 
     def _has_read(self, event: Over) -> None:
         """A beginning is read: those that it was read for go on."""
         key, job = self._readings.pop(event.job), event.job
-        waiting = [ticket for ticket in self._held.pop(key) if ticket in self._begun]
+        held = self._held.pop(key)
+        waiting = [ticket for ticket in held if ticket in self._begun]
         if job.failed:
             for ticket in waiting:
                 self._refuse(ticket, refusal_of(job.failed))
@@ -273,7 +275,7 @@ class Worker:
         assert job.row is not None, "what has been read is a row"
         self._prefixes.put(key, job.row)
         for ticket in waiting:
-            self._submit(ticket)
+            self._submit(ticket, fresh=ticket is held[0])
 
     def _room(self, engine: Engine, ticket: Ticket) -> int:
         """How long an answer may get where the request does not say."""

@@ -390,14 +390,3 @@ def picture_file() -> Callable[..., Path]:
         return path
 
     return made
-
-
-def test_the_attention_page_is_refused_by_name(
-    folder: Path, tmp_path: Path, ask: Ask, picture_file: Callable[..., Path]
-) -> None:
-    path = picture_file(tmp_path / "a.png")
-    page = tmp_path / "page.html"
-    done = ask("--model", str(folder), str(path), "What?", "--attention", str(page))
-    assert done.code != 0
-    assert "this model's pictures are none" in done.err
-    assert not page.exists()

@@ -113,7 +113,8 @@ def test_pictures_of_later_turns_go_on_behind_the_earlier(axes: str) -> None:
     reference = ReferenceAvl(placed, settings)
     turn(run, reference, tokens=50, spans=[(4, 40)], steps=9, seed=3)
     turn(run, reference, tokens=40, spans=[(3, 9), (12, 32)], steps=25, seed=4)
-    assert run.settle().rotary.view(-1, 3).tolist() == [[4, 4, 9], [62, 1, 6], [71, 5, 4]]
+    words = [[4, 4, 9, 0, 9], [62, 1, 6, 0, 6], [71, 5, 4, 0, 5]]
+    assert run.settle().rotary.view(-1, 5).tolist() == words
 
 
 def test_h2o_equals_its_slow_reference() -> None:

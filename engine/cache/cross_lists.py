@@ -8,6 +8,7 @@ own weights. To the lists, pictures are the parts of a row that has no text (``R
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,14 +27,13 @@ class CrossLists:
         pools: those of every cross layer, by format.
         sizes: how large the tensors are.
         lists, runs, means, spent: as those of tokens, see ``State``; the plain lists are empty.
-        most: that of ``State``.
         sees: ``[rows]`` fp32, 1 where a row sees a picture.
         wanted: ``[rows]`` int32, 1 where the core is ranked again behind the step.
     """
 
     def __init__(self, like: Tensor, holder: Holder) -> None:
         """``like [slots, kv_heads, head_dim]``; ``holder`` is told before anything here moves."""
-        self._like, self._holder = like[:0], holder
+        self._like, self._holder = like[:0], ref(holder)  # which holds this
         self.pools: dict[str, Sequence[Pool | PagedPool]] = {}
         self._make(0, Sizes())
 
@@ -47,6 +47,13 @@ class CrossLists:
         each = (len(sizes.tiers) if sizes.sifting else 0, layers, sizes.rows, kv_heads)
         self.means = torch.zeros(*each, head_dim, device=device)
         self.spent = torch.zeros(*each, 2, device=device)
+
+    @property
+    def holder(self) -> Holder:
+        """Who is told before anything here moves."""
+        found = self._holder()
+        assert found is not None, "whoever holds this is there"
+        return found
 
     @property
     def tiered(self) -> bool:
@@ -85,7 +92,7 @@ class CrossLists:
         for picture in row.pictures:
             self.pools[picture.format] = [extent.pool for extent in picture.extents]
             for pool in self.pools[picture.format]:
-                pool.holders.add(self._holder)
+                pool.holders.add(self.holder)
         self.lists.join(across, r)
         self.runs.join(across, r)
         self.spent[:, :, r] = 0
@@ -94,7 +101,7 @@ class CrossLists:
             self.means[tier, :, r] = means_of(across, name, like)
 
     def _enlarge(self, layers: int, sizes: Sizes, rows: Sequence[Row]) -> None:
-        self._holder.void()
+        self.holder.void()
         before = self.groups()
         self._make(layers, sizes)
         if before:

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from ..ops.native import Scratch, Sifting
-from .cross_lists import CrossLists
 from .crossing import Project
 from .lengths import RERANKS
 from .listed import Listed, ListedAttention
 from .row import Row
 from .showing import Attended, attended_across, show_step_across
 from .slot_lists import CORE, FULL, MIXED
+from .state import State
 
 
 class CrossSteps:
     """Cross layers' attention in the steps of some rows, planned once; void when tensors move."""
 
-    def __init__(self, lists: CrossLists, most: Callable[[], Tensor], scratch: Scratch) -> None:
-        """``most`` says what rows may leave out (``State.most``); ``scratch`` is the steps'."""
-        self.lists, self._most, self._scratch = lists, most, scratch
+    def __init__(self, state: State, scratch: Scratch) -> None:
+        """``scratch`` is shared with the steps' other attention."""
+        self.lists, self._state, self._scratch = state.crossed, state, scratch
         self._kind, self._scored = FULL, False
         self.void()
 
@@ -84,7 +84,7 @@ class CrossSteps:
             sifting = None
             if len(crossed.means):
                 means, spent = crossed.means[tier, layer, :rows], crossed.spent[tier, layer, :rows]
-                sifting = Sifting(self._most()[:rows], means, spent)
+                sifting = Sifting(self._state.most[:rows], means, spent)
             slots = crossed.lists.slots[kind, layer, :rows, None, part]
             count = crossed.lists.counts[kind, tier, layer, :rows, None]
             yield Listed(crossed.pools[name][layer], slots, count, sifting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from training.documents import DocumentStyle, make_document
 from training.page import GRID, PATCH, Page, Question
 from training.scenes import COLOURS, KINDS, SceneStyle, make_scene
+from training.tokenizer import load
 
 TRAINING_SEEDS = 1_000_000  # training pages use this seed and up, held-out pages stay below
 GUIDES = 4  # patches at most that a token's attention may be guided to
@@ -20,7 +22,21 @@ CHARS = [chr(c) for c in range(33, 127)]
 CHAR_SLOTS = 3
 # How often a kind of question comes early in a row of packed text, against 1 for all others.
 OFTEN = {"count": 3.0, "yesno": 2.0, "relation": 4.0, "which": 2.0}
-PREFIX = "USER: "
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a question is written around its picture, and the token that ends an answer."""
+
+    tokenizer: Callable[[], Tokenizer]
+    prefix: str  # before the picture, BOS not counted, and the picture's own token if it is one
+    head: str  # between the picture and the answer, "{}" being the question
+    gap: str  # before the answer
+    end: int
+
+
+LLAVA = Form(load, "USER: ", "\n{} ASSISTANT:", " ", 2)
+PREFIX = LLAVA.prefix
 
 Batch = dict[str, Tensor]
 
@@ -34,6 +50,7 @@ class PageMix:
     scenes: float = 0.5
     scene: SceneStyle = field(default_factory=SceneStyle)
     document: DocumentStyle = field(default_factory=DocumentStyle)
+    form: Form = LLAVA
     long_share: float = 0.6  # how often the description / transcription is among the questions
 
 
@@ -138,16 +155,16 @@ def empty_row(length: int) -> Row:
 
 
 def encode_question(
-    q: Question, tokenizer: Tokenizer
+    q: Question, tokenizer: Tokenizer, form: Form = LLAVA
 ) -> tuple[list[int], int, list[tuple[int, int]]]:
-    """Token ids of question and answer with `</s>`, the answer's first index, and offsets."""
-    head = f"\n{q.text} ASSISTANT:"
-    encoding = tokenizer.encode(f"{head} {q.answer}", add_special_tokens=False)
+    """Token ids of question and answer with its end, the answer's first index, and offsets."""
+    head = form.head.format(q.text)
+    encoding = tokenizer.encode(f"{head}{form.gap}{q.answer}", add_special_tokens=False)
     start = len(tokenizer.encode(head, add_special_tokens=False).ids)
     # Characters of the answer that each token covers.
-    shift = len(head) + 1
+    shift = len(head) + len(form.gap)
     offsets = [(a - shift, b - shift) for a, b in encoding.offsets]
-    return [*encoding.ids, 2], start, [*offsets, (10**6, 10**6)]
+    return [*encoding.ids, form.end], start, [*offsets, (10**6, 10**6)]
 
 
 def _guides(q: Question, offset: tuple[int, int], slot_of: dict[int, int]) -> list[int]:
@@ -162,12 +179,16 @@ def _guides(q: Question, offset: tuple[int, int], slot_of: dict[int, int]) -> li
 
 
 def pack(
-    questions: list[Question], slot_of: dict[int, int], length: int, tokenizer: Tokenizer
+    questions: list[Question],
+    slot_of: dict[int, int],
+    length: int,
+    tokenizer: Tokenizer,
+    form: Form = LLAVA,
 ) -> Row:
     """As many questions as fit into `length` tokens, each its own segment."""
     row, used = empty_row(length), 0
     for segment, q in enumerate(questions):
-        ids, start, offsets = encode_question(q, tokenizer)
+        ids, start, offsets = encode_question(q, tokenizer, form)
         if used + len(ids) > length:
             continue
         end = used + len(ids)
@@ -191,7 +212,8 @@ def sample(
     long, *short = page.questions
     short.sort(key=lambda q: rng.random() ** (1 / OFTEN.get(q.task, 1.0)), reverse=True)
     questions = [long, *short] if rng.random() < mix.long_share else short
-    row = pack(questions, {p: i for i, p in enumerate(index)}, mix.text, tokenizer)
+    slot_of = {p: i for i, p in enumerate(index)}
+    row = pack(questions, slot_of, mix.text, tokenizer, mix.form)
     arrays = {
         "pixels": page_pixels(page, index),
         "index": np.array(index, dtype=np.int64),
@@ -215,11 +237,9 @@ class PageBatches(torch.utils.data.Dataset[Batch]):
     """Batch number i of a run, drawn from seeds of its own; resumes at any number."""
 
     def __init__(self, mix: PageMix, batch: int, first_seed: int, start: int, stop: int) -> None:
-        from training.tokenizer import load
-
         self.mix, self.batch, self.first_seed = mix, batch, first_seed
         self.start, self.stop = start, stop
-        self.tokenizer = load()
+        self.tokenizer = mix.form.tokenizer()
 
     def __len__(self) -> int:
         return self.stop - self.start

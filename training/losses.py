@@ -26,6 +26,7 @@ class Weights:
     patch: float = 0.5
     guide: float = 0.0
     read: float = 0.1
+    teach: float = 1.0  # only where there is a teacher
 
 
 class Trainee(nn.Module):
@@ -115,7 +116,7 @@ class Trainee(nn.Module):
 def total(losses: dict[str, Tensor], weights: Weights) -> Tensor:
     """The weighted sum that is minimised; absent losses count nothing."""
     out = weights.patch * losses["patch"]
-    for name in ("text", "read", "guide"):
+    for name in ("text", "read", "guide", "teach"):
         if name in losses:
             out = out + getattr(weights, name) * losses[name]
     return out

@@ -10,18 +10,17 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from training.data import PageMix, sample, stack
-from training.losses import Trainee
-from training.tokenizer import load
 
 CHUNK = 16
 
 
 @torch.no_grad()
-def held_out(trainee: Trainee, mix: PageMix, pages: int, first_seed: int = 0) -> dict[str, float]:
+def held_out(trainee: nn.Module, mix: PageMix, pages: int, first_seed: int = 0) -> dict[str, float]:
     """Exact-match share per task, token accuracy and losses on `pages` held-out pages."""
-    tokenizer = load()
+    tokenizer = mix.form.tokenizer()
     mix = replace(mix, long_share=1.0)
     found: dict[str, list[float]] = defaultdict(list)
     device = next(trainee.parameters()).device

@@ -36,8 +36,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.out, self.plan, self.args = out, plan, args
         self.device = torch.device(args.device)
-        config = ModelConfig(vocab=vocabulary_rows(load()))
-        self.trainee = Trainee(config).to(self.device)
+        self.trainee = self.make_trainee().to(self.device)
         matrices, others = split_parameters(self.trainee)
         self.muon = Muon(matrices, lr=0.02)
         self.adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
@@ -48,6 +47,10 @@ class Run:
             self.resume(out / "checkpoint.pt")
         elif args.start:
             self.begin(Path(args.start))
+
+    def make_trainee(self) -> Trainee:
+        """The model and what its training needs."""
+        return Trainee(ModelConfig(vocab=vocabulary_rows(load())))
 
     def log(self, **record: Any) -> None:
         """One JSON line to log.jsonl and to the terminal."""

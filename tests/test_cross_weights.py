@@ -1,4 +1,4 @@
-"""`weights/cross`, the small cross-attention model: no larger than allowed, right, as transformers."""
+"""`weights/cross`, the small cross-attention model: as large as allowed, right, as transformers."""
 
 import json
 import shutil
@@ -75,11 +75,10 @@ def test_training_starts_and_goes_on(tmp_path: Path) -> None:
     """A step of every stage, and the exported folder loads."""
     from training.cross_losses import CrossTrainee
     from training.cross_model import CrossConfig
-    from training.train_cross import PLAN, TINY, begin_from
-
     from training.data import TRAINING_SEEDS, build_batch
     from training.evaluate import load_model
     from training.losses import total
+    from training.train_cross import PLAN, TINY, begin_from
 
     teacher = load_model(TINY).requires_grad_(False)
     trainee = CrossTrainee(CrossConfig(), teacher)

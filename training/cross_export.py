@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from training.cross_model import (
     CANVAS,
     SIDE,
-    TILE_FEATURES,
     TILES,
     CrossConfig,
     CrossLayer,

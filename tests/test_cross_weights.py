@@ -1,4 +1,4 @@
-"""`weights/cross`, the small cross-attention model: as large as allowed, right, as transformers."""
+"""`weights/cross`: as small as promised, right, and what transformers computes."""
 
 import json
 import shutil

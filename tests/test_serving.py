@@ -25,6 +25,7 @@ from engine.engine import Engine
 from engine.insight.trace import Trace
 from engine.serving.refusal import RefusalError
 from engine.serving.request import Limits, parse
+from tests.mllama_checkpoint import write_mllama
 from tests.oracle import noise
 from tests.qwen_patches_checkpoint import write_qwen_patches
 
@@ -273,7 +274,20 @@ def test_models_health_metrics_and_the_page(server: Any, client: Any) -> None:
 
 def test_who_watches_sees_what_an_observer_sees(engine: Engine, client: Any) -> None:
     """Of every pass the means over the layers, in bytes; beside them the pictures' own panels."""
-    spec, trace = "avl:floor=4,prefill=1", Trace()
+    watch(engine, client, "avl:floor=4,prefill=1", Trace())
+
+
+def test_features_are_watched_where_cross_layers_look_at_them(tmp_path: Path) -> None:
+    folder = write_mllama(tmp_path / "m")
+    engine = Engine.load(folder, device="cpu", dtype="float32", cache="full")
+    with (
+        serving(engine) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        watch(engine, client, "avl:cross=0.3,text=1,prefill=1", Trace(across=True))
+
+
+def watch(engine: Engine, client: Any, spec: str, trace: Trace) -> None:
     options = {"max_new_tokens": 9, "ignore_eos": True}
     engine.with_cache(spec).generate("What?", [data_url(1)], observer=trace, **options)
     watched = client.chat.completions.create(
@@ -285,7 +299,8 @@ def test_who_watches_sees_what_an_observer_sees(engine: Engine, client: Any) -> 
     )
     shown = [chunk.cache for chunk in watched if getattr(chunk, "cache", None)]
     (panel,) = shown[0]["panels"]
-    assert sorted(panel["tokens"]) == list(range(len(trace.passes[0][0].tiers)))
+    tokens = panel["tokens"] + panel["newlines"]
+    assert sorted(tokens) == list(range(len(trace.passes[0][0].tiers)))
     assert [each["step"] for each in shown] == list(range(len(trace.passes)))
     for each, moments in zip(shown, trace.passes, strict=True):
         core = torch.stack([(moment.tiers == 2).float() for moment in moments]).mean(0)

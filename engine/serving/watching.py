@@ -17,7 +17,6 @@ from ..engine import Engine
 from ..insight.page import panel_values
 from ..insight.panels import bytes_of, panels_of
 from ..insight.recorder import image_heads
-from .refusal import wrong
 
 
 class Watching:
@@ -25,23 +24,24 @@ class Watching:
 
     A value has a byte for each image token, in base64: ``stored``, what share of the bits of a
     plain token it is kept in; ``core``, in what share of the layers it is core; ``attention``, the
-    root of what the last query gave it, beside the most that any of them got.
+    root of what the last query gave it, beside the most that any of them got. Where cross layers
+    look at pictures, layers are these, and image tokens their features.
     """
 
     def __init__(self, engine: Engine, pictures: Sequence[Image.Image]) -> None:
-        """Raises RefusalError for a model whose pictures are no tokens of the sequence."""
-        if engine.model.cross_layers:
-            raise wrong("cache", "tiers are of image tokens, which this model has none of")
         model, processor = engine.model, engine.processor
         panels = [panels_of(model, processor, each) for each in processor.prepare_all(pictures)]
         self._first: dict[str, Any] = {"panels": panel_values(panels)}
-        self._layers = model.decoder.config.layers
+        self._across = model.cross_layers > 0
+        self._layers = model.cross_layers or model.decoder.config.layers
         self._bits = 16 * model.decoder.norm.weight.element_size()  # of a key and a value
         self._sum = torch.zeros(3, 0)
         self._latest: dict[str, Any] | None = None
 
     def observe(self, seen: Observed) -> None:
         """See ``Observer.observe``."""
+        if seen.across != self._across:
+            return
         stored = seen.bits.float() / self._bits
         attention = image_heads(seen).mean(0)
         mine = torch.stack([stored, (seen.tiers == CORE).float(), attention]).cpu()

@@ -175,19 +175,18 @@ def test_the_command_line_under_torchrun_answers_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "times"),
+    ("words", "said"),
     [
-        (["--chat"], "error: 2 processes answer one question", 1),
-        (["examples/car.jpg", "What?", "--draw-boxes", "a.png"], "answer one question", 1),
-        (["serve"], "error: 2 processes do not serve", 2),
+        (["--chat"], "error: 2 processes answer one question"),
+        (["examples/car.jpg", "What?", "--draw-boxes", "a.png"], "answer one question"),
+        (["serve"], "error: 2 processes do not serve"),
     ],
 )
-def test_what_processes_cannot_do_together_is_refused(
-    words: list[str], said: str, times: int
-) -> None:
+def test_what_processes_cannot_do_together_is_refused(words: list[str], said: str) -> None:
+    """Once, or by each process: who ends first may have torchrun end the other."""
     done = torchrun(*words)
     assert done.returncode != 0
-    assert done.stderr.count(said) == times
+    assert done.stderr.count(said) in (1, 2)
 
 
 def test_an_observer_wants_all_heads() -> None:

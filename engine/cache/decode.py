@@ -51,17 +51,15 @@ class Scores(NamedTuple):
     logits: Tensor  # [layers, rows, heads, max]
     lse: Tensor  # [layers, rows, heads]
 
-    def of_all(self, ranks: Ranks) -> Scores:
-        """Room for those ``[n, heads, max]`` of all ranks' heads."""
-        n, heads, most = self.logits.shape
-        logits = self.logits.new_empty(n, heads * ranks.size, most)
-        return Scores(logits, self.lse.new_empty(n, heads * ranks.size))
+    def as_one_head(self) -> Scores:
+        """Room for a head ``[n, 1, max]`` whose weights are the mean of all."""
+        n, _, most = self.logits.shape
+        return Scores(self.logits.new_empty(n, 1, most), self.lse.new_zeros(n, 1))
 
-    def gather(self, ranks: Ranks, logits: Tensor, lse: Tensor) -> None:
-        """Fill it with every rank's, in one message."""
-        found = ranks.gather(torch.cat([logits, lse[..., None]], -1), 1)
-        self.logits.copy_(found[..., :-1])
-        self.lse.copy_(found[..., -1])
+    def fill(self, ranks: Ranks, logits: Tensor, lse: Tensor) -> None:
+        """Make it the mean of every rank's heads, which costs a message as large as one of them."""
+        weights = (logits - lse[..., None]).exp()
+        self.logits[:, 0] = ranks.mean(weights.transpose(0, 1)).log()
 
 
 class Wiring(NamedTuple):
@@ -273,8 +271,8 @@ class Decoding:
         if course.reranks:
             wanted, every = words[RERANKS], Scores(logits, lse)
             if self.ranks.size > 1:
-                every = every.of_all(self.ranks)
-                yield partial(every.gather, self.ranks, logits, lse)
+                every = every.as_one_head()
+                yield partial(every.fill, self.ranks, logits, lse)
             yield from state.runs.ranking(layers, *every, lists[FULL], following, wanted, error)
         if self.evicts:
             first = state.lists.first[course.kind, layers]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import OptionError
 
 _MODES = ("", "compare")  # others write files, or read what only one process is given
+_LAST_WORDS = 2.0  # seconds: torchrun ends all processes as soon as one has ended
 
 
 def processes() -> int:
@@ -35,6 +37,8 @@ def together(flags: argparse.Namespace, mode: str) -> Iterator[None]:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     files = flags.attention or flags.draw_boxes
     if mode not in _MODES or files or "-" in (flags.prompt, *flags.image):
+        if os.environ["RANK"] != "0":
+            time.sleep(_LAST_WORDS)
         raise alone("answer one question, without --attention, --draw-boxes and stdin")
     import torch
     import torch.distributed as dist

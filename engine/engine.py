@@ -47,7 +47,7 @@ from .running.chat import Chat
 from .running.generation import Answer, Forced, result_of
 from .running.scheduler import Job, Said, Scheduler
 from .running.stepping import Stepping
-from .running.turn import Turn
+from .running.turn import Turn, check_context
 from .running.videos import VideoSource, with_videos
 
 MOST = 1 << 50  # of rows, bytes or slices: beyond all use
@@ -75,6 +75,7 @@ class Engine:
         self._family = loaded.family
         self._encoder = PictureEncoder(self.model)
         self.published: dict[str, float] = {}  # of ``options.Sampling``, where nobody says more
+        self.limit: int | None = None  # of a picture's tokens, if somebody has set one
 
     @classmethod
     def load(
@@ -150,6 +151,7 @@ class Engine:
         ranks = Ranks.of_group() if parallel else ALONE
         loaded = load(name, device, dtype, revision, weights, wishes, ranks)
         engine = cls(loaded, policy, stepping)
+        engine.limit = max_image_tokens
         if as_published:
             engine.published = published_sampling(loaded.folder)
         return engine
@@ -185,7 +187,10 @@ class Engine:
         tower = self._family.tower
         folders = [self._folder, *([tower[0]] if tower else [])]
         weights = [f"{name} {size}" for name, size in self.weights.items()]
-        return " ".join([*map(fingerprint, folders), dtype, *weights, self._family.style])
+        drawn = [f"{name}={value:g}" for name, value in sorted(self.published.items())]
+        limits = [f"limit={self.limit}"] if self.limit is not None else []
+        named = map(fingerprint, folders)
+        return " ".join([*named, dtype, *weights, self._family.style, *drawn, *limits])
 
     def generate(
         self,
@@ -308,7 +313,7 @@ class Engine:
         tokens of each.
         """
         picture = self._open(image, beside=beside)
-        return EncodedImage(self._encoder.encode([picture], salt)[0], picture.size)
+        return EncodedImage(self._encoder.encode([picture], salt)[0], picture.size, picture.times)
 
     def forget_pictures(self) -> None:
         """Drop the features of pictures seen before, to free them or to time their encoding."""
@@ -415,6 +420,10 @@ class Engine:
         pictures, built = self._prepare(prompt, images, raw, number)
         self._check_ids(built)
         places = [segment for segment in built.segments if segment.kind == "image"]
+        of_pictures = sum(place.end - place.start for place in places)
+        check_context(
+            len(built.token_ids), of_pictures, self.model.decoder.config
+        )  # before the tower
         used = [pictures[place.image] for place in places]
         pixels = [p.tiles.nbytes for p in used if isinstance(p, Pixels)]
         with memory_for("encoding the pictures", sum(pixels), self.device):
@@ -425,7 +434,7 @@ class Engine:
         both = zip(starts, places, strict=True)
         spans = [(start + len(before), place.end + len(before)) for start, place in both]
         sizes = [*earlier, *(picture.size for picture in used)]
-        times = [picture.times if isinstance(picture, Pixels) else () for picture in used]
+        times = [picture.times for picture in used]
         return Turn([*before, *built.token_ids], spans, features, sizes, times)
 
     def _check_ids(self, prompt: Prompt) -> None:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from engine.cache.cross_steps import CrossStepView
 from engine.cache.looking import LookView
+from engine.cache.observe import Observed
 from engine.engine import Engine
 from engine.errors import CapacityError, OptionError
 from engine.models.cross_layer import CrossLayer
 from engine.ops import native, products
 from engine.ops.pages import Pages
+from engine.options import make_options
 from engine.policies.specs import parse
 from engine.running import taped
 from engine.running.batch import job_of
@@ -35,6 +37,7 @@ from tests.test_mllama_cache import (
     request,
     run,
 )
+from tests.test_transactions import taken
 
 CROSS = len(DEFAULT.cross)
 
@@ -305,8 +308,47 @@ def run_with(engine: Engine, budget: int, asked: dict[str, Any]) -> list[int]:
     return answer
 
 
+def test_an_observer_that_fails_costs_no_slot(engine: Engine) -> None:
+    class Fails:
+        def observe(self, seen: Observed) -> None:
+            if seen.across:
+                raise ValueError("enough")
+
+    scheduler = engine.scheduler(2)
+    assert scheduler.cross is not None
+    for _ in range(3):
+        job = engine.job(WORDS, [noise(*WIDE)], make_options(max_new_tokens=3), observer=Fails())
+        scheduler.submit(job)
+        while not scheduler.idle:
+            scheduler.step()
+        assert isinstance(job.failed, ValueError)
+        for pool in (*scheduler.pools, *scheduler.cross.pools):
+            assert taken([pool]) == [[]]
+
+
+def test_what_a_waiting_job_begins_behind_is_given_back(engine: Engine) -> None:
+    """Cancelled, a job that goes on behind somebody's beginning holds it no longer."""
+    scheduler = engine.scheduler(1)
+    first = job_of(engine, {"prompt": WORDS, "images": [noise(*WIDE)], "max_new_tokens": 4})
+    first.keeps = True
+    run(scheduler, [scheduler.submit(first)])
+    assert first.row is not None
+    held = [taken([pool]) for pool in (*scheduler.pools, *scheduler.cross.pools)]
+    for _ in range(3):
+        later = job_of(engine, {"prompt": "And?", "max_new_tokens": 4})
+        later.past = first.row.share()
+        scheduler.submit(later)
+        scheduler.cancel(later)
+    first.row.give()
+    assert held != [[[]]] * len(held)
+    for pool in (*scheduler.pools, *scheduler.cross.pools):
+        assert taken([pool]) == [[]]
+
+
 def test_a_core_is_asked_of_models_that_have_cross_layers() -> None:
     with pytest.raises(OptionError, match=r"avl: cross is 0\.3, and this model has no cross"):
         parse("avl:cross=0.3").check_depth(32, 0)
     with pytest.raises(OptionError, match=r"cross is 1\.3"):
         parse("avl:cross=1.3")
+    with pytest.raises(OptionError, match="features have no such tier"):
+        parse("avl:minor=k2v2,skip=0.1").check_depth(32, 8)

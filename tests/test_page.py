@@ -647,6 +647,17 @@ def test_the_page_shows_what_cross_layers_look_at(
     assert share == pytest.approx(result.cache.image_stored_share, rel=1e-3)
 
 
+def test_only_pictures_that_are_seen_are_shown(sideways: Engine, tmp_path: Path) -> None:
+    """Of a picture, a text and a picture, cross layers see the last."""
+    path, content = tmp_path / "page.html", [{"type": "image"}, {"type": "text", "text": "or"}]
+    messages = [{"role": "user", "content": [*content, {"type": "image"}]}]
+    images = [noise(160, 50), noise(30, 40)]
+    list(stream_with_page(sideways, path, messages, images, max_new_tokens=3, ignore_eos=True))
+    data = data_in(path)
+    (panel,) = data["panels"]
+    assert sorted(panel["tokens"] + panel["newlines"]) == data["positions"] == list(range(17))
+
+
 def test_weights_of_cross_layers_are_the_models_own(
     sideways: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

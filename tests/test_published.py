@@ -56,11 +56,12 @@ def test_only_what_is_said_counts(
     assert found == expected
 
 
-def test_numbers_out_of_range_are_named(folder: Path) -> None:
+def test_numbers_out_of_range_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_json(folder / "generation_config.json", do_sample=True, top_p=1.5)
     with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p is 1\.5"):
         Engine.load(folder, device="cpu", as_published=True)
     assert main(["--check", "--model", str(folder), "--quiet"]) == 0
+    assert "top_p is 1.5): --as-published is refused" in capsys.readouterr().out
     with pytest.raises(OptionError, match="as_published is"):
         Engine.load(folder, device="cpu", as_published="no")  # type: ignore[arg-type]
 
@@ -92,6 +93,14 @@ def test_chats_and_batches_draw_so_too(folder: Path) -> None:
     assert engine.generate("What?", temperature=0, **options).token_ids != expected.token_ids
     torch.manual_seed(1)
     assert engine.generate("What?", **options).token_ids == expected.token_ids
+
+
+def test_answers_of_another_draw_are_another_engines(folder: Path) -> None:
+    edit_json(folder / "generation_config.json", **PUBLISHED)
+    published = Engine.load(folder, device="cpu", as_published=True)
+    greedy = Engine.load(folder, device="cpu")
+    assert published.fingerprint() != greedy.fingerprint()
+    assert published.with_cache("full").fingerprint() == published.fingerprint()
 
 
 def test_the_flag_reaches_the_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.pictures.patches import Cells, VideoRules
 from engine.pictures.video import Video
+from engine.running.videos import END, START
 from tests.checkpoints import write_json
 from tests.oracle import noise
 from tests.qwen_patches_checkpoint import (
@@ -255,7 +256,23 @@ def test_a_question_with_a_video_is_the_same_however_it_is_written(made: Any) ->
     assert short.prompt_tokens == spelled.prompt_tokens
     raw = "<image><video>" + QUESTION
     shown = engine.with_videos(raw, [still], [frames], raw=True)[0]
-    assert shown == "<image><0.2 seconds><image><1.2 seconds><image>" + QUESTION
+    slices = "".join(f"<{n:.1f} seconds>{START}<image>{END}" for n in (0.25, 1.25))
+    assert shown == f"<image>{slices}{QUESTION}"
+    marked = engine.with_videos(f"a{START}<video>{END}b", None, [frames], raw=True)[0]
+    assert marked == f"a{slices}b"
+    older, _ = made("qwen2_vl")
+    marked = older.with_videos(f"a{START}<video>{END}b", None, [clip("qwen2_vl", 4)], raw=True)[0]
+    assert marked == f"a{START}<image>{END}b"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoded_video_is_the_same_video(made: Any, kind: str) -> None:
+    engine, _ = made(kind)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": content}]
+    video = engine.processor.prepare_frames(clip(kind, 5))[0]
+    encoded = engine.encode(video)
+    assert torch.equal(engine.logits(messages, [encoded]), engine.logits(messages, [video]))
 
 
 @pytest.mark.parametrize("cache", ["avl:secondary=0.5,core=0.3,prefill=1", "sift", "h2o"])
@@ -296,6 +313,13 @@ def test_wrong_limits_are_named(tmp_path: Path) -> None:
         write_json(folder / "video_preprocessor_config.json", {"size": size})
         with pytest.raises(CheckpointError, match=r"video_preprocessor_config.*shortest_edge"):
             Engine.load(folder, device="cpu")
+    write_json(folder / "video_preprocessor_config.json", {"patch_size": 14})
+    with pytest.raises(CheckpointError, match=r"video_preprocessor_config.*patch_size"):
+        Engine.load(folder, device="cpu")
+    limits = {"min_pixels": 5000, "max_pixels": 70000, "patch_size": 16}
+    write_json(folder / "video_preprocessor_config.json", limits)
+    rules = Engine.load(folder, device="cpu").processor.video  # type: ignore[attr-defined]
+    assert (rules.least, rules.most) == (5000, 70000)
 
 
 def test_times_come_from_the_file(tmp_path: Path) -> None:

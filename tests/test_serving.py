@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from engine.engine import Engine
 from engine.insight.trace import Trace
@@ -211,6 +212,36 @@ def test_questions_about_a_picture_of_rows_and_columns_share_its_coordinates(
         assert cached[0] == 0
         assert cached[1] > alone.image_tokens
         assert server.worker.now()["prefix_misses"] == 1
+
+
+@pytest.mark.parametrize("spec", ["full", "sift"])
+def test_questions_about_a_picture_that_cross_layers_see(tmp_path: Path, spec: str) -> None:
+    """Its features lie in the pools of cross layers, held by the stored beginning too."""
+    folder = write_mllama(tmp_path / "m")
+    engine = Engine.load(folder, device="cpu", dtype="float32", cache=spec)
+    with serving(engine) as server:
+        for text in ("What is it?", "And what else is there?", "What is it?"):
+            said, usage = ask_about(server, text, spec)
+            alone = engine.generate(text, [data_url(3)], max_new_tokens=8, ignore_eos=True)
+            assert said == alone.text
+        assert usage["prompt_tokens_details"]["cached_tokens"] > 0
+        assert server.worker._prefixes.nbytes > alone.cache.feature_bytes > 0
+
+
+def test_pictures_of_one_colour_and_other_shapes_are_told_apart(tmp_path: Path) -> None:
+    """Their features are the same, cell by cell: what differs is where the cells lie."""
+    folder = write_qwen_patches(tmp_path / "m", "qwen2_vl")
+    engine = Engine.load(folder, device="cpu", dtype="float32", cache="full")
+    with serving(engine) as server:
+        for size in ((336, 28), (28, 336)):
+            file = BytesIO()
+            Image.new("RGB", size, (90, 120, 40)).save(file, "PNG")
+            url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            body = {"messages": asked("What?", url), "max_tokens": 8, "ignore_eos": True}
+            answer = post(server, body | {"cache": "full"}).json()
+            alone = engine.generate("What?", [url], max_new_tokens=8, ignore_eos=True)
+            assert answer["choices"][0]["message"]["content"] == alone.text
+        assert server.worker.now()["prefix_misses"] == 2
 
 
 def test_few_bits_are_shared_in_place_and_answers_repeat(engine: Engine) -> None:

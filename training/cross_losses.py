@@ -40,7 +40,8 @@ class CrossTrainee(nn.Module):
     def teach(self, features: Tensor, batch: Batch) -> Tensor:
         """How far the features, as the teacher's, are from the teacher's, in its deviations."""
         with torch.no_grad():
-            wanted = self.teacher[0].vision(batch["pixels"], batch["index"]).float()
+            teacher = self.teacher[0].to(features.device)
+            wanted = teacher.vision(batch["pixels"], batch["index"]).float()
         scale = wanted.std((0, 1), keepdim=True)
         return F.smooth_l1_loss(self.to_teacher(features).float() / scale, wanted / scale)
 
@@ -48,10 +49,10 @@ class CrossTrainee(nn.Module):
         """Decoder states of the text, and every cross layer's weights on patches."""
         b, p = len(batch["index"]), len(self.prefix)
         ids = torch.cat([self.prefix.expand(b, -1), batch["ids"]], 1)
-        before = torch.arange(p)
+        before = torch.arange(p, device=ids.device)
         position = torch.cat([before.expand(b, -1), p + batch["offset"]], 1)
-        segment = torch.cat([torch.full((b, p), -2), batch["segment"]], 1)
-        order = torch.arange(ids.shape[1])
+        segment = torch.cat([torch.full((b, p), -2, device=ids.device), batch["segment"]], 1)
+        order = torch.arange(ids.shape[1], device=ids.device)
         same = segment[:, :, None] == segment[:, None]
         mask = ((order[:, None] >= order) & (same | (segment == -2)[:, None]))[:, None]
         sees = (order >= p - 1)[:, None].float()

@@ -6,7 +6,6 @@ layers of `weights/tiny`, the tower learns from its tower first.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from dataclasses import replace
@@ -124,7 +123,10 @@ def _begin_attention(block: SelfLayer, old: DecoderLayer) -> None:
 def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     args = parse(["--out", "runs/cross", "--export", "runs/cross-export", *given])
-    args = argparse.Namespace(**vars(args))
+    if args.start or args.plan != "two-cores":
+        raise SystemExit(
+            "train_cross begins from weights/tiny and has one plan: no --start, --plan"
+        )
     torch.set_num_threads(args.threads)
     run = CrossRun(Path(args.out), PLAN, args)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))

@@ -20,9 +20,10 @@ from .state import State
 class CrossSteps:
     """Cross layers' attention in the steps of some rows, planned once; void when tensors move."""
 
-    def __init__(self, state: State, scratch: Scratch) -> None:
-        """``scratch`` is shared with the steps' other attention."""
+    def __init__(self, state: State, scratch: Scratch, error: Tensor) -> None:
+        """``scratch`` is shared with the steps' other attention, ``error`` with their ranking."""
         self.lists, self._state, self._scratch = state.crossed, state, scratch
+        self._error = error
         self._kind, self._scored = FULL, False
         self.void()
 
@@ -99,10 +100,9 @@ class CrossSteps:
 
     def _ranked(self, logits: Tensor, lse: Tensor) -> Iterator[Callable[[], None]]:
         crossed, slots = self.lists, self.lists.lists.slots
-        error = torch.zeros(1, dtype=torch.int32, device=logits.device)
         both = logits.flatten(0, 1), lse.flatten(0, 1)
         lists = slots[FULL], slots[CORE]
-        yield from crossed.runs.ranking(slice(None), *both, *lists, crossed.wanted, error)
+        yield from crossed.runs.ranking(slice(None), *both, *lists, crossed.wanted, self._error)
 
 
 class CrossStepView:

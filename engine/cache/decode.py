@@ -105,7 +105,7 @@ class Decoding:
         self._buffer, self.evicts = 0, False
         self._wired: Wiring | None = None
         self._watched: dict[int, list[Attended]] = {}
-        self._cross = CrossSteps(self.state, self._scratch)
+        self._cross = CrossSteps(self.state, self._scratch, self._error)
         self._use(self._asked)
         self.state.holders.add(self)
         for row in rows:

@@ -58,9 +58,10 @@ class Fresh:
         extent = pool.take(self.seen)
         self._taken.append(extent)
         pool.write(extent, k[: self.seen], v[: self.seen])
-        self._totals.append(v[: self.seen].float().sum(0))
-        if self._format == PLAIN:
+        if self._format == PLAIN:  # whose values are never left unread
+            self._totals.append(torch.zeros(v.shape[1:], device=v.device))
             return k, v
+        self._totals.append(v[: self.seen].float().sum(0))
         written = zip(pool.read(extent, self.seen), (k, v), strict=True)
         first, second = (torch.cat([mine.to(x.dtype), x[self.seen :]]) for mine, x in written)
         return first, second
@@ -170,6 +171,8 @@ class LookView:
         self._looking, self._pictures = looking, looking.pictures
         self._layer, self._tokens = layer, len(positions)
         self._policy = looking.policy
+        new = any(isinstance(picture, Fresh) for picture in self._pictures)
+        self._trims_now = self._policy.trims and layer == 0 and new
         self._received: dict[int, Tensor] = {}  # by picture, where some are trimmed
         starts = torch.tensor([start for start, _ in looking.groups], device=positions.device)
         found = torch.searchsorted(positions, starts).tolist()
@@ -194,7 +197,7 @@ class LookView:
                 if pairs:
                     out[mine] = attention_across(q[mine], pairs)
                 sees[mine] = float(not blind)
-                if self._policy.trims and self._layer == 0 and not blind:
+                if self._trims_now and not blind:
                     self._receive(pictures, received(q[mine], pairs))
         if self._done == self._tokens:
             self._trim()

@@ -30,7 +30,7 @@ class Observed:
         bits: ``[image tokens]`` uint8, bits of a number of its keys and of its values together, in
             the order of ``tiers``; 0 where it was freed.
         across: whether it is a cross layer, counted among these: its image tokens are features, all
-            that it attends, and a position is a number among them.
+            that it attends, a position is a number among them, and ``query`` how many they are.
     """
 
     layer: int

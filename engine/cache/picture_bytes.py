@@ -123,5 +123,7 @@ def _sifted(
         for each in layer
         if each.packed
     )
+    if not listed:
+        return 0.0, 1.0
     left, read = row.spent.sum(0).tolist()
-    return left / (steps * kv_heads * len(held)), read / max(1, listed * kv_heads)
+    return left / (steps * kv_heads * len(held)), read / (listed * kv_heads)

@@ -192,8 +192,12 @@ class Prefill:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.row.pictures, self.row.cores = self._looking.keep(), self._looking.cores
-            if self._looking.watched and self.row.pictures:
-                show_look(self.row, self._looking.last)
+            try:
+                if self._looking.watched and self.row.pictures:
+                    show_look(self.row, self._looking.last)
+            except BaseException:
+                self.row.give()
+                raise
             self.past.give()
             return
         for extent in self._taken:

@@ -232,6 +232,8 @@ class Row:
         """The same for a sequence that begins with it: a turn on top of it copies or shares what it
         keeps, and gives this back.
         """
+        for picture in self.pictures:
+            picture.hold()
         return replace(self, layers=[stored.share() for stored in self.layers], observer=None)
 
     def give(self) -> None:

@@ -71,7 +71,7 @@ def _show_across(
             layer=layer,
             step=step,
             query=stored.layout.seen,
-            weights=weights.clone(),
+            weights=weights.cpu().clone(),  # what lies where is known on the host
             positions=positions,
             tiers=tiers_of(across.image_spans, held, core),
             image_spans=tuple(across.image_spans),

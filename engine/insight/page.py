@@ -87,6 +87,7 @@ def page_data(
     """What the page shows, as values for JSON; ``panels`` are those of every picture."""
     means = mean_over_layers(recorder)
     moments = recorder.passes
+    panels = panels[len(panels) - len(recorder.image_spans) :]  # cross layers see the last alone
     return {
         "model": engine.name,
         "cache": engine.policy.spec,

@@ -42,7 +42,9 @@ class Trace:
     """
 
     def __init__(self, *, across: bool = False) -> None:
-        """``across``: of cross layers, whose features stand for image tokens, and of no others."""
+        """``across``: of cross layers, and of no others: features stand for tokens, so that a query
+        and ``prompt_ends`` are how many of these there are.
+        """
         self.across = across
         self.passes: list[list[Moment]] = []
         self.image_spans: tuple[tuple[int, int], ...] = ()

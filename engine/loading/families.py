@@ -414,10 +414,13 @@ def _video_rules(folder: Path, config: PatchesConfig, *, third: bool) -> VideoRu
     if not path.exists():
         return rules
     read = ConfigReader(read_json(path), path.name)
+    if (patch := read.integer("patch_size", config.cells.patch)) != config.cells.patch:
+        raise read.fail("patch_size", f"is {patch}, config.json says {config.cells.patch}")
+    least, most = read.integer("min_pixels", rules.least), read.integer("max_pixels", rules.most)
     if "size" in read.values:
         read = read.section("size")
-    least = read.integer("shortest_edge", rules.least, low=1)
-    most = read.integer("longest_edge", rules.most, low=1)
+        least = read.integer("shortest_edge", least, low=1)
+        most = read.integer("longest_edge", most, low=1)
     if least > most:
         raise read.fail("shortest_edge", f"is {least}, longest_edge {most}")
     return replace(rules, least=least, most=most)

@@ -45,6 +45,6 @@ def told_sampling(folder: Path) -> str:
     """The same as flags, for a reader; "" if it says nothing."""
     try:
         found = [f"{_FLAGS[name]} {value:g}" for name, value in published_sampling(folder).items()]
-    except CheckpointError:
-        return ""
+    except CheckpointError as error:
+        return f", published with numbers that are none ({error}): --as-published is refused"
     return f", published with {' '.join(found)} (taken with --as-published)" if found else ""

@@ -21,6 +21,7 @@ TIME, ROW, COLUMN = 0, 1, 2
 # Of a picture, or a slice, in the rotary state: its first token's number, its rows and columns, its
 # time since the beginning, and by how much text behind it goes on (0: another slice follows).
 _WORDS = 5
+_AT_ONCE = 4096  # tokens, each beside every picture and slice
 
 
 def _words_of(grid: Grid, start: int) -> Iterator[int]:
@@ -104,5 +105,6 @@ class MRotation(Rotation):
 
     def tables(self, positions: Tensor, rotary: Tensor, dtype: torch.dtype) -> Tables:
         """See ``Rotation.tables``."""
-        coordinates = self.coordinates(positions, rotary).float()
+        few = positions.split(_AT_ONCE) if len(rotary) == 1 else [positions]
+        coordinates = torch.cat([self.coordinates(some, rotary) for some in few]).float()
         return turned(coordinates[:, self.axes] * self.frequencies, dtype)

@@ -26,11 +26,12 @@ from .preprocess import Pixels
 class EncodedImage:
     """A picture's features ``[image tokens, hidden]``, ready to be asked about many times.
 
-    ``size`` is the picture's own (width, height).
+    ``size`` is the picture's own (width, height), ``times`` are those of ``Pixels``.
     """
 
     features: Tensor
     size: tuple[int, int]
+    times: tuple[int, ...] = ()
 
 
 Picture = Source | EncodedImage | Pixels

@@ -90,6 +90,11 @@ class Avl(Policy):
         """Where tokens are dropped after a layer, it must be there."""
         if self.prefill < 1:
             check_layer(self, self.layer, layers)
+        if self.minor != FREED and cross_layers:
+            raise OptionError(
+                f"cache policy avl: minor is {self.minor}, and features have no such tier",
+                hint="leave it out; format= is of features too",
+            )
         if self.cross is not None and not cross_layers:
             raise OptionError(
                 f"cache policy avl: cross is {self.cross}, and this model has no cross layers",

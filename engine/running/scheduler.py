@@ -180,7 +180,7 @@ class Scheduler:
     def cancel(self, job: Job) -> None:
         """End a job wherever it is; one that is over already stays as it is."""
         if job in self.waiting:
-            self._leave_off(job)
+            self._give_up(job)
         elif job in self.running:
             self._take_out(job)
             self._give(job)
@@ -221,13 +221,13 @@ class Scheduler:
                 read = self._sliced(job, self._reading)
         except Exception as error:
             job.failed = error
-            self._leave_off(job)
+            self._give_up(job)
             return [Over(job, None)]
         events = list(self._begun(job, read)) if read else []
         self._decodes = self.slices is not None
         job.timings.prefill += perf_counter() - began
         if job.over and not read:
-            self._leave_off(job)
+            self._give_up(job)
             return [Over(job, self._report(Row(job.policy)))]
         return [*events, *self._ended()]
 
@@ -272,6 +272,12 @@ class Scheduler:
                 read: Read = end.value
                 return read
         return None
+
+    def _give_up(self, job: Job) -> None:
+        """A job ends before its prompt has been read: so does its hold on what it began behind."""
+        self._leave_off(job)
+        if not job.keeps:
+            job.past.give()
 
     def _leave_off(self, job: Job) -> None:
         """A job waits no longer; what was read of it, and is not complete, is as if it were not."""

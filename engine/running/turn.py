@@ -49,19 +49,19 @@ class Turn:
 
     def sights(self, model: VisionLanguageModel) -> list[Sight]:
         """What the model's cross layers see of it, if it has any."""
-        return model.sights(self.spans, self.features, self._own_sizes)
+        return model.sights(self.spans, self.features, self.own_sizes)
 
     def rotary(self, model: VisionLanguageModel, past: Row | None = None) -> Tensor:
         """The rotary state of a sequence that it begins or, behind ``past``, goes on with."""
         before, earlier = (past.rotary, past.seen) if past and past.layers else (None, 0)
         spans = [(earlier + start, earlier + end) for start, end in self.spans]
-        grids, begin = model.grids(self._own_sizes, self.times), model.decoder.rotation.begin
+        grids, begin = model.grids(self.own_sizes, self.times), model.decoder.rotation.begin
         return begin(len(self.token_ids), before, spans if grids else (), grids)
 
     @property
-    def _own_sizes(self) -> Sequence[tuple[int, int]]:
+    def own_sizes(self) -> list[tuple[int, int]]:
         """Of its own pictures, without those of earlier turns."""
-        return self.sizes[len(self.sizes) - len(self.features) :]
+        return list(self.sizes[len(self.sizes) - len(self.features) :])
 
     def slots(self, policy: Policy, new_tokens: int, past: Row) -> tuple[int, dict[str, int]]:
         """Slots of cache that a layer needs at most for it, and ``new_tokens``, behind ``past``:
@@ -138,7 +138,8 @@ def reading(
     Raises ContextError if the turn and ``new_tokens`` more do not fit the model's context.
     """
     decoder = model.decoder
-    _check_context(turn, past.seen if past else 0, new_tokens, decoder.config)
+    seen = past.seen if past else 0
+    check_context(len(turn.token_ids), turn.image_tokens, decoder.config, seen, new_tokens)
     device = decoder.norm.weight.device
     layout = Layout.of_tokens(len(turn.token_ids), turn.spans, device)
     ids = torch.tensor(turn.token_ids, device=device)
@@ -167,12 +168,17 @@ def _counted(slices: Slices[Tensor], pieces: int) -> Slices[Tensor]:
     raise AssertionError("slices have an end")
 
 
-def _check_context(turn: Turn, seen: int, new_tokens: int, config: DecoderConfig) -> None:
-    prompt = seen + len(turn.token_ids)
+def check_context(
+    tokens: int, image_tokens: int, config: DecoderConfig, seen: int = 0, new_tokens: int = 1
+) -> None:
+    """Raise ContextError where so many ``tokens``, some of them of pictures, do not fit behind
+    those ``seen``, and ``new_tokens`` behind them.
+    """
+    prompt = seen + tokens
     if prompt + new_tokens > config.context:
         shorter = "ask for a shorter answer (max_new_tokens, -n)"
         raise ContextError(
-            f"prompt {prompt:,} tokens ({turn.image_tokens:,} image) + {new_tokens:,} requested "
+            f"prompt {prompt:,} tokens ({image_tokens:,} image) + {new_tokens:,} requested "
             f"exceed the model's {config.limit}",
             hint=f"begin a new conversation (/clear), or {shorter}"
             if seen

@@ -19,6 +19,9 @@ from ..pictures.video import Video
 from ..prompts.messages import Messages
 
 VideoSource = Video | str | PathLike[str] | bytes | Sequence[Source]
+# Around a place that is stamped: Qwen3-VL's.
+START, END = "<|vision_start|>", "<|vision_end|>"
+_START, _END = re.escape(START), re.escape(END)
 # Frames and their seconds, to what stands in their place.
 Prepare = Callable[[Iterable[Image.Image], Sequence[float]], list[Pixels]]
 
@@ -59,7 +62,7 @@ def with_videos(
         return [{"role": "user", "content": content}], [*pictures, *frames]
     filled = _Filled(pictures, given, prepare)
     if isinstance(prompt, str):
-        parts = re.split("(<image>|<video>)", prompt)
+        parts = re.split(f"(<image>|(?:{_START})?<video>(?:{_END})?)", prompt)
         prompt = "".join(filled.written(part) for part in parts)
     elif is_iterable(prompt):
         prompt = [filled.message(message) for message in prompt]
@@ -108,9 +111,12 @@ class _Filled:
         """A part of a raw prompt: a place, filled, or a text."""
         if part == "<image>":
             self.picture()
-        if part == "<video>":
-            return "".join(f"{frame.stamp}<image>" for frame in self.video())
-        return part
+        if "<video>" not in part:
+            return part
+        frames = self.video()
+        if any(frame.stamp for frame in frames):  # each has marks of its own
+            return "".join(f"{frame.stamp}{START}<image>{END}" for frame in frames)
+        return part.replace("<video>", "<image>" * len(frames))
 
     def message(self, message: Any) -> Any:
         """A message, its videos' entries as those of pictures; what is wrong with it stays so."""

@@ -99,8 +99,9 @@ class Prefixes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(
+        """Bytes of all of them, a picture that cross layers share counted once."""
+        pictures = {picture for row in self._rows.values() for picture in row.pictures}
+        return sum(picture.nbytes for picture in pictures) + sum(
             stored.nbytes(pool, stored.layout.columns)
             for row in self._rows.values()
             for pool, stored in zip(self._pools, row.layers, strict=True)
@@ -119,7 +120,9 @@ def _key(policy: Policy, turn: Turn, asker: str) -> bytes:
     """What a beginning depends on: its text, its pictures' features, and how they are stored; and
     who asks: how fast an answer comes tells nobody what others have asked.
     """
-    digest = hashlib.sha256(f"{asker!r} {policy.spec} {turn.spans} {turn.times} ".encode())
+    digest = hashlib.sha256(
+        f"{asker!r} {policy.spec} {turn.spans} {turn.own_sizes} {turn.times} ".encode()
+    )
     digest.update(str(list(turn.token_ids[: turn.spans[-1][1]])).encode())
     for features in turn.features:
         numbers = features.contiguous().cpu()

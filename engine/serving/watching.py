@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cache.observe import CORE, Observed
 from ..engine import Engine
 from ..insight.page import panel_values
-from ..insight.panels import bytes_of, panels_of
+from ..insight.panels import Panel, bytes_of, panels_of
 from ..insight.recorder import image_heads
 
 
@@ -31,17 +31,18 @@ class Watching:
     def __init__(self, engine: Engine, pictures: Sequence[Image.Image]) -> None:
         model, processor = engine.model, engine.processor
         panels = [panels_of(model, processor, each) for each in processor.prepare_all(pictures)]
-        self._first: dict[str, Any] = {"panels": panel_values(panels)}
+        self._panels: list[list[Panel]] | None = panels
         self._across = model.cross_layers > 0
         self._layers = model.cross_layers or model.decoder.config.layers
         self._bits = 16 * model.decoder.norm.weight.element_size()  # of a key and a value
-        self._sum = torch.zeros(3, 0)
+        self._sum, self._seen = torch.zeros(3, 0), 0
         self._latest: dict[str, Any] | None = None
 
     def observe(self, seen: Observed) -> None:
         """See ``Observer.observe``."""
         if seen.across != self._across:
             return
+        self._seen = len(seen.image_spans)
         stored = seen.bits.float() / self._bits
         attention = image_heads(seen).mean(0)
         mine = torch.stack([stored, (seen.tiers == CORE).float(), attention]).cpu()
@@ -57,8 +58,11 @@ class Watching:
         latest, self._latest = self._latest, None
         if latest is None:
             return None
-        first, self._first = self._first, {}
-        return first | latest
+        panels, self._panels = self._panels, None
+        if panels is None:
+            return latest
+        # Of several pictures cross layers see the last ones alone.
+        return {"panels": panel_values(panels[len(panels) - self._seen :])} | latest
 
 
 def _bytes(shares: Tensor) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.cache.decode import CORE, FULL, Decoding
@@ -244,8 +244,22 @@ def check_settled(row, pools, policy):
     assert counted.bytes_full == LAYERS * row.seen * token
 
 
+# Layers behind the cut hold no image token, and nothing in the format of those before it.
+CUT = Avl(
+    secondary=0.0,
+    core=None,
+    prefill=0.0,
+    layer=1,
+    text=0.0,
+    floor=0,
+    format="k16v16",
+    minor="k16v16",
+)
+
+
 @QUICK
 @given(policies, st.lists(prompts(most_steps=7), min_size=2, max_size=3))
+@example(CUT, [Prompt(1, [], 0, 0), Prompt(2, [(0, 1)], 1, 0)])
 def test_turns_follow_each_other(policy, turns):
     pools, row, seen = make_pools(), None, 0
     for prompt in turns:

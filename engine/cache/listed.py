@@ -27,7 +27,9 @@ class Listed:
         pool = self.pool
         if isinstance(pool, Pool):
             return Tier(pool.k, pool.v, self.slots, self.count)
-        k, v = pool.layout.sides(pool.data)
+        # Of a layer that holds nothing in a format, a page that no list names: none has no address.
+        data = pool.data if len(pool.data) else pool.data.new_zeros(1, pool.layout.nbytes)
+        k, v = pool.layout.sides(data)
         return Tier(k, v, self.slots, self.count, pool.layout, self.sifting)
 
 

@@ -421,9 +421,8 @@ class Engine:
         self._check_ids(built)
         places = [segment for segment in built.segments if segment.kind == "image"]
         of_pictures = sum(place.end - place.start for place in places)
-        check_context(
-            len(built.token_ids), of_pictures, self.model.decoder.config
-        )  # before the tower
+        if after is None:  # a conversation's length is known to who goes on with it
+            check_context(len(built.token_ids), of_pictures, self.model.decoder.config)
         used = [pictures[place.image] for place in places]
         pixels = [p.tiles.nbytes for p in used if isinstance(p, Pixels)]
         with memory_for("encoding the pictures", sum(pixels), self.device):

@@ -348,6 +348,14 @@ SECTIONS = (
         formats,
     ),
     Section(
+        "Features of cross layers",
+        "The small Llama-3.2-Vision on the same pages: `trimmed`, formats, A-VL's core. Steps are "
+        "of a fifth of the 11B, over pictures of 6,404 features.",
+        ("quality-features", "sideways", "sideways-q4"),
+        "python -m bench.quality --group features",
+        as_they_are,
+    ),
+    Section(
         "Formats on a trained decoder, and over two turns",
         "The beginning of a text stands for a picture (SmolLM2-135M); a second question about the "
         "same page (embedded model).",
@@ -420,6 +428,14 @@ SECTIONS = (
         "The same weights, prompt, picture and forced length, in turn.",
         ("decode",),
         "python -m bench.decode",
+        as_they_are,
+    ),
+    Section(
+        "Servers",
+        "Over HTTP on one machine, clients among what it has to do: beside `transformers serve`, "
+        "over text beside llama.cpp's server in Python, and a second question about a picture.",
+        ("serve", "second"),
+        "python -m bench.serve",
         as_they_are,
     ),
     Section(

@@ -121,6 +121,8 @@ def short(spec: str) -> str:
     >>> short("avl:secondary=0.45,core=0.1,every=3,prefill=0.9")
     'avl:core=0.1'
     """
+    if "+" in spec:  # joined policies, or a contestant's name
+        return "+".join(map(short, spec.split("+")))
     try:
         policy = parse(spec)
     except OptionError:  # a contestant that is no policy, such as transformers

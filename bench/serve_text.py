@@ -122,6 +122,7 @@ def main() -> None:
             ask(url, THEIRS, 4, 0)
             rows.append(load(url, THEIRS, clients, options))
     settings = subject.about(options) | {
+        "dtype": "bf16",
         "weights": options.weights,
         "theirs": kind,
         "threads": options.threads,

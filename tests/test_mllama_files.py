@@ -378,7 +378,8 @@ def test_stats_speak_of_features(
     done = ask("--model", str(folder), str(path), "What?", "-n", "3", "--stats")
     assert done.code == 0, done
     assert "34 features of pictures in every cross layer | " in done.err
-    assert "| features of pictures 0.0" in done.err
+    assert "| features of pictures k4v4 0.0" in done.err
+    assert "% of full, " in done.err
     done = ask("--model", str(folder), "What?", "-n", "3", "--stats")
     assert "0 image tokens: 0 core" in done.err
 

@@ -147,12 +147,11 @@ def _tiers(cache: CacheReport) -> str:
 
 def _pictures(cache: CacheReport) -> str:
     """What pictures take by format, and what of it a step reads; empty without a picture."""
-    if cache.features:
-        return f" | features of pictures {cache.feature_bytes / 1e6:.2f} MB"
-    if not cache.image_tokens:
+    if not (cache.image_tokens or cache.features):
         return ""
     held = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in cache.formats.items() if size)
-    said = f" | pictures {held}: {cache.image_stored_share:.1%} of full"
+    what = "features of pictures" if cache.features else "pictures"
+    said = f" | {what} {held}: {cache.image_stored_share:.1%} of full"
     said += f", {cache.image_read_share:.1%} read a step"
     if cache.values_read < 1:
         said += f" ({cache.values_read:.1%} of values, {cache.left_out:.1%} of attention left out)"

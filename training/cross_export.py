@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.cross_model import (
@@ -22,6 +19,7 @@ from training.cross_model import (
     TinyMllama,
 )
 from training.cross_tokenizer import IMAGE, NAMED, build_cross, special
+from training.export import write_checkpoint
 from training.model import MEAN, STD
 from training.page import PATCH
 
@@ -205,15 +203,7 @@ def _files(c: CrossConfig) -> dict[str, Any]:
 
 def export_cross(model: TinyMllama, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write all files of the checkpoint; the weights are replaced in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in _files(model.config).items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    text = json.dumps(build_cross(), indent=1, ensure_ascii=False)
-    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    data = {k: v.detach().to("cpu", dtype).contiguous().clone() for k, v in tensors(model).items()}
-    save_file(data, folder / "model.part", metadata={"format": "pt"})
-    (folder / "model.part").chmod(0o644)
-    os.replace(folder / "model.part", folder / "model.safetensors")
+    write_checkpoint(folder, _files(model.config), build_cross(), tensors(model), dtype)
 
 
 def main() -> None:

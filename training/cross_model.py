@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.model import MEAN, STD, RMSNorm, _grid_positions, _heads, _rotate
+from training.model import MEAN, STD, RMSNorm, by_head, grid_positions, rotated
 from training.page import GRID, PATCH
 
 TILES = 4
@@ -76,7 +76,7 @@ class TowerLayer(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """``x [B, own + TILES, dim]``, the filling rows last; ``bias [own + TILES]`` of keys."""
-        q, k, v = (_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (by_head(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, -1))
         own = x.shape[1] - TILES
         both = bias.to(q.dtype).expand(own, -1)
         y = F.scaled_dot_product_attention(q[:, :, :own], k, v, both)
@@ -114,7 +114,7 @@ class CrossTower(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(TILE_FEATURES, c.vision_dim))
         self.places = TileTable(TILE_FEATURES, c.vision_dim)
         with torch.no_grad():  # the grid of the whole page, as tiny's tower had at the start
-            grid = _grid_positions(c.vision_dim)[1:] / math.tanh(0.5)
+            grid = grid_positions(c.vision_dim)[1:] / math.tanh(0.5)
             flat = self.places.table.view(-1, c.vision_dim)
             flat[tile_places(torch.arange(GRID * GRID))] = grid
         self.pre_tile, self.post_tile = TileTable(1, c.vision_dim), TileTable(1, c.vision_dim)
@@ -195,9 +195,9 @@ class SelfLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """``[B, L, dim]``; ``mask [B, 1, L, L]``."""
         normed = self.norm1(x)
-        q = _rotate(_heads(self.q(normed), self.heads), cos, sin)
-        k, v = (_heads(t, self.kv_heads) for t in self.kv(normed).chunk(2, -1))
-        weights = _weighed(q, _rotate(k, cos, sin), mask).to(v.dtype)
+        q = rotated(by_head(self.q(normed), self.heads), cos, sin)
+        k, v = (by_head(t, self.kv_heads) for t in self.kv(normed).chunk(2, -1))
+        weights = _weighed(q, rotated(k, cos, sin), mask).to(v.dtype)
         y = weights @ v.repeat_interleave(self.heads // self.kv_heads, 1)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(x)
@@ -223,8 +223,8 @@ class CrossLayer(nn.Module):
 
     def forward(self, x: Tensor, features: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, L, dim]`` and attention's weights; ``sees [L, 1]`` is 0 where nothing is seen."""
-        q = self.q_norm(_heads(self.q(self.norm1(x)), self.heads))
-        k, v = (_heads(t, self.kv_heads) for t in self.kv(features).chunk(2, -1))
+        q = self.q_norm(by_head(self.q(self.norm1(x)), self.heads))
+        k, v = (by_head(t, self.kv_heads) for t in self.kv(features).chunk(2, -1))
         weights = _weighed(q, self.k_norm(k), None)
         y = weights.to(v.dtype) @ v.repeat_interleave(self.heads // self.kv_heads, 1)
         attn, mlp = self.gates.tanh()

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from training.tokenizer import SPACE, _added, build
+from training.tokenizer import SPACE, added_token, build
 
 ROWS = 1088  # of the head; <|image|> is the first id behind them
 NAMED = (
@@ -29,7 +29,7 @@ def build_cross() -> dict[str, Any]:
     bos = {"SpecialToken": {"id": NAMED[0], "type_id": 0}}
     single = [bos, {"Sequence": {"id": "A", "type_id": 0}}]
     return made | {
-        "added_tokens": [_added(name, pieces + i) for i, name in enumerate([*names, IMAGE])],
+        "added_tokens": [added_token(name, pieces + i) for i, name in enumerate([*names, IMAGE])],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "post_processor": {
             "type": "TemplateProcessing",

@@ -192,9 +192,27 @@ def _picture_files() -> dict[str, Any]:
     return {"preprocessor_config.json": picture, "processor_config.json": processor}
 
 
+def write_checkpoint(
+    folder: Path,
+    files: dict[str, Any],
+    tokenizer: dict[str, Any],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Write a folder: ``files`` by name, the tokenizer, and the weights, replaced in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(tokenizer, indent=1, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    data = {k: v.detach().to("cpu", dtype).contiguous().clone() for k, v in tensors.items()}
+    save_file(data, folder / "model.part", metadata={"format": "pt"})
+    (folder / "model.part").chmod(0o644)
+    os.replace(folder / "model.part", folder / "model.safetensors")
+
+
 def export(model: TinyLlava, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write all files of the checkpoint; the weights are replaced in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
     image_id = len(tokenizer["model"]["vocab"])
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": image_id + 1}
@@ -204,14 +222,7 @@ def export(model: TinyLlava, folder: Path, dtype: torch.dtype = torch.bfloat16) 
         **_token_files(image_id),
         **_picture_files(),
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    text = json.dumps(tokenizer, indent=1, ensure_ascii=False)
-    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    data = {k: v.detach().to("cpu", dtype).contiguous().clone() for k, v in tensors(model).items()}
-    save_file(data, folder / "model.part", metadata={"format": "pt"})
-    (folder / "model.part").chmod(0o644)
-    os.replace(folder / "model.part", folder / "model.safetensors")
+    write_checkpoint(folder, files, tokenizer, tensors(model), dtype)
 
 
 def mean_weights(checkpoints: Sequence[Path]) -> dict[str, torch.Tensor]:

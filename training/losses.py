@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.data import CHAR_SLOTS, CHARS, PREFIX, Batch
+from training.data import CHAR_SLOTS, CHARS, LLAVA, Batch, Form
 from training.model import ModelConfig, TinyLlava
 from training.scenes import COLOURS, KINDS
-from training.tokenizer import load
 
 GUIDED_HEADS = 2
 LABELS = CHAR_SLOTS * (len(CHARS) + 1) + len(KINDS) + 1 + len(COLOURS) + 1
@@ -29,19 +28,41 @@ class Weights:
     teach: float = 1.0  # only where there is a teacher
 
 
-class Trainee(nn.Module):
-    """The model with the helper heads that only training needs."""
+def packed_mask(segment: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    """Who sees whom in a row of packed questions ``segment [B, text]`` behind ``shared`` tokens:
+    causal, those and one's own question. Returns ``[B, 1, all, all]``, and the order ``[all]``.
+    """
+    segment = F.pad(segment, (shared, 0), value=-2)
+    order = torch.arange(segment.shape[1], device=segment.device)
+    same = segment[:, :, None] == segment[:, None]
+    mask = (order[:, None] >= order) & (same | (segment == -2)[:, None])
+    return mask[:, None], order
+
+
+def guide_loss(weights: Tensor, guide: Tensor) -> Tensor:
+    """How little heads ``weights [B, heads, text, patches]`` look at the patches that they are
+    guided to, ``guide [B, text, GUIDES]`` or -1.
+    """
+    heads = weights.shape[1]
+    index = guide.clamp(min=0)[:, None].expand(-1, heads, -1, -1)
+    hit = weights.float().gather(-1, index) * (guide >= 0)[:, None]
+    asked = (guide >= 0).any(-1)[:, None].float()
+    miss = -(hit.sum(-1) + 1e-4).log() * asked
+    return miss.sum() / (asked.sum() * heads).clamp(min=1)
+
+
+class Labelled(nn.Module):
+    """A model in training with a head that labels patches, which only training needs."""
 
     prefix: Tensor
     char_ids: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, model: nn.Module, width: int, form: Form) -> None:
+        """``width``: of the tower's features."""
         super().__init__()
-        self.model = TinyLlava(config)
-        self.labels = nn.Linear(config.vision_dim, LABELS)
-        self.guided_block = config.layers // 2
-        tokenizer = load()
-        prefix = torch.tensor(tokenizer.encode(PREFIX).ids)
+        self.model, self.labels = model, nn.Linear(width, LABELS)
+        tokenizer = form.tokenizer()
+        prefix = torch.tensor(tokenizer.encode(form.prefix).ids)
         ids = [-100] + [tokenizer.token_to_id(c) for c in CHARS]
         self.register_buffer("prefix", prefix, persistent=False)
         self.register_buffer("char_ids", torch.tensor(ids), persistent=False)
@@ -61,6 +82,20 @@ class Trainee(nn.Module):
             right = right & (part.argmax(-1) == target[..., i])
         return loss, (right & shown).sum() / shown.sum().clamp(min=1)
 
+    def read_loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of the first character of every patch that has one."""
+        first = self.char_ids[batch["chars"][..., 0]].flatten()
+        loss = F.cross_entropy(scores.flatten(0, 1), first, reduction="sum")
+        return loss / (first >= 0).sum().clamp(min=1)
+
+
+class Trainee(Labelled):
+    """The embedded model in training."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(TinyLlava(config), config.vision_dim, LLAVA)
+        self.guided_block = config.layers // 2
+
     def states(self, projected: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Decoder states of the text, and the guided block's weights."""
         b, n = batch["index"].shape
@@ -68,23 +103,12 @@ class Trainee(nn.Module):
         embed = self.model.decoder.embed
         before = embed(self.prefix).expand(b, -1, -1)
         x = torch.cat([before, projected, embed(batch["ids"])], 1)
-        device = x.device
-        picture = torch.cat([torch.arange(p, device=device).expand(b, -1), p + batch["index"]], 1)
+        mask, order = packed_mask(batch["segment"], p + n)
+        picture = torch.cat([order[:p].expand(b, -1), p + batch["index"]], 1)
         position = torch.cat([picture, p + 576 + batch["offset"]], 1)
-        segment = torch.cat([torch.full((b, p + n), -2, device=device), batch["segment"]], 1)
-        order = torch.arange(x.shape[1], device=device)
-        earlier = order[:, None] >= order[None]
-        same = segment[:, :, None] == segment[:, None]
-        mask = (earlier & (same | (segment == -2)[:, None]))[:, None]
         out, weights, _ = self.model.decoder(x, position, mask, watch=self.guided_block)
         assert weights is not None
         return out[:, p + n :], weights[:, :GUIDED_HEADS, p + n :, p : p + n]
-
-    def read_loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of the first character of every patch that has one."""
-        first = self.char_ids[batch["chars"][..., 0]].flatten()
-        loss = F.cross_entropy(scores.flatten(0, 1), first, reduction="sum")
-        return loss / (first >= 0).sum().clamp(min=1)
 
     def forward(self, batch: Batch, vision_only: bool = False) -> dict[str, Tensor]:
         """All losses; `right` marks answer tokens whose arg-max is exact."""
@@ -98,17 +122,12 @@ class Trainee(nn.Module):
         n = projected.shape[1]
         scores = self.model.head(torch.cat([projected, text], 1)).float()
         loss = F.cross_entropy(scores[:, n:].flatten(0, 1), batch["target"].flatten())
-        guide = batch["guide"]
-        index = guide.clamp(min=0)[:, None].expand(-1, GUIDED_HEADS, -1, -1)
-        hit = weights.float().gather(-1, index) * (guide >= 0)[:, None]
-        asked = (guide >= 0).any(-1)[:, None].float()
-        miss = -(hit.sum(-1) + 1e-4).log() * asked
         return {
             "text": loss,
             "patch": patch,
             "patch_right": patch_right,
             "read": self.read_loss(scores[:, :n], batch),
-            "guide": miss.sum() / (asked.sum() * GUIDED_HEADS).clamp(min=1),
+            "guide": guide_loss(weights, batch["guide"]),
             "right": scores[:, n:].argmax(-1) == batch["target"],
         }
 

@@ -45,7 +45,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tenso
     return weights @ v, weights
 
 
-def _heads(x: Tensor, n: int) -> Tensor:
+def by_head(x: Tensor, n: int) -> Tensor:
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
@@ -64,14 +64,14 @@ class VisionLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """States `[B, N, dim]` -> the same shape."""
-        q, k, v = (_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (by_head(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, -1))
         y, _ = _attend(q, k, v, None)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         h = self.fc1(self.norm2(x))
         return x + self.fc2(h * torch.sigmoid(1.702 * h))
 
 
-def _grid_positions(dim: int) -> Tensor:
+def grid_positions(dim: int) -> Tensor:
     """2-D sine/cosine start values for the learned positions, `[577, dim]` (class token first)."""
     quarter = dim // 4
     freq = 1.0 / 100.0 ** (torch.arange(quarter) / quarter)
@@ -93,7 +93,7 @@ class Vision(nn.Module):
         super().__init__()
         self.patch = nn.Linear(3 * PATCH * PATCH, c.vision_dim, bias=False)
         self.class_token = nn.Parameter(0.02 * torch.randn(c.vision_dim))
-        self.position = nn.Parameter(_grid_positions(c.vision_dim))
+        self.position = nn.Parameter(grid_positions(c.vision_dim))
         self.pre_norm = nn.LayerNorm(c.vision_dim)
         self.blocks = nn.ModuleList(VisionLayer(c) for _ in range(c.vision_layers))
         area = PATCH * PATCH
@@ -128,7 +128,7 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate-half RoPE; cos and sin are `[B, 1, L, head_dim / 2]`."""
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -154,8 +154,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """New states, attention weights, and all keys and values so far."""
-        q, k, v = (_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k, v = (by_head(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         y, weights = _attend(q, k, v, mask)

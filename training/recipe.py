@@ -23,7 +23,9 @@ class Stage:
     vision_only: bool = False
 
 
-def _mix(patches: int, text: int, scenes: float, fields: int, objects: int, long: float) -> PageMix:
+def mix_of(
+    patches: int, text: int, scenes: float, fields: int, objects: int, long: float
+) -> PageMix:
     return PageMix(
         patches=patches,
         text=text,
@@ -35,12 +37,12 @@ def _mix(patches: int, text: int, scenes: float, fields: int, objects: int, long
 
 
 TWO_CORES = (
-    Stage("vision", 7, 32, _mix(112, 8, 0.35, 4, 6, 0.0), (0.02, 0.02), vision_only=True),
+    Stage("vision", 7, 32, mix_of(112, 8, 0.35, 4, 6, 0.0), (0.02, 0.02), vision_only=True),
     Stage(
         "point",
         24,
         16,
-        _mix(96, 96, 0.65, 4, 6, 0.6),
+        mix_of(96, 96, 0.65, 4, 6, 0.6),
         (0.02, 0.014),
         Weights(patch=0.5, guide=0.2, read=0.1),
     ),
@@ -48,7 +50,7 @@ TWO_CORES = (
         "decay",
         26,
         16,
-        _mix(96, 96, 0.65, 4, 8, 0.6),
+        mix_of(96, 96, 0.65, 4, 8, 0.6),
         (0.014, 0.005),
         Weights(patch=0.5, guide=0.15, read=0.1),
     ),
@@ -56,7 +58,7 @@ TWO_CORES = (
         "free",
         8,
         16,
-        _mix(96, 96, 0.65, 4, 8, 0.6),
+        mix_of(96, 96, 0.65, 4, 8, 0.6),
         (0.005, 0.004),
         Weights(patch=0.4, read=0.05),
     ),
@@ -64,17 +66,17 @@ TWO_CORES = (
         "page",
         18,
         8,
-        _mix(576, 128, 0.65, 6, 8, 0.6),
+        mix_of(576, 128, 0.65, 6, 8, 0.6),
         (0.005, 0.0002),
         Weights(patch=0.3, read=0.05),
     ),
     # The second half: reading. Each of these may also start from exported weights (`--start`).
-    Stage("glyphs", 12, 32, _mix(208, 8, 0.1, 8, 6, 0.0), (0.015, 0.006), vision_only=True),
+    Stage("glyphs", 12, 32, mix_of(208, 8, 0.1, 8, 6, 0.0), (0.015, 0.006), vision_only=True),
     Stage(
         "documents",
         16,
         32,
-        _mix(96, 96, 0.25, 4, 8, 0.6),
+        mix_of(96, 96, 0.25, 4, 8, 0.6),
         (0.012, 0.008),
         Weights(patch=0.6, guide=0.15, read=0.1),
     ),
@@ -82,7 +84,7 @@ TWO_CORES = (
         "dense",
         28,
         32,
-        _mix(128, 112, 0.3, 6, 8, 0.6),
+        mix_of(128, 112, 0.3, 6, 8, 0.6),
         (0.008, 0.0025),
         Weights(patch=0.5, guide=0.1, read=0.05),
     ),
@@ -90,7 +92,7 @@ TWO_CORES = (
         "pages",
         24,
         8,
-        _mix(576, 128, 0.4, 6, 8, 0.6),
+        mix_of(576, 128, 0.4, 6, 8, 0.6),
         (0.003, 0.0001),
         Weights(patch=0.3, read=0.05),
     ),
@@ -98,12 +100,12 @@ TWO_CORES = (
 
 # Once more over the reading half, at lower rates: `--start runs/tiny/checkpoint.pt --plan again`.
 AGAIN = (
-    Stage("glyphs", 11, 32, _mix(208, 8, 0.1, 8, 6, 0.0), (0.011, 0.005), vision_only=True),
+    Stage("glyphs", 11, 32, mix_of(208, 8, 0.1, 8, 6, 0.0), (0.011, 0.005), vision_only=True),
     Stage(
         "documents",
         12,
         32,
-        _mix(96, 96, 0.3, 4, 8, 0.6),
+        mix_of(96, 96, 0.3, 4, 8, 0.6),
         (0.009, 0.006),
         Weights(patch=0.6, guide=0.15, read=0.1),
     ),
@@ -111,7 +113,7 @@ AGAIN = (
         "dense",
         32,
         32,
-        _mix(128, 112, 0.3, 6, 8, 0.6),
+        mix_of(128, 112, 0.3, 6, 8, 0.6),
         (0.007, 0.002),
         Weights(patch=0.5, guide=0.1, read=0.05),
     ),
@@ -119,7 +121,7 @@ AGAIN = (
         "pages",
         20,
         8,
-        _mix(576, 128, 0.35, 6, 8, 0.6),
+        mix_of(576, 128, 0.35, 6, 8, 0.6),
         (0.003, 0.0001),
         Weights(patch=0.3, read=0.05),
     ),

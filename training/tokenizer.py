@@ -94,7 +94,7 @@ def _role_merges() -> list[tuple[str, str]]:
     return out
 
 
-def _added(token: str, index: int) -> dict[str, Any]:
+def added_token(token: str, index: int) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": index, "content": token, **flags, "special": True}
 
@@ -143,8 +143,8 @@ def build() -> dict[str, Any]:
     letters = [SPACE, *(chr(c) for c in range(33, 127))]
     pieces += list(dict.fromkeys(merged + letters))
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    added = [_added(t, i) for i, t in enumerate(SPECIALS)]
-    added += [_added("<image>", len(vocab)), _added("<pad>", len(vocab) + 1)]
+    added = [added_token(t, i) for i, t in enumerate(SPECIALS)]
+    added += [added_token("<image>", len(vocab)), added_token("<pad>", len(vocab) + 1)]
     model = {
         "type": "BPE",
         "dropout": None,

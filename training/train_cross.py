@@ -21,7 +21,7 @@ from training.cross_tokenizer import special
 from training.evaluate import load_model
 from training.losses import Weights
 from training.model import DecoderLayer, TinyLlava
-from training.recipe import Stage, _mix
+from training.recipe import Stage, mix_of
 from training.train import Run, parse
 
 TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
@@ -30,13 +30,13 @@ SOURCES = (0, 1, 2, 4, 5, 6, 7)  # tiny's layer that each layer starts from
 PLAN = tuple(
     replace(stage, mix=replace(stage.mix, form=LLAMA3))
     for stage in (
-        Stage("tower", 10, 32, _mix(112, 8, 0.35, 4, 6, 0.0), (0.02, 0.015), vision_only=True),
-        Stage("print", 10, 32, _mix(208, 8, 0.15, 8, 6, 0.0), (0.015, 0.006), vision_only=True),
+        Stage("tower", 10, 32, mix_of(112, 8, 0.35, 4, 6, 0.0), (0.02, 0.015), vision_only=True),
+        Stage("print", 10, 32, mix_of(208, 8, 0.15, 8, 6, 0.0), (0.015, 0.006), vision_only=True),
         Stage(
             "point",
             16,
             32,
-            _mix(96, 112, 0.5, 4, 6, 0.6),
+            mix_of(96, 112, 0.5, 4, 6, 0.6),
             (0.02, 0.014),
             Weights(patch=0.5, guide=0.25, read=0.1),
         ),
@@ -44,7 +44,7 @@ PLAN = tuple(
             "dense",
             34,
             32,
-            _mix(128, 128, 0.35, 6, 8, 0.6),
+            mix_of(128, 128, 0.35, 6, 8, 0.6),
             (0.014, 0.004),
             Weights(patch=0.5, guide=0.15, read=0.1),
         ),
@@ -52,7 +52,7 @@ PLAN = tuple(
             "whole",
             26,
             8,
-            _mix(576, 144, 0.4, 6, 8, 0.6),
+            mix_of(576, 144, 0.4, 6, 8, 0.6),
             (0.004, 0.0001),
             Weights(patch=0.3, read=0.05),
         ),

@@ -25,6 +25,7 @@ from training.clips import Clip, make_clip
 from training.data import PREFIX, TRAINING_SEEDS, covered, needed_patches, pack, page_pixels
 from training.evaluate import load_model
 from training.export import export
+from training.losses import packed_mask
 from training.model import TinyLlava
 from training.muon import Muon, split_parameters
 from training.page import GRID
@@ -101,10 +102,7 @@ class Clips:
         x = torch.cat(parts, 1)
         position = torch.cat([place.expand(clips, -1) for place in places], 1)
         shared = x.shape[1] - batch["ids"].shape[1]
-        segment = torch.cat([torch.full((clips, shared), -2), batch["segment"]], 1)
-        order = torch.arange(x.shape[1])
-        same = segment[:, :, None] == segment[:, None]
-        mask = ((order[:, None] >= order) & (same | (segment == -2)[:, None]))[:, None]
+        mask, _ = packed_mask(batch["segment"], shared)
         states, _, _ = model.decoder(x, position, mask)
         return model.head(states[:, shared:]).float()
 

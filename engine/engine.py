@@ -75,7 +75,7 @@ class Engine:
         self._family = loaded.family
         self._encoder = PictureEncoder(self.model)
         self.published: dict[str, float] = {}  # of ``options.Sampling``, where nobody says more
-        self.limit: int | None = None  # of a picture's tokens, if somebody has set one
+        self.max_image_tokens: int | None = None  # of a picture's tokens, if somebody has set one
 
     @classmethod
     def load(
@@ -151,7 +151,7 @@ class Engine:
         ranks = Ranks.of_group() if parallel else ALONE
         loaded = load(name, device, dtype, revision, weights, wishes, ranks)
         engine = cls(loaded, policy, stepping)
-        engine.limit = max_image_tokens
+        engine.max_image_tokens = max_image_tokens
         if as_published:
             engine.published = published_sampling(loaded.folder)
         return engine
@@ -188,7 +188,7 @@ class Engine:
         folders = [self._folder, *([tower[0]] if tower else [])]
         weights = [f"{name} {size}" for name, size in self.weights.items()]
         drawn = [f"{name}={value:g}" for name, value in sorted(self.published.items())]
-        limits = [f"limit={self.limit}"] if self.limit is not None else []
+        limits = [f"limit={self.max_image_tokens}"] if self.max_image_tokens is not None else []
         named = map(fingerprint, folders)
         return " ".join([*named, dtype, *weights, self._family.style, *drawn, *limits])
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .core_lists import CoreRuns
 from .pool import Holder, PagedPool, Pool
-from .row import Row, means_of
+from .row import Row
+from .sifted import Sifted
 from .sizes import Group, Sizes, carry
 from .slot_lists import SlotLists
 
@@ -26,7 +27,7 @@ class CrossLists:
     Attributes:
         pools: those of every cross layer, by format.
         sizes: how large the tensors are.
-        lists, runs, means, spent: as those of tokens, see ``State``; the plain lists are empty.
+        lists, runs, sifted: as those of tokens, see ``State``; the plain lists are empty.
         sees: ``[rows]`` fp32, 1 where a row sees a picture.
         wanted: ``[rows]`` int32, 1 where the core is ranked again behind the step.
     """
@@ -39,14 +40,12 @@ class CrossLists:
 
     def _make(self, layers: int, sizes: Sizes) -> None:
         self.layers, self.sizes = layers, sizes
-        device, (_, kv_heads, head_dim) = self._like.device, self._like.shape
+        device = self._like.device
         self.lists = SlotLists(layers, sizes, device, spare=False)
         self.runs = CoreRuns(layers, sizes, device)
         self.sees = torch.zeros(sizes.rows, device=device)
         self.wanted = torch.zeros(sizes.rows, dtype=torch.int32, device=device)
-        each = (len(sizes.tiers) if sizes.sifting else 0, layers, sizes.rows, kv_heads)
-        self.means = torch.zeros(*each, head_dim, device=device)
-        self.spent = torch.zeros(*each, 2, device=device)
+        self.sifted = Sifted(layers, sizes, self._like)
 
     @property
     def holder(self) -> Holder:
@@ -71,8 +70,7 @@ class CrossLists:
             ([self.sees, self.wanted], 0),
             (self.lists.by_tier(), 2),
             (self.lists.counts.unbind(1), 2),
-            (self.means.unbind(), 1),
-            (self.spent.unbind(), 1),
+            *self.sifted.groups(),
         ]
 
     def join(self, row: Row, r: int, others: Sequence[Row]) -> None:
@@ -95,10 +93,8 @@ class CrossLists:
                 pool.holders.add(self.holder)
         self.lists.join(across, r)
         self.runs.join(across, r)
-        self.spent[:, :, r] = 0
-        for tier in range(len(self.means)):
-            name, like = self.lists.tiers[tier][0], self.means[tier, :, r]
-            self.means[tier, :, r] = means_of(across, name, like)
+        self.sifted.forget(r)
+        self.sifted.write(across, r)
 
     def _enlarge(self, layers: int, sizes: Sizes, rows: Sequence[Row]) -> None:
         self.holder.void()
@@ -109,7 +105,3 @@ class CrossLists:
         for r, row in enumerate(rows):  # runs count from where lists begin
             if row.pictures:
                 self.runs.join(row.across(), r)
-
-    def sifted(self, r: int) -> Tensor | None:
-        """What steps have left out and read of row ``r``'s values: fp32 ``[layers, 2]``."""
-        return self.spent[:, :, r].sum((0, 2)) if len(self.spent) and r < self.sizes.rows else None

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.native import Scratch, Sifting
+from ..ops.native import Scratch
 from .crossing import Project
 from .lengths import RERANKS
-from .listed import Listed, ListedAttention
+from .listed import ListedAttention, listed_in_formats
 from .row import Row
 from .showing import Attended, attended_across, show_step_across
 from .slot_lists import CORE, FULL, MIXED
@@ -63,9 +63,7 @@ class CrossSteps:
         """Attend the features that rows see, ``q [rows, heads, head_dim]``."""
         rows, key = len(q), (self._kind, layer, len(q))
         if key not in self._attention:
-            self._attention[key] = ListedAttention(
-                list(self._tiers(self._kind, layer, rows)), scratch=self._scratch
-            )
+            self._attention[key] = self._listed(layer, rows)
         if not self._scored:
             return self._attention[key](q, None)
         if self._scores is None:
@@ -79,16 +77,17 @@ class CrossSteps:
         for work in self._ranking if self._scored else ():
             work()
 
-    def _tiers(self, kind: int, layer: int, rows: int) -> Iterator[Listed]:
-        crossed = self.lists
-        for tier, (name, part) in enumerate(crossed.lists.tiers):
-            sifting = None
-            if len(crossed.means):
-                means, spent = crossed.means[tier, layer, :rows], crossed.spent[tier, layer, :rows]
-                sifting = Sifting(self._state.most[:rows], means, spent)
-            slots = crossed.lists.slots[kind, layer, :rows, None, part]
-            count = crossed.lists.counts[kind, tier, layer, :rows, None]
-            yield Listed(crossed.pools[name][layer], slots, count, sifting)
+    def _listed(self, layer: int, rows: int) -> ListedAttention:
+        crossed, most = self.lists, self._state.most[:rows]
+        tiers = listed_in_formats(
+            crossed.lists,
+            crossed.sifted,
+            self._kind,
+            layer,
+            most,
+            lambda name: crossed.pools[name][layer],
+        )
+        return ListedAttention(list(tiers), scratch=self._scratch)
 
     def _room(self, heads: int) -> tuple[Tensor, Tensor]:
         """Where attention leaves logits and log-sum-exp, of all layers and rows."""

@@ -136,7 +136,7 @@ def _has_all(pool: Pool, format_: str, sizes: Iterable[int]) -> bool:
     taken: list[Extent] = []
     try:
         for size in sizes:
-            taken.append(pool.in_(format_).take(size))
+            taken.append(pool.holding(format_).take(size))
     except CapacityError:
         return False
     finally:

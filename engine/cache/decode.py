@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..ops.fused import Destination, rope_write
-from ..ops.native import Scratch, Sifting
+from ..ops.native import Scratch
 from ..ops.ranks import ALONE, Ranks
 from ..ops.rotary import Tables
 from .cross_steps import CrossSteps, CrossStepView
 from .lengths import ATTENDS_CORE, POSITION, RERANKS
-from .listed import Listed, ListedAttention
+from .listed import Listed, ListedAttention, listed_in_formats
 from .packing import pack, weights_of
 from .pool import Pool
 from .row import Row
@@ -87,6 +87,7 @@ class Decoding:
         kinds: for each row which list the coming step attends.
         parts: the layers that are selected together.
         evicts: whether some row evicts text.
+        looks: whether some row sees a picture through cross layers.
         scores: what the last step that wanted any has left; None before.
     """
 
@@ -102,7 +103,7 @@ class Decoding:
         self.state = State(pools, spare=self._asked.per_layer)
         self._error = torch.zeros(1, dtype=torch.int32, device=self.state.device)
         self._scratch = Scratch()  # attention of all layers works in it, one after the other
-        self._buffer, self.evicts = 0, False
+        self._buffer, self.evicts, self.looks = 0, False, False
         self._wired: Wiring | None = None
         self._watched: dict[int, list[Attended]] = {}
         self._cross = CrossSteps(self.state, self._scratch, self._error)
@@ -138,11 +139,6 @@ class Decoding:
         """Whether some row has a core tier."""
         return bool(self.state.sizes.pictures) or self.state.crossed.tiered
 
-    @property
-    def looks(self) -> bool:
-        """Whether some row sees a picture through cross layers."""
-        return any(row.pictures for row in self.rows)
-
     # -- rows come and go -------------------------------------------------------------------------
 
     def join(self, row: Row) -> None:
@@ -177,6 +173,7 @@ class Decoding:
         if side.per_layer != self.side.per_layer:
             self._use(side)
         self.evicts = any(self.state.lengths.evicts)
+        self.looks = any(row.pictures for row in self.rows)
         self._wired = self._wirings.get(len(self.rows))
         if self.rows:
             self._prepare()
@@ -366,22 +363,11 @@ class Decoding:
         rows, lists = slice(len(self.rows)), self.state.lists
         slots, count = lists.slots[kind, layer, rows, None], lists.count[kind, layer, rows, None]
         plain = Listed(self.pools[layer], slots[..., lists.plain], count)
-        tiers = [plain, *self._others(kind, layer)]
+        most, pool_of = self.state.most[rows], self.pools[layer].of
+        tiers = [plain, *listed_in_formats(lists, self.state.sifted, kind, layer, most, pool_of)]
         lonely = kind == FULL and len(self.rows) == 1 and len(tiers) == 1
         alone = partial(_begin, self.rows, layer) if lonely else None
         return ListedAttention(tiers, alone, self._scratch)
-
-    def _others(self, kind: int, layer: int) -> Iterator[Listed]:
-        """What rows attend of a layer's formats."""
-        rows, lists, state = slice(len(self.rows)), self.state.lists, self.state
-        for tier, (name, part) in enumerate(lists.tiers):
-            sifting = None
-            if len(state.means):
-                means, spent = state.means[tier, layer, rows], state.spent[tier, layer, rows]
-                sifting = Sifting(state.most[rows], means, spent)
-            slots = lists.slots[kind, layer, rows, None, part]
-            count = lists.counts[kind, tier, layer, rows, None]
-            yield Listed(self.pools[layer].of(name), slots, count, sifting)
 
     def _view(self, layer: int) -> DecodeView:
         part = layer // self.parts[0].stop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +11,8 @@ from ..ops import native, tape
 from ..ops.attention import AttentionPlan, AttentionResult, Tier, tiered_attention
 from ..ops.native import Scratch, Sifting
 from .pool import PagedPool, Pool
+from .sifted import Sifted
+from .slot_lists import SlotLists
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,24 @@ class Listed:
         data = pool.data if len(pool.data) else pool.data.new_zeros(1, pool.layout.nbytes)
         k, v = pool.layout.sides(data)
         return Tier(k, v, self.slots, self.count, pool.layout, self.sifting)
+
+
+def listed_in_formats(
+    lists: SlotLists,
+    sifted: Sifted,
+    kind: int,
+    layer: int,
+    most: Tensor,
+    pool_of: Callable[[str], Pool | PagedPool],
+) -> Iterator[Listed]:
+    """What a layer attends of each format behind the plain list: of as many rows as ``most``, what
+    they may leave out, speaks of. ``pool_of`` a format is the layer's.
+    """
+    rows = slice(len(most))
+    for tier, (name, part) in enumerate(lists.tiers):
+        slots = lists.slots[kind, layer, rows, None, part]
+        count = lists.counts[kind, tier, layer, rows, None]
+        yield Listed(pool_of(name), slots, count, sifted.of(tier, layer, most))
 
 
 class ListedAttention:

@@ -54,7 +54,7 @@ class Fresh:
         """Keys and values as they are written."""
         if self._pools is None:
             return k, v
-        pool = self._pools.pools[layer].in_(self._format)
+        pool = self._pools.pools[layer].holding(self._format)
         extent = pool.take(self.seen)
         self._taken.append(extent)
         pool.write(extent, k[: self.seen], v[: self.seen])

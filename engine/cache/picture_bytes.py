@@ -100,7 +100,7 @@ def _of_layer(pool: Pool, stored: Stored, spans: Sequence[tuple[int, int]]) -> I
     for part in stored.parts:
         tokens = int((part.image_of >= 0).sum())
         core = tokens if part.core is None else len(part.core)
-        written = pool.in_(part.format)
+        written = pool.holding(part.format)
         if isinstance(written, Pool):
             yield _Held(format_of(pool.k.dtype).name, False, tokens, core, half, half)
             continue

@@ -73,7 +73,7 @@ class Pool:
         """Bytes of a token's keys and values."""
         return 2 * self.k.shape[1] * self.k.shape[2] * self.k.element_size()
 
-    def in_(self, format_: str) -> Pool | PagedPool:
+    def holding(self, format_: str) -> Pool | PagedPool:
         """The pool of a format, or this one for PLAIN."""
         return self if format_ == PLAIN else self.of(format_)
 

@@ -242,14 +242,3 @@ class Row:
             stored.give()
         for picture in self.pictures:
             picture.give()
-
-
-def means_of(row: Row, name: str, like: Tensor) -> Tensor:
-    """Means ``[layers, kv_heads, head_dim]`` of a row's values in a format, zeros where none is."""
-    means = torch.zeros_like(like)
-    for layer, stored in enumerate(row.layers):
-        mine = [part for part in stored.parts if part.format == name]
-        if mine:
-            total = torch.stack([part.total for part in mine]).sum(0)
-            means[layer] = total / sum(part.tokens for part in mine)
-    return means

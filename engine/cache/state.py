@@ -17,7 +17,8 @@ from .core_lists import CoreRuns
 from .cross_lists import CrossLists
 from .lengths import WORDS, Lengths
 from .pool import Holder, Pool
-from .row import Row, Stored, means_of
+from .row import Row, Stored
+from .sifted import Sifted
 from .sizes import Group, Sizes, carry
 from .slot_lists import CORE, SlotLists
 from .text_slots import TextSlots
@@ -35,9 +36,7 @@ class State:
         crossed: the features that cross layers attend.
         rotary: ``[rows, words]`` int64, see ``Step``.
         most: ``[rows]`` fp32, what a row's policy may leave out, see ``Sifting``.
-        means: ``[formats, layers, rows, kv_heads, head_dim]`` fp32, of the values in each; of no
-            format where nobody leaves anything out.
-        spent: ``[formats, layers, rows, kv_heads, 2]`` fp32, what steps have counted.
+        sifted: what rows leave unread.
         words: ``[2, WORDS, rows]`` int32, two steps' words in turns; zeros where there is no row.
         core: which lists serve as core, CORE or SPARE.
         sizes: how large the tensors are.
@@ -64,10 +63,7 @@ class State:
         self.runs = CoreRuns(layers, sizes, self.device)
         self.rotary = torch.zeros(sizes.rows, sizes.rotary, dtype=torch.int64, device=self.device)
         self.most = torch.zeros(sizes.rows, device=self.device)
-        formats, head_dim = len(sizes.formats) if sizes.sifting else 0, self.pools[0].k.shape[2]
-        each = (formats, layers, sizes.rows, self.kv_heads)
-        self.means = torch.zeros(*each, head_dim, device=self.device)
-        self.spent = torch.zeros(*each, 2, device=self.device)
+        self.sifted = Sifted(layers, sizes, self.pools[0].k)
         for pool in self.pools:
             for name in sizes.formats:
                 pool.of(name).holders.add(self)
@@ -88,8 +84,7 @@ class State:
             ([self.rotary, self.most], 0),
             (lists.by_tier(), 2),
             (lists.counts.unbind(1), 2),
-            (self.means.unbind(), 1),
-            (self.spent.unbind(), 1),
+            *self.sifted.groups(),
         ]
 
     # -- rows come and go -------------------------------------------------------------------------
@@ -98,7 +93,7 @@ class State:
         """One row more, the last: it counts when all of it is written."""
         r = len(self.rows)
         self._write(row, r)
-        self.spent[:, :, r] = 0
+        self.sifted.forget(r)
         self.crossed.join(row, r, self.rows)
         self.rows.append(row)
 
@@ -117,9 +112,7 @@ class State:
         self.rotary[r] = 0
         self.rotary[r, : len(row.rotary)] = row.rotary
         self.most[r] = row.policy.leaves_out()
-        for tier in range(len(self.means)):
-            name, like = self.lists.tiers[tier][0], self.means[tier, :, r]
-            self.means[tier, :, r] = means_of(row, name, like)
+        self.sifted.write(row, r)
 
     def leave(self, r: int) -> Row:
         """Row ``r`` goes, see ``settle``; the last one is row ``r`` from now on."""
@@ -181,10 +174,6 @@ class State:
         listed = self.lists.slots[self.core, layer, r, :shared].long() - stored.start
         return listed[stored.layout.image_of[listed] >= 0]
 
-    def sifted(self, r: int) -> Tensor | None:
-        """What steps have left out and read of row ``r``'s values: fp32 ``[layers, 2]``."""
-        return self.spent[:, :, r].sum((0, 2)) if len(self.spent) else None
-
     # -- back to rows -----------------------------------------------------------------------------
 
     def settle(self, r: int) -> Row:
@@ -197,7 +186,7 @@ class State:
             self._close_up(r)
         layers = [self._settled(r, layer, stored) for layer, stored in enumerate(row.layers)]
         row.layers, row.step = layers, self.lengths.steps[r]
-        row.spent, row.spent_across = self.sifted(r), self.crossed.sifted(r)
+        row.spent, row.spent_across = self.sifted.counted(r), self.crossed.sifted.counted(r)
         return row
 
     def _close_up(self, r: int) -> None:

@@ -15,28 +15,25 @@ weights and attended keys and values: the ratio if a step were reading alone.
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from bench import common
+from bench import common, in_turn
+from bench.in_turn import Cell
 from engine.cache.pool import Pool
 from engine.cache.prefill import Prefill
-from engine.cache.report import CacheReport, report
+from engine.cache.report import CacheReport
 from engine.cache.row import Row
 from engine.loading.preparing import prepare
 from engine.models.decoder import Decoder, DecoderConfig
-from engine.models.matrix import Linear, matrices
+from engine.models.matrix import Linear
 from engine.ops.few_bits import FewBits, quantise
 from engine.policies.layout import Layout
 from engine.policies.received import Received
 from engine.policies.specs import parse
-from engine.running.stepping import Stepper, Stepping
 
 POLICIES = ("full", "sift", "sift:skip=0", "avl:prefill=1,text=1")
 SYSTEM, TEXT = 35, 35  # tokens before the picture and behind it
@@ -135,38 +132,19 @@ def numbers(layer: int, deviation: float, *shape: int) -> tuple[torch.Tensor, ..
     return q.bfloat16(), (k * deviation).bfloat16(), v.bfloat16()
 
 
-class Cell:
-    """Rows under one policy in the middle of answers."""
+class HeadlineCell(Cell):
+    """Rows with a picture among their tokens."""
 
-    def __init__(self, decoder: Decoder, spec: str, rows: int, image: int, steps: int) -> None:
-        config, weight = decoder.config, decoder.norm.weight
-        given = config.kv_heads, config.head_dim, weight.dtype, weight.device
-        self.spec, self.rows, self.decoder = spec, rows, decoder
-        self.pools = [Pool(*given) for _ in range(config.layers)]
-        # The stepper asks a model for nothing but its decoder.
-        model: Any = SimpleNamespace(decoder=decoder)
-        self.stepper = Stepper(model, self.pools, Stepping())
-        for _ in range(rows):
-            self.stepper.join(filled(self.pools, config, spec, image, steps + 4))
-        self.go_on(2)
+    def __init__(self, decoder: Decoder, spec: str, rows: int, image: int) -> None:
+        super().__init__(decoder, decoder.config.layers, rows)
+        self.spec, self.image = spec, image
 
-    def go_on(self, steps: int) -> float:
-        """Seconds of a step, mean of so many."""
-        tokens, began = torch.zeros(self.rows, dtype=torch.int64), perf_counter()
-        for _ in range(steps):
-            logits = self.stepper.step(tokens)
-        seconds = (perf_counter() - began) / steps
-        assert logits.isfinite().all()
-        return seconds
+    def filled(self, steps: int) -> Row:
+        """See ``Cell``."""
+        return filled(self.pools, self.decoder.config, self.spec, self.image, steps)
 
-    def end(self) -> tuple[float, CacheReport]:
-        """Bytes that a step has read, and what the last row held."""
-        reports = [report(self.stepper.leave(0), self.pools) for _ in range(self.rows)]
-        weights = sum(matrix.bytes_read(self.rows) for matrix in matrices(self.decoder))
-        return weights + sum(map(self._read, reports)), reports[-1]
-
-    def _read(self, cache: CacheReport) -> float:
-        """Bytes of keys and values that a step has read of a row: the picture's, and all text."""
+    def read(self, cache: CacheReport) -> float:
+        """See ``Cell``: the picture's, and all text."""
         token = sum(pool.slot_bytes for pool in self.pools)
         text = cache.bytes_full / token - cache.image_tokens
         return token * (cache.image_read_share * cache.image_tokens + text)
@@ -174,35 +152,22 @@ class Cell:
 
 def measure(decoder: Decoder, rows: int, args: Any) -> list[dict[str, Any]]:
     """A line for every policy at so many rows."""
-    steps = args.steps * args.blocks
-    cells = [Cell(decoder, spec, rows, args.image, steps) for spec in args.cache]
-    seconds: dict[str, list[float]] = {cell.spec: [] for cell in cells}
-    for block in common.progress(range(args.blocks), f"blocks of {rows} rows"):
-        for cell in cells[:: 1 if block % 2 == 0 else -1]:
-            seconds[cell.spec].append(cell.go_on(args.steps))
-    ends = {cell.spec: cell.end() for cell in cells}
-    first = args.cache[0]
-    lines = []
-    for spec, spent in seconds.items():
-        read, cache = ends[spec]
-        ratio, limit = common.paired_ratio(spent, seconds[first]), read / ends[first][0]
-        lines.append(
-            {
-                "rows": rows,
-                "policy": spec,
-                "ms per step": round(1e3 * statistics.median(spent), 1),
-                "tokens/s in all": round(rows / statistics.median(spent), 1),
-                f"step / {first}": round(ratio["ratio"], 3),
-                "95 %": common.interval(ratio),
-                "limit": round(limit, 3),
-                "beside the limit": round(ratio["ratio"] / limit, 2),
-                "picture stored %": round(100 * cache.image_stored_share, 1),
-                "picture read %": round(100 * cache.image_read_share, 1),
-                "values read %": round(100 * cache.values_read, 1),
-                "GB read": round(read / 1e9, 2),
-            }
-        )
-    return lines
+    cells = {spec: HeadlineCell(decoder, spec, rows, args.image) for spec in args.cache}
+    measured = in_turn.measure(cells, args.steps, args.blocks)
+    return [
+        {
+            "rows": rows,
+            "policy": spec,
+            "ms per step": round(found.ms, 1),
+            "tokens/s in all": round(1e3 * rows / found.ms, 1),
+            f"step / {args.cache[0]}": round(found.ratio, 3),
+            "95 %": found.interval,
+            "limit": round(found.limit, 3),
+            "beside the limit": round(found.ratio / found.limit, 2),
+            **found.columns(),
+        }
+        for spec, found in measured.items()
+    ]
 
 
 @torch.inference_mode()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
+from bench.byte_level import byte_level
 from bench.seeded import write_once, write_shards
 
 PRESETS = {"qwen3-vl-2b": 28, "qwen3-vl-tiny": 2}  # decoder layers
@@ -110,17 +111,10 @@ def write_around(folder: Path, layers: int) -> dict[str, Any]:
 
 def tokenizer() -> Tokenizer:
     """A byte-level BPE with the published special tokens behind its vocabulary."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     words = (
         "system user assistant What is in this image? Describe everything that you can see in it"
     )
-    made.train_from_iterator([words], trainer)
-    made.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
-    return made
+    return byte_level(words, 400, SPECIALS)
 
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

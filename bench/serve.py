@@ -21,8 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -67,33 +67,46 @@ def serving(flags: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]
             process.terminate()
 
 
-@contextmanager
-def serving_theirs(folder: Path, dtype: str) -> Iterator[str]:
+def serving_theirs(folder: Path, dtype: str) -> AbstractContextManager[str]:
     """`transformers serve` of the same weights (needs fastapi); yields its address."""
+    program = Path(sys.executable).with_name("transformers")
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype)
+    flags = {"device": "cpu", "dtype": dtype}
+    return foreign([sys.executable, str(program), "serve", str(folder)], flags, "health")
+
+
+@contextmanager
+def foreign(command: Sequence[str], flags: Mapping[str, object], page: str) -> Iterator[str]:
+    """Somebody else's server with these ``--flags``, at a free port; yields its address as soon as
+    ``page`` answers.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = Path(sys.executable).with_name("transformers")
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype)
-    flags = ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", dtype]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(program), "serve", str(folder), *flags]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=environment, **quiet) as process:  # type: ignore[call-overload]
+    every = {**flags, "host": "127.0.0.1", "port": port}
+    whole = [*command, *(str(part) for name, flag in every.items() for part in (f"--{name}", flag))]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(whole, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **quiet) as process:
         url = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(600):
-                time.sleep(0.2)
-                if process.poll() is not None:
-                    raise RuntimeError(f"{' '.join(command)} ends with {process.returncode}")
-                try:
-                    if httpx.get(f"{url}/health").status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    continue
+            _await(process, f"{url}/{page}")
             yield url
         finally:
             process.terminate()
+
+
+def _await(process: subprocess.Popen[str], page: str, seconds: float = 120) -> None:
+    until = perf_counter() + seconds
+    while perf_counter() < until:
+        time.sleep(0.2)
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args!r} ends with {process.returncode}")
+        try:
+            if httpx.get(page).status_code == 200:
+                return
+        except httpx.HTTPError:
+            continue
+    raise RuntimeError(f"{page} does not answer in {seconds:g} s")
 
 
 def pictures(count: int) -> list[str]:

@@ -12,14 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import socket
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,37 +24,16 @@ import httpx2 as httpx
 
 from bench import common, subject
 from bench.llamacpp import KINDS, write_gguf
-from bench.serve import serving
+from bench.serve import foreign, serving
 
 OURS, THEIRS = "ours", "llama.cpp"
 
 
-@contextmanager
-def serving_theirs(path: Path, options: argparse.Namespace) -> Iterator[str]:
+def serving_theirs(path: Path, options: argparse.Namespace) -> AbstractContextManager[str]:
     """llama.cpp's server in Python; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = {"model": path, "port": port, "host": "127.0.0.1", "n_ctx": 4096, "verbose": False}
+    flags = {"model": path, "n_ctx": 4096, "verbose": False}
     flags |= {"n_threads": options.threads, "n_threads_batch": options.threads}
-    command = [sys.executable, "-m", "llama_cpp.server"]
-    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet) as process:
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(600):
-                time.sleep(0.2)
-                if process.poll() is not None:
-                    raise RuntimeError(f"{' '.join(command)} ends with {process.returncode}")
-                try:
-                    if httpx.get(f"{url}/v1/models").status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    continue
-            yield url
-        finally:
-            process.terminate()
+    return foreign([sys.executable, "-m", "llama_cpp.server"], flags, "v1/models")
 
 
 def ask(url: str, side: str, tokens: int, number: int) -> tuple[int, float]:

@@ -12,29 +12,24 @@ rows and takes its steps in turn; *limit* is the ratio of the bytes that steps r
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass, replace
-from time import perf_counter
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 
-from bench import common
+from bench import common, in_turn
 from bench.headline import PEAKED, SHAPES, Given, fill, numbers
+from bench.in_turn import Cell
 from engine.cache.crossing import CrossPools, Sight
 from engine.cache.looking import Looking
-from engine.cache.pool import Pool
 from engine.cache.report import CacheReport, report
 from engine.cache.row import Row
-from engine.models.matrix import matrices
 from engine.models.mllama import MllamaConfig, MllamaDecoder
 from engine.models.mllama_vision import MllamaVisionConfig
 from engine.policies.composed import Composed
 from engine.policies.layout import Layout
 from engine.policies.policy import Policy
 from engine.policies.specs import parse
-from engine.running.stepping import Stepper, Stepping
 
 FEATURES, TEXT = 6404, 100
 LAYERS, CROSS = 6, (3, 7)  # self-attention's, and where cross layers stand among all
@@ -74,23 +69,16 @@ def make_decoder(weights: str) -> MllamaDecoder:
     return fill(decoder, weights)  # type: ignore[return-value]
 
 
-class Cell:
-    """Rows under one policy in the middle of answers."""
+class SidewaysCell(Cell):
+    """Rows each of which sees a picture of its own."""
 
-    def __init__(self, decoder: MllamaDecoder, policy: Policy, rows: int, steps: int) -> None:
-        config, weight = decoder.config, decoder.norm.weight
-        given = config.kv_heads, config.head_dim, weight.dtype, weight.device
-        self.decoder, self.rows, self.policy = decoder, rows, policy
-        self.pools = [Pool(*given) for _ in range(LAYERS)]
-        self.cross = CrossPools([Pool(*given) for _ in CROSS])
-        model: Any = SimpleNamespace(decoder=decoder)
-        self.stepper = Stepper(model, self.pools, Stepping())
-        for _ in range(rows):
-            self.stepper.join(self._filled(steps + 4))
-        self.go_on(2)
+    def __init__(self, decoder: MllamaDecoder, policy: Policy, rows: int) -> None:
+        super().__init__(decoder, LAYERS, rows)
+        self.policy = policy
+        self.cross = CrossPools([self.pool() for _ in CROSS])
 
-    def _filled(self, steps: int) -> Row:
-        """A row that sees a picture of its own."""
+    def filled(self, steps: int) -> Row:
+        """See ``Cell``."""
         config = self.decoder.config
         layout = Layout.of_tokens(TEXT, [], torch.device("cpu"))
         features = torch.empty(FEATURES, 1)  # only keys and values are asked for
@@ -106,58 +94,33 @@ class Cell:
                 view.attend(q, lambda given, k=k, v=v: (k[: len(given)], v[: len(given)]))
         return step.row
 
-    def go_on(self, steps: int) -> float:
-        """Seconds of a step, mean of so many."""
-        tokens, began = torch.zeros(self.rows, dtype=torch.int64), perf_counter()
-        for _ in range(steps):
-            logits = self.stepper.step(tokens)
-        seconds = (perf_counter() - began) / steps
-        assert logits.isfinite().all()
-        return seconds
+    def report(self, row: Row) -> CacheReport:
+        """See ``Cell``."""
+        return report(row, self.pools, self.cross.pools)
 
-    def end(self) -> tuple[float, CacheReport]:
-        """Bytes that a step has read, and what the last row held."""
-        rows = [self.stepper.leave(0) for _ in range(self.rows)]
-        reports = [report(row, self.pools, self.cross.pools) for row in rows]
-        weights = sum(matrix.bytes_read(self.rows) for matrix in matrices(self.decoder))
-        return weights + sum(map(_read, reports)), reports[-1]
-
-
-def _read(cache: CacheReport) -> float:
-    """Bytes of keys and values that a step has read of a row."""
-    whole = cache.feature_bytes / cache.image_stored_share
-    return cache.image_read_share * whole + cache.bytes_used - cache.feature_bytes
+    def read(self, cache: CacheReport) -> float:
+        """See ``Cell``."""
+        whole = cache.feature_bytes / cache.image_stored_share
+        return cache.image_read_share * whole + cache.bytes_used - cache.feature_bytes
 
 
 def measure(decoder: MllamaDecoder, rows: int, args: Any) -> list[dict[str, Any]]:
     """A line for every policy at so many rows."""
-    steps = args.steps * args.blocks
-    cells = {name: Cell(decoder, policy, rows, steps) for name, policy in POLICIES.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in cells}
-    for block in common.progress(range(args.blocks), f"blocks of {rows} rows"):
-        for name, cell in list(cells.items())[:: 1 if block % 2 == 0 else -1]:
-            seconds[name].append(cell.go_on(args.steps))
-    ends = {name: cell.end() for name, cell in cells.items()}
-    lines = []
-    for name, spent in seconds.items():
-        read, cache = ends[name]
-        ratio, limit = common.paired_ratio(spent, seconds["full"]), read / ends["full"][0]
-        lines.append(
-            {
-                "rows": rows,
-                "policy": name,
-                "ms per step": round(1e3 * statistics.median(spent), 1),
-                "step / full": round(ratio["ratio"], 3),
-                "95 %": common.interval(ratio),
-                "limit": round(limit, 3),
-                "picture MB of a row": round(cache.feature_bytes / 1e6, 1),
-                "stored %": round(100 * cache.image_stored_share, 1),
-                "read %": round(100 * cache.image_read_share, 1),
-                "values read %": round(100 * cache.values_read, 1),
-                "GB read": round(read / 1e9, 2),
-            }
-        )
-    return lines
+    cells = {name: SidewaysCell(decoder, policy, rows) for name, policy in POLICIES.items()}
+    measured = in_turn.measure(cells, args.steps, args.blocks)
+    return [
+        {
+            "rows": rows,
+            "policy": name,
+            "ms per step": round(found.ms, 1),
+            "step / full": round(found.ratio, 3),
+            "95 %": found.interval,
+            "limit": round(found.limit, 3),
+            "picture MB of a row": round(found.cache.feature_bytes / 1e6, 1),
+            **found.columns(),
+        }
+        for name, found in measured.items()
+    ]
 
 
 @torch.inference_mode()

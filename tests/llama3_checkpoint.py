@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
+from bench.byte_level import llama3
 from tests import checkpoints as plain
 from tests.checkpoints import Shape
 from tests.next_checkpoints import write_next
@@ -25,18 +26,7 @@ TEMPLATE = (
 
 def llama3_tokenizer() -> Tokenizer:
     """A trained byte-level BPE with Llama 3's special tokens; it puts BOS in front."""
-    made = Tokenizer(models.BPE(ignore_merges=True))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(["user assistant What is this picture?"], trainer)
-    made.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
-    bos = SPECIALS[0]
-    made.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, made.token_to_id(bos))]
-    )
-    return made
+    return llama3("user assistant What is this picture?", 300, SPECIALS)
 
 
 def write_llama3(folder: Path, patch: pytest.MonkeyPatch, tiled: bool = False) -> Path:

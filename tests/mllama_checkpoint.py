@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from bench.byte_level import llama3
 from tests.checkpoints import save, write_json
 
 # In the order of the published vocabulary; <|image|> is the first id behind it.
@@ -94,20 +95,8 @@ CANVASES = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 
 def mllama_tokenizer() -> Tokenizer:
     """A trained byte-level BPE with Llama 3's special tokens; it puts BOS in front."""
-    made = Tokenizer(models.BPE(ignore_merges=True))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     words = "system user assistant Cutting Knowledge Date Today December What is this picture?"
-    made.train_from_iterator([words], trainer)
-    specials = [*SPECIALS, IMAGE]
-    made.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
-    bos = SPECIALS[0]
-    made.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, made.token_to_id(bos))]
-    )
-    return made
+    return llama3(words, 320, [*SPECIALS, IMAGE])
 
 
 VOCAB = mllama_tokenizer().token_to_id(IMAGE)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -20,6 +20,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from bench.byte_level import byte_level
 from tests.checkpoints import write_json
 
 SPECIALS = (
@@ -78,14 +79,7 @@ def template(kind: str) -> str:
 
 def tokenizer() -> Tokenizer:
     """A byte-level BPE with the published special tokens behind its vocabulary."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(["system user assistant You are a helpful assistant. What?"], trainer)
-    made.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
-    return made
+    return byte_level("system user assistant You are a helpful assistant. What?", 300, SPECIALS)
 
 
 def id_of(token: str) -> int:

@@ -156,8 +156,9 @@ BENCHMARKS = sorted(
 def test_every_benchmark_is_a_part_of_one_tool(name: str) -> None:
     """The flags, the refusal, the bar, and the report with its command come from bench.common."""
     source = (ROOT / "bench" / f"{name}.py").read_text()
-    for part in ("make_parser(", "read_options(", "progress(", "write_report("):
+    for part in ("make_parser(", "read_options(", "write_report("):
         assert part in source, f"bench/{name}.py does without common.{part})"
+    assert "progress(" in source or "in_turn.measure(" in source  # which shows the bar
     assert '"seed"' in source or "subject.about(" in source
 
 

@@ -12,12 +12,13 @@ import jinja2
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
 
+from bench.byte_level import byte_level
 from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.loading.families import recognise
@@ -42,14 +43,7 @@ PICTURE = {"type": "image"}
 
 
 def tokenizer() -> Tokenizer:
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(["user assistant What is in the picture?"], trainer)
-    made.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
-    return made
+    return byte_level("user assistant What is in the picture?", 290, SPECIALS)
 
 
 def make_config() -> Any:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
+from bench.byte_level import byte_level
 from engine.engine import Engine
 from engine.errors import CheckpointError, OptionError
 from engine.loading.families import Wishes, recognise
@@ -53,19 +54,11 @@ GEMMAS = ("<bos>", "<start_of_turn>", "<end_of_turn>")
 
 
 def library(*, swallow: bool = False) -> Library:
-    made = Library(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(["user assistant model What is in the picture?\n\n"], trainer)
-    made.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False, rstrip=swallow and "|" in token)
-            for token in (*SPECIALS, *GEMMAS)
-        ]
-    )
-    return made
+    specials = [
+        AddedToken(token, normalized=False, rstrip=swallow and "|" in token)
+        for token in (*SPECIALS, *GEMMAS)
+    ]
+    return byte_level("user assistant model What is in the picture?\n\n", 300, specials)
 
 
 def tokenizer(*, swallow: bool = False) -> Tokenizer:

@@ -65,8 +65,11 @@ def main() -> None:
         world_size=int(size),
         timeout=timedelta(seconds=120),
     )
-    cases = json.loads(Path(asked).read_text())
-    torch.save([found(case, parallel=True) for case in cases], into)
+    answers = []
+    for case in json.loads(Path(asked).read_text()):
+        answers.append(found(case, parallel=True))
+        print("answered", flush=True)
+    torch.save(answers, into)
     dist.destroy_process_group()
 
 

@@ -80,7 +80,8 @@ def start(folder: Path, asked: list[dict[str, Any]], size: int) -> list[subproce
     for rank in range(size):
         files = meeting, folder / "asked.json", folder / f"found-{rank}.pt"
         command = [sys.executable, "-m", "tests.rank", str(rank), str(size), *map(str, files)]
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, **pipes, text=True))
     return processes
 
 
@@ -150,8 +151,8 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     folder = write_llava(tmp_path / "m", Shape())
     case = {"folder": str(folder), "cache": "full", "raw": RAW, "pictures": 1}
     first, second = start(tmp_path, [case] * 200, 2)
-    time.sleep(12)  # in the middle of the answers
-    assert first.poll() is None
+    assert first.stdout is not None
+    assert first.stdout.readline() == "answered\n"  # in the middle of the answers
     second.kill()
     second.communicate()
     began = time.monotonic()

@@ -18,7 +18,7 @@ from engine.running.stepping import Stepping
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.checkpoints import Shape, write_llava
 from tests.mllama_checkpoint import write_mllama
-from tests.oracle import noise
+from tests.noise import noise
 
 WORDS = "What is in this picture, and what is left of it?"
 

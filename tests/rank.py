@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from engine.engine import Engine
 from engine.errors import EngineError
-from tests.oracle import noise
+from tests.noise import noise
 
 STEPS = 24
 

@@ -20,7 +20,7 @@ from engine.serving.app import Server
 from engine.serving.settings import Settings
 from engine.serving.worker import Worker
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 KEY = "a-key"

@@ -21,7 +21,7 @@ from engine.models.llava import LlavaConfig
 from engine.models.llava_next import LlavaNext
 from engine.pictures.anyres import PINPOINTS, TileProcessor, best_canvas, grid_of, read_pinpoints
 from engine.pictures.preprocess import Pixels
-from tests.oracle import noise
+from tests.noise import noise
 
 # Counted by the original code (width, height).
 KNOWN = {

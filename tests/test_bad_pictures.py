@@ -31,7 +31,7 @@ from engine.pictures import remote
 from engine.pictures.image import open_image
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, write_llava
-from tests.oracle import noise
+from tests.noise import noise
 
 ROOT = Path(__file__).parents[1]
 HTML = b"<!DOCTYPE html><html><body>Not found</body></html>"

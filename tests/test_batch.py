@@ -30,7 +30,7 @@ from engine.running.batch import Failure
 from engine.running.generation import Answer
 from engine.running.turn import make_pools, prefill
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from engine.policies.specs import parse
 from engine.running.batch import job_of
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(layers=3, kv_heads=2, image=112)  # 64 image tokens: two pages
 SPANS = [(3, 40), (44, 80)]

@@ -20,7 +20,7 @@ from engine.running.captured import LINES, WARM_UPS, capture, obstacle
 from engine.running.stepping import Stepping
 from tests.checkpoints import Shape
 from tests.emulated import standing_in
-from tests.oracle import noise
+from tests.noise import noise
 from tests.pretend_cuda import PretendCuda
 from tests.rows import FORMATS, Rows, state
 from tests.session import Session

@@ -11,7 +11,7 @@ from engine.engine import Engine
 from engine.errors import CapacityError
 from engine.result import Result
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 OPTIONS = {"max_new_tokens": 5, "ignore_eos": True}

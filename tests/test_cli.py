@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.errors import OptionError
 from engine.pictures.image import MAX_PIXELS
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 ROOT = Path(__file__).parents[1]

@@ -31,7 +31,7 @@ from tests.checkpoints import (
     write_llava,
     write_original_with_tower,
 )
-from tests.oracle import noise
+from tests.noise import noise
 
 DATA = Path(os.environ.get("AVL_REFERENCE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PUBLISHED = DATA / "llava-1.5-7b-hf"

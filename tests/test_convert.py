@@ -32,7 +32,7 @@ from tests.checkpoints import (
     write_json,
     write_original_with_tower,
 )
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(layers=2)
 SHARDS = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors")

@@ -25,7 +25,7 @@ from engine.policies.specs import POLICIES, parse
 from engine.running import taped
 from tests import every_policy, test_formats
 from tests.checkpoints import Shape, edit_json, write_llava
-from tests.oracle import noise
+from tests.noise import noise
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "cuda").rglob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

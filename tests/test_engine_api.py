@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError, EngineError, ImageError, OptionError
 from engine.result import Result
 from tests.checkpoints import DEFAULT, HUB_VOCAB, Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 MESSAGES = [

@@ -27,7 +27,7 @@ from engine.insight.panels import Panel
 from engine.insight.trace import Trace
 from engine.policies.specs import parse
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 
 def test_means_count_the_rows_that_reach_a_place() -> None:

@@ -19,7 +19,7 @@ from engine.files import PAGE_SIGNATURE, check_target, lock, write_whole, writte
 from engine.pictures.boxes import SIGNATURE
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape(kv_heads=2)

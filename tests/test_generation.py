@@ -15,7 +15,7 @@ from engine.errors import CapacityError, CheckpointError, OptionError
 from engine.result import Result
 from engine.running.generation import StopTexts
 from tests.checkpoints import DEFAULT, Shape, draw, edit_json, save, spelled, write_llava
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 

@@ -12,7 +12,7 @@ from engine.options import make_options
 from engine.prompts.prompt import build_prompt, continue_prompt, parse_messages
 from engine.running.generation import Answer
 from tests.llama3_checkpoint import write_llama3
-from tests.oracle import noise
+from tests.noise import noise
 
 QUESTION: list[dict[str, Any]] = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}

@@ -29,7 +29,8 @@ from tests.next_checkpoints import (
     spelled_next,
     write_next,
 )
-from tests.oracle import Oracle, noise
+from tests.noise import noise
+from tests.oracle import Oracle
 
 PICTURE = {"type": "image"}
 QUESTION = "What is this?"

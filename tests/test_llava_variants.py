@@ -24,6 +24,7 @@ from engine.loading.families import recognise
 from engine.models.llava_onevision import LlavaOnevision
 from tests import checkpoints as plain
 from tests.checkpoints import Shape, edit_json, write_json
+from tests.noise import noise
 from tests.onevision_checkpoint import (
     TEMPLATES,
     TEXT,
@@ -33,7 +34,6 @@ from tests.onevision_checkpoint import (
     vision_config,
     write_onevision,
 )
-from tests.oracle import noise
 from tests.qwen_patches_checkpoint import scatter
 
 TOLERANCE = 2e-4

@@ -15,7 +15,8 @@ from engine.prompts.prompt import Prompt
 from tests.checkpoints import edit_json
 from tests.mllama_checkpoint import DEFAULT, MllamaShape, draw, mllama_config, write_mllama
 from tests.mllama_reference import MllamaReference, Seen
-from tests.oracle import Oracle, noise
+from tests.noise import noise
+from tests.oracle import Oracle
 
 PICTURE = {"type": "image"}
 # Which canvas a picture of a size takes, in tiles of 56 px.

@@ -26,7 +26,7 @@ from engine.running.scheduler import Job, Over, Scheduler
 from engine.running.stepping import Stepper, Stepping
 from engine.running.turn import make_cross_pools, make_pools, prefill
 from tests.mllama_checkpoint import DEFAULT, write_mllama
-from tests.oracle import noise
+from tests.noise import noise
 from tests.test_transactions import taken
 
 WORDS = "What is this picture?"

@@ -38,7 +38,7 @@ from tests.mllama_checkpoint import (
     preprocessor_config,
     write_mllama,
 )
-from tests.oracle import noise
+from tests.noise import noise
 
 PICTURE = {"type": "image"}
 SCALING = {

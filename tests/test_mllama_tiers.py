@@ -26,7 +26,7 @@ from engine.running import taped
 from engine.running.batch import job_of
 from engine.running.stepping import Stepping
 from tests.mllama_checkpoint import DEFAULT, write_mllama
-from tests.oracle import noise
+from tests.noise import noise
 from tests.test_mllama_cache import (
     FEATURES,
     SMALL,

@@ -26,7 +26,7 @@ from engine.models.llava_onevision import LlavaOnevision
 from engine.pictures.anyres import grid_of
 from engine.result import Result
 from tests.checkpoints import edit_json, write_json
-from tests.oracle import noise
+from tests.noise import noise
 
 SIDE = 62  # four patches of 14, and six pixels that fill none
 PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in range(1, 7) for columns in range(1, 7)]

@@ -20,7 +20,7 @@ from engine.options import Sampling
 from engine.result import Result
 from engine.running.sampling import Sampler
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 

@@ -25,7 +25,7 @@ from engine.prompts.templates import Style
 from engine.prompts.tokenizer import Tokenizer
 from tests.asking import Ask
 from tests.checkpoints import Shape, edit_json
-from tests.oracle import noise
+from tests.noise import noise
 from tests.qwen_patches_checkpoint import KINDS, write_qwen_patches
 
 # As Phi-3-V, Gemma and the tokenizer of a Llama 3 have them; the last takes texts for contents.

@@ -20,7 +20,7 @@ from engine.ops.few_bits import FewBits
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, edit_json, write_llava, write_original_with_tower
 from tests.next_checkpoints import write_next
-from tests.oracle import noise
+from tests.noise import noise
 from tests.packing import LAYOUTS
 
 SHAPE = Shape(hidden=64, mlp=128, kv_heads=2)

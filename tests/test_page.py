@@ -19,7 +19,7 @@ from engine.insight.recorder import Recorder, find_sinks, image_heads
 from engine.models.llava_next import LlavaNext
 from engine.result import Result
 from tests.next_checkpoints import write_next
-from tests.oracle import noise
+from tests.noise import noise
 from tests.written_page import CACHE, HOSTILE, SHAPE, answer, data_in, part
 
 

@@ -15,7 +15,7 @@ from engine.insight.panels import panels_of
 from engine.insight.recorder import Recorder
 from engine.models.mllama import Mllama
 from tests.mllama_checkpoint import write_mllama
-from tests.oracle import noise
+from tests.noise import noise
 from tests.written_page import answer, data_in, part
 
 

@@ -16,7 +16,7 @@ from engine.insight.page import mean_over_layers, stream_with_page
 from engine.insight.recorder import Recorder
 from engine.result import Result
 from tests.next_checkpoints import write_next
-from tests.oracle import noise
+from tests.noise import noise
 from tests.written_page import CACHE, HOSTILE, SHAPE, answer, data_in
 
 

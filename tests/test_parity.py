@@ -27,7 +27,8 @@ from tests.checkpoints import (
     write_llava,
     write_original_with_tower,
 )
-from tests.oracle import Oracle, noise
+from tests.noise import noise
+from tests.oracle import Oracle
 
 SHAPES = {
     "llama-mha": Shape(),

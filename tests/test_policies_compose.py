@@ -19,7 +19,7 @@ from engine.policies.specs import parse
 from engine.running.batch import Failure
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(layers=3, kv_heads=2)
 SPANS = [(3, 30)]

@@ -13,7 +13,8 @@ from engine.engine import Engine
 from engine.errors import CheckpointError, OptionError
 from engine.options import Sampling, make_options
 from tests.checkpoints import Shape, edit_json
-from tests.oracle import Oracle, noise
+from tests.noise import noise
+from tests.oracle import Oracle
 
 PUBLISHED = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8}
 

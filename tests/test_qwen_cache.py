@@ -17,7 +17,7 @@ from engine.policies.fastv import FastV
 from engine.policies.h2o import H2o
 from engine.result import Timings
 from tests.cache_run import CacheRun, embeddings
-from tests.oracle import noise
+from tests.noise import noise
 from tests.qwen_reference import QwenReference
 from tests.reference_cache import Reference, ReferenceAvl, ReferenceFastV, ReferenceH2o, Settings
 from tests.test_cache_avl import close, nearly_always_equal, same_sets, turn

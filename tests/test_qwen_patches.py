@@ -26,7 +26,7 @@ from engine.result import Result, Timings
 from engine.running.stepping import Stepper, Stepping
 from engine.running.turn import make_pools, prefill
 from tests.checkpoints import edit_json
-from tests.oracle import noise
+from tests.noise import noise
 from tests.qwen_patches_checkpoint import (
     KINDS,
     make_config,

@@ -19,7 +19,7 @@ from engine.pictures.patches import Cells, VideoRules
 from engine.pictures.video import Video
 from engine.running.videos import END, START
 from tests.checkpoints import write_json
-from tests.oracle import noise
+from tests.noise import noise
 from tests.qwen_patches_checkpoint import (
     KINDS,
     id_of,

@@ -16,7 +16,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.loading.families import recognise
 from engine.models.qwen_vision import QwenVisionConfig, interpolate
-from tests.oracle import noise
+from tests.noise import noise
 from tests.qwen_reference import QwenReference, stretched
 
 SHAPES = {

@@ -27,7 +27,7 @@ from engine.prompts.prompt import Prompt
 from engine.result import Timings
 from engine.running.generation import Answer, OuterSpace
 from engine.running.turn import make_pools, prefill
-from tests.oracle import noise
+from tests.noise import noise
 from tests.qwen_reference import QwenReference
 from tests.session import Session
 

@@ -23,7 +23,7 @@ from engine.engine import Engine
 from engine.errors import ContextError, EngineError, OptionError
 from engine.pictures.image import open_image
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}

@@ -24,7 +24,7 @@ from engine.running.scheduler import Job, Over, Scheduler
 from engine.running.turn import prefill
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 from tests.test_transactions import taken
 
 SHAPE = Shape(layers=3, kv_heads=2)

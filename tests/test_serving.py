@@ -26,7 +26,7 @@ from engine.insight.trace import Trace
 from engine.serving.refusal import RefusalError
 from engine.serving.request import Limits, parse
 from tests.mllama_checkpoint import write_mllama
-from tests.oracle import noise
+from tests.noise import noise
 
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx2")  # which comes with openai

@@ -17,7 +17,7 @@ import pytest
 
 from engine.engine import Engine
 from engine.pictures import remote
-from tests.oracle import noise
+from tests.noise import noise
 
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx2")

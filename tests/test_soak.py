@@ -16,7 +16,7 @@ from engine.engine import Engine
 from engine.policies.specs import POLICIES as NAMED
 from engine.result import Result
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2, layers=2, vision_layers=2)
 POLICIES = tuple(name for name, policy in NAMED.items() if not policy().trims)

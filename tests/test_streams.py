@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.errors import OptionError
 from engine.running import stepping
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 from tests.pretend_cuda import PretendCuda
 from tests.rows import Rows, state
 from tests.simulated import Simulated, points_in

@@ -12,7 +12,7 @@ from engine.loading.families import CLIP_L_336, Wishes, recognise
 from engine.models.llava import Llava
 from tests.asking import Ask, refused
 from tests.checkpoints import Shape, edit_json, write_json, write_original_with_tower
-from tests.oracle import noise
+from tests.noise import noise
 
 TRAINERS = "/data/ckpt/clip-vit-large-patch14-336"
 

@@ -19,7 +19,7 @@ from engine.running.generation import Answer
 from engine.running.scheduler import Over
 from tests.cache_run import CacheRun, embeddings, seeded_decoder
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(layers=3, kv_heads=2)
 LAYERS = range(3)

@@ -19,7 +19,7 @@ from engine.running.batch import job_of
 from tests.checkpoints import Shape, write_llava
 from tests.mllama_checkpoint import DEFAULT, draw, write_mllama
 from tests.mllama_reference import LEAST, MllamaReference, Seen
-from tests.oracle import noise
+from tests.noise import noise
 from tests.test_transactions import taken
 
 WORDS = "What is this picture, and what is there beside it?"

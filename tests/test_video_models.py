@@ -24,9 +24,9 @@ from engine.models.llava_video import LlavaNextVideo, LongVa, Pooling
 from engine.progress import listening
 from tests.checkpoints import IMAGE_TOKEN, PIECES, Shape, edit_json
 from tests.next_checkpoints import NEXT_SHAPES, write_next
+from tests.noise import noise
 from tests.onevision_checkpoint import make_model as make_onevision
 from tests.onevision_checkpoint import write_onevision
-from tests.oracle import noise
 from tests.test_llava_next import NextOracle
 
 VIDEO_TOKEN = IMAGE_TOKEN - 1  # of the oracle; ours fills all places with one id

@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.insight.page import stream_with_page
 from engine.result import Result
 from tests.checkpoints import Shape
-from tests.oracle import noise
+from tests.noise import noise
 
 SHAPE = Shape(kv_heads=2)
 CACHE = "avl:secondary=0.6,core=0.3,every=2,floor=3"

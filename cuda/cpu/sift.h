@@ -72,26 +72,74 @@ static float threshold(const float* logits, int n, float top, float most, float*
     const vf x = some(logits, i, n, LOWEST);
     store(weights + i, x > LOWEST ? exp(x - top) : vf{});
   }
-  auto kept = [&](float least) {
-    vf mass = {};
-    for (int i = 0; i < n; i += W)
-      mass += some(logits, i, n, LOWEST) >= least ? load(weights + i) : vf{};
-    return sum(mass);
+  // What three thresholds leave, in one reading.
+  auto kept = [&](float a, float b, float c, float* to) {
+    vf masses[3] = {};
+    for (int i = 0; i < n; i += W) {
+      const vf x = some(logits, i, n, LOWEST), weight = load(weights + i);
+      masses[0] += x >= a ? weight : vf{};
+      masses[1] += x >= b ? weight : vf{};
+      masses[2] += x >= c ? weight : vf{};
+    }
+    for (int i = 0; i < 3; ++i) to[i] = sum(masses[i]);
   };
-  const float enough = (1 - most) * kept(LOWEST);
-  if (!(kept(top - float(MOST_STEPS) / STEPS) >= enough)) return LOWEST;
+  auto at = [&](int step) { return top - float(step) / STEPS; };
+  float mass[3];
+  kept(LOWEST, at(MOST_STEPS), at(MOST_STEPS / 4), mass);
+  const float enough = (1 - most) * mass[0];
+  if (!(mass[1] >= enough)) return LOWEST;
   int few = -1, many = MOST_STEPS;  // too few are read, enough are
+  (mass[2] >= enough ? many : few) = MOST_STEPS / 4;
   while (many - few > 1) {
-    const int middle = (few + many) / 2;
-    (kept(top - float(middle) / STEPS) >= enough ? many : few) = middle;
+    const int quarter = (many - few + 3) / 4;
+    int steps[3];
+    for (int i = 0; i < 3; ++i) steps[i] = std::min(few + (i + 1) * quarter, many);
+    kept(at(steps[0]), at(steps[1]), at(steps[2]), mass);
+    for (int i = 2; i >= 0; --i)
+      if (mass[i] >= enough) many = steps[i];
+    for (int i = 0; i < 3; ++i)
+      if (steps[i] < many) few = steps[i];
   }
-  return top - float(many) / STEPS;
+  return at(many);
 }
 
 static inline float largest_of(const float* logits, int n) {
   vf most = vf{} + LOWEST;
   for (int i = 0; i < n; i += W) most = larger(some(logits, i, n, LOWEST), most);
   return largest(most);
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Of every set of eight lanes which those are, the first ones first.
+struct Lanes {
+  uint8_t of[256][8];
+  constexpr Lanes() : of() {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 0, n = 0; lane < 8; ++lane)
+        if (set >> lane & 1) of[set][n++] = lane;
+  }
+};
+constexpr Lanes lanes_of;
+#endif
+
+// Writes the numbers i + j of the lanes j below n where `needed` is -1; returns how many. There is
+// room for n.
+static inline int put_needed(vi needed, int i, int n, int32_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (n >= W) {
+    const int set = _mm256_movemask_ps((__m256)needed);
+    const __m128i* lanes = reinterpret_cast<const __m128i*>(lanes_of.of[set]);
+    const vi numbers = (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(lanes)) + i;
+    __builtin_memcpy(to, &numbers, sizeof numbers);
+    return __builtin_popcount(set);
+  }
+#endif
+  int count = 0;
+  for (int j = 0; j < W && j < n; ++j) {  // without branches, which nobody could foretell
+    to[count] = i + j;
+    count -= needed[j];
+  }
+  return count;
 }
 
 // Which values of the sifted tiers the heads of a kv head read: what any of them needs.
@@ -118,10 +166,7 @@ static void choose(const AttentionArgs& a, int row, int kv_head) {
         needed |= ~(some(sieve_of(a, row, first + g, tier), i, n, LOWEST) < least[g]);
       for (int g = 0; g < group; ++g)
         left[g] += needed ? vf{} : load(weights.data() + size_t(g) * whole + i);
-      for (int j = 0; j < W && i + j < n; ++j) {  // without branches, which nobody could foretell
-        to[count] = i + j;
-        count -= needed[j];
-      }
+      count += put_needed(needed, i, n - i, to + count);
     }
     for (int g = 0; g < group; ++g) {
       float* rest = rest_of(a, row, first + g, tier);

@@ -305,6 +305,9 @@ static inline void dot_four(const char* const* k, int64_t codes, int64_t scales,
                                        dot_pair<D>(k[2], k[3], codes, scales, q));
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
+#else
+template <int D>
+void dot_four(const char* const*, int64_t, int64_t, const Rounded<D>&, float*);  // not called
 #endif
 
 // q . k of a head in q2 by channel: `q` is the query times the channels' scales, `base` its product

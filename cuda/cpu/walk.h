@@ -153,7 +153,6 @@ static void score_block(const Tier& tier, const Rows& rows, const Tokens& tokens
     });
 }
 
-#if defined(__AVX2__)
 // The logits of a block of tokens in q4, four tokens at a time; behind the last it is repeated.
 template <int D>
 static void score_fours(const Rows& rows, const Tokens& tokens, const Rounded<D>* q,
@@ -165,7 +164,6 @@ static void score_fours(const Rows& rows, const Tokens& tokens, const Rounded<D>
       dot_four<D>(k, rows.k[h], rows.k_scale[h], q[h], logits + h * BLOCK + t);
   }
 }
-#endif
 
 // A task's queries as the tiers want them, made when one does.
 template <class T, int D>

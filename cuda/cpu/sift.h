@@ -233,7 +233,7 @@ static void attend_most(const AttentionArgs& a, int tier, int row, int kv_head, 
   for (int begin = part.begin; begin < part.end; begin += BLOCK) {
     if (!read_tokens<T>(a, part, begin, block_at(begin, part.end), nullptr, &tokens)) return;
     if (a.tiers[tier].paged && 2 * kv_heads > a.kv_heads)
-      touch(tokens.v, tokens.n, a.tiers[tier].value.block);
+      touch(tokens.v, tokens.n, 0, a.tiers[tier].value.block);
     for (int kv = 0; kv < kv_heads; ++kv)
       for (int i = 0; i < tokens.n; ++i) {
         const bool mine = next[kv] < last[kv] && *next[kv] == begin + i;

@@ -110,6 +110,26 @@ static inline void take_query(const T* from, Query<T, D>* to) {
   for (int d = 0; d < D; d += L::width) L::pack(from + d, L::width, to + d);
 }
 
+// Read `bytes` of every token once, from `at` on: what is then in the cache has come as streams,
+// several times faster than codes and scales of one head after the other would, which wait for the
+// few buffers of the first cache, as prefetches do. Four runs side by side come faster than one.
+static inline void touch(const char* const* tokens, int n, int64_t at, int64_t bytes) {
+  const int run = (n + 3) / 4;
+  char some = 0;
+  for (int t = 0; t < run; ++t) {
+    const char* from[4];
+    for (int i = 0; i < 4; ++i) from[i] = tokens[t + i * run < n ? t + i * run : n - 1] + at;
+    for (int64_t line = 0; line < bytes; line += 64)
+      for (int i = 0; i < 4; ++i) some ^= from[i][line];
+  }
+  __asm__ volatile("" : : "r"(some));
+}
+
+// Whether plain keys and values are touched before they are used, or else prefetched while what
+// comes before them is: on AVX2 machines (Zen 3) the former is a fifth faster, on those with
+// AVX512 the latter.
+constexpr bool TOUCHED = W == 8;
+
 // Where behind a token's beginning the key and the value of each of a part's query heads begin, in
 // bytes, and the scales of those in few bits.
 struct Rows {
@@ -141,13 +161,25 @@ static inline void score_token(const Rows& rows, int t, float* logits, const Dot
   }
 }
 
+// Touch the keys, or the values, of a part's heads, where that is how they come.
+template <class T, int D>
+static inline void touch_heads(const Tier& tier, const Tokens& tokens, const Rows& rows,
+                               bool keys) {
+  const char* const* from = keys ? tokens.k : tokens.v;
+  const int64_t* at = keys ? rows.k : rows.v;
+  if (tier.paged)
+    touch(from, tokens.n, 0, (keys ? tier.key : tier.value).block);
+  else if (TOUCHED && (keys ? tier.k_head : tier.v_head) == D)  // heads lie beside each other
+    touch(from, tokens.n, at[0], at[rows.heads - 1] - at[0] + D * int64_t(sizeof(T)));
+}
+
 // The logits of a block of tokens whose keys are plain; their values are fetched meanwhile.
 template <class T, int D>
 static void score_block(const Tier& tier, const Rows& rows, const Tokens& tokens,
                         const Query<T, D>* q, float* logits) {
   for (int t = 0; t < tokens.n; ++t)
     score_token(rows, t, logits, [&](int head) {
-      if (tier.v && (head == 0 || rows.v[head] != rows.v[head - 1]))
+      if (!TOUCHED && tier.v && (head == 0 || rows.v[head] != rows.v[head - 1]))
         prefetch_row<T, D>(reinterpret_cast<const T*>(tokens.v[t] + rows.v[head]));
       return products<T, D>(q + head * D, reinterpret_cast<const T*>(tokens.k[t] + rows.k[head]));
     });
@@ -231,7 +263,7 @@ static void weigh_block(const Tokens& tokens, int64_t at, const float* weight, f
   for (int i = 0; i < D / W; ++i) x[i] = load(acc + i * W) * keep;
   for (int t = 0; t < tokens.n; ++t) {
     const T* row = reinterpret_cast<const T*>(tokens.v[t] + at);
-    if (coming && t < coming->n)
+    if (!TOUCHED && coming && t < coming->n)
       prefetch_row<T, D>(reinterpret_cast<const T*>(coming->k[t] + coming_at));
     if constexpr (BY_TWO<T, D>)
       for (int i = 0; i < D / W; i += 2) {
@@ -329,16 +361,6 @@ static void absorb(const AttentionArgs& a, const Part& part, const Rows& rows, c
   }
 }
 
-// Read every token's bytes once, in order: what is then in the cache has come as a stream, several
-// times faster than codes and scales of one head after the other would, which wait for the few
-// buffers of the first cache, as prefetches do.
-static inline void touch(const char* const* tokens, int n, int32_t bytes) {
-  char some = 0;
-  for (int t = 0; t < n; ++t)
-    for (int32_t at = 0; at < bytes; at += 64) some ^= tokens[t][at];
-  __asm__ volatile("" : : "r"(some));
-}
-
 // Score a block of tokens, scaled, and keep that where it is wanted: in a.logits, in `more`.
 template <class T, int D>
 static void score_scaled(const AttentionArgs& a, const Part& part, const Rows& rows,
@@ -346,7 +368,7 @@ static void score_scaled(const AttentionArgs& a, const Part& part, const Rows& r
                          float* more) {
   const Tier& tier = a.tiers[part.tier];
   const int64_t first = int64_t(part.row) * a.heads + part.kv_head * rows.group;
-  if (tier.paged) touch(tokens.k, tokens.n, tier.key.block);
+  touch_heads<T, D>(tier, tokens, rows, true);
   score<T, D>(tier, part, rows, tokens, q, logits);
   for (int h = 0; h < rows.heads; ++h) {
     float* mine = logits + h * BLOCK;
@@ -371,7 +393,7 @@ static void attend_part(const AttentionArgs& a, const Part& part, Queries<T, D>&
     const int left = block_at(begin + BLOCK, part.end);
     if (!read_tokens<T>(a, part, begin + BLOCK, left, nullptr, tokens + 1 - now)) return;
     score_scaled<T, D>(a, part, rows, tokens[now], begin, q, logits, nullptr);
-    if (tier.paged) touch(tokens[now].v, tokens[now].n, tier.value.block);
+    touch_heads<T, D>(tier, tokens[now], rows, false);
     absorb<T, D>(a, part, rows, tokens[now], logits, run, beside, tokens + 1 - now);
   }
 }

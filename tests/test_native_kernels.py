@@ -190,8 +190,8 @@ PLANTED = [
     (
         "the run of another row",
         "policy.cuh",
-        "row = p % a.rows, first = a.first[row], last",
-        "row = p / 2 % a.rows, first = a.first[row], last",
+        "first = a.first[p], last = a.last[p]",
+        "first = a.first[p / 2], last = a.last[p / 2]",
         [],
         "rank: slot",
     ),

@@ -1,11 +1,11 @@
 // Attention of one query per row over listed slots, on the CPU, rows read where they lie.
 //
 // A task is (row, a few kv heads, a part of the row's lists, tier after tier). A token's heads are
-// one run of memory, so a task walks tokens outside and heads inside; 16 tokens at a time. Their V
-// rows are requested while their K rows are read, and the next 16 tokens' K rows while V is read:
-// memory is never idle, and what was requested is still in the cache when it is needed. Softmax is
-// online (Milakov and Gimelshein 2018): m, l and acc are rescaled whenever a larger logit appears.
-// Parts of a list meet in `partials` and are merged at the end.
+// one run of memory, so a task walks tokens outside and heads inside; 16 tokens at a time. With
+// AVX512 their V rows are requested while their K rows are read, and the next 16 tokens' K rows
+// while V is read, so that memory is never idle; AVX2 machines read ahead in runs (walk.h:TOUCHED).
+// Softmax is online (Milakov and Gimelshein 2018): m, l and acc are rescaled whenever a larger
+// logit appears. Parts of a list meet in `partials` and are merged at the end.
 #pragma once
 
 #include "sift.h"

@@ -95,10 +95,7 @@ static float threshold(const float* logits, int n, float top, float most, float*
     int steps[3];
     for (int i = 0; i < 3; ++i) steps[i] = std::min(few + (i + 1) * quarter, many);
     kept(at(steps[0]), at(steps[1]), at(steps[2]), mass);
-    for (int i = 2; i >= 0; --i)
-      if (mass[i] >= enough) many = steps[i];
-    for (int i = 0; i < 3; ++i)
-      if (steps[i] < many) few = steps[i];
+    for (int i = 0; i < 3 && steps[i] < many; ++i) (mass[i] >= enough ? many : few) = steps[i];
   }
   return at(many);
 }

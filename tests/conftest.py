@@ -4,13 +4,14 @@ import fcntl
 import functools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from bench.browser import Browser, find_chromium
 from bench.toy_tokenizer import write_toy_tokenizer
 from engine.engine import Engine
 from engine.prompts.tokenizer import Tokenizer
@@ -48,6 +49,17 @@ def engine_of(checkpoint: Callable[..., Path]) -> Callable[..., Engine]:
         return Engine.load(checkpoint(shape, layout), device="cpu", dtype=dtype, cache=cache)
 
     return made
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A Chromium of a test file."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    browser = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bench.browser import Browser, find_chromium
+from bench.browser import Browser
 from bench.common import ROOT
 from bench.qwen_checkpoint import QwenShape, write_qwen
 from engine.engine import Engine
@@ -48,16 +48,6 @@ def test_where_apt_is_not_to_be_had_the_set_up_goes_on_and_says_so(tmp_path: Pat
             rule, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True, check=True
         )
         assert said in done.stdout, "and the second time it does not try again"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 def text(browser: Browser, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.browser import Browser, find_chromium
+from bench.browser import Browser
 from engine.engine import Engine
 
 pytest.importorskip("uvicorn")
@@ -29,16 +29,6 @@ def engine(engine_of: Callable[..., Engine]) -> Engine:
 def server(engine: Engine) -> Iterator[Any]:
     with serving(engine, keys=(KEY,)) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture
